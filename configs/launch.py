@@ -1,0 +1,118 @@
+"""Starts a stage's ranks with torchrun and stays with them: no rank outlives its parent, no lock outlives a run."""
+
+import ctypes
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from configs.errors import Interrupted, Refused, TracestillError, UnusableInput
+
+PR_SET_PDEATHSIG = 1
+POLL_S = 0.2
+
+
+class StageFailed(TracestillError):
+    """A rank ended with an error; the log says why."""
+
+
+def die_with_parent() -> None:
+    """The kernel ends this process when its parent dies, even by SIGKILL: a rank that nobody waits for would go on
+    writing beside the run that replaced it."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def rank_environment(extensions: Path) -> dict[str, str]:
+    """The environment of a rank. A private TORCH_EXTENSIONS_DIR: a killed build leaves a lock there that would make the
+    ranks of every later run wait for ever without a word."""
+    environment = os.environ | {
+        "TORCH_EXTENSIONS_DIR": str(extensions),
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+    }
+    environment["PATH"] = (
+        f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"  # ninja lies beside the interpreter
+    )
+    environment.setdefault("HF_HUB_OFFLINE", "1")
+    environment.setdefault("DS_ACCELERATOR", "cpu" if not Path("/proc/driver/nvidia").exists() else "cuda")
+    if environment["DS_ACCELERATOR"] == "cpu":
+        environment.setdefault("OMP_NUM_THREADS", "1")  # two ranks on two cores; more threads only fight
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    return environment
+
+
+def build_extensions(module: str, extensions: Path, log: Path) -> None:
+    """Runs `module.build_ops()` in a process of its own, before any rank starts. A half-built folder is thrown away."""
+    done = extensions / ".built"
+    if done.exists():
+        return
+    if shutil.which("g++") is None:
+        raise UnusableInput(
+            "g++: not found; DeepSpeed builds its shared-memory collective with it; install it (apt-get install g++)"
+        )
+    shutil.rmtree(extensions, ignore_errors=True)
+    extensions.mkdir(parents=True)
+    _run([sys.executable, "-c", f"from {module} import build_ops; build_ops()"], rank_environment(extensions), log, lambda: None)
+    done.touch()
+
+
+def run_ranks(arguments: Sequence[str], *, processes: int, extensions: Path, log: Path, poll: Callable[[], None]) -> None:
+    """Runs `tracestill ARGUMENTS` on `processes` ranks of this node and returns when all ended well. `poll` is called
+    a few times a second meanwhile. Output goes to `log`.
+
+    Raises:
+        TracestillError: what a rank reported of itself, in its own kind (unusable input, refused, interrupted).
+        StageFailed: any other exit; the message names the log and its first exception.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={processes}",
+               "-m", "tracestill", *arguments]  # fmt: skip
+    _run(command, rank_environment(extensions), log, poll)
+
+
+def _run(command: list[str], environment: dict[str, str], log: Path, poll: Callable[[], None]) -> None:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    repository = str(Path(__file__).parent.parent)
+    environment = environment | {"PYTHONPATH": os.pathsep.join(filter(None, [repository, environment.get("PYTHONPATH", "")]))}
+    with log.open("ab") as output:
+        start = output.tell()
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment, preexec_fn=die_with_parent)
+        try:
+            while process.poll() is None:
+                poll()
+                time.sleep(POLL_S)
+        except BaseException:
+            process.terminate()
+            try:
+                process.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            raise
+    if process.returncode != 0:
+        raise _failure(log, start, process.returncode)
+
+
+_MARK = re.compile(r"^error\[(\d+)\]: (.*)$")
+_KINDS: dict[int, type[TracestillError]] = {kind.exit_code: kind for kind in (UnusableInput, Refused, Interrupted)}
+
+
+def rank_error_line(error: TracestillError) -> str:
+    """How a rank tells its launcher what went wrong: torchrun itself turns every exit code into 1."""
+    return f"error[{error.exit_code}]: {error}"
+
+
+def _failure(log: Path, start: int, code: int) -> TracestillError:
+    """The error a rank reported of itself, else the first exception in its part of the log."""
+    with log.open("rb") as file:
+        file.seek(start)
+        lines = file.read().decode(errors="replace").splitlines()
+    for line in lines:
+        if (found := _MARK.match(line)) is not None:
+            return _KINDS.get(int(found[1]), StageFailed)(found[2])
+    raised = [line.strip() for line in lines if "Error:" in line and "ChildFailedError" not in line]
+    return StageFailed(f"ranks ended with exit code {code}: {raised[0][-300:] if raised else 'no message'}; see {log}")

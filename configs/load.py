@@ -1,0 +1,158 @@
+"""From a YAML file (or the name of a shipped recipe) and `-s key=value` overrides to a checked Recipe."""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from configs.errors import UnusableInput
+from configs.schema import Recipe
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class Loaded(NamedTuple):
+    """A recipe, where it came from, and the folder its relative paths start in."""
+
+    recipe: Recipe
+    path: Path
+
+    @property
+    def folder(self) -> Path:
+        return self.path.parent
+
+
+def shipped_recipes() -> list[str]:
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def find_recipe(config: str) -> Path:
+    """The file a CONFIG argument means. Raises UnusableInput when there is none."""
+    path = Path(config)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise UnusableInput(
+                f"recipe {config}: no such file; give a YAML path or a shipped recipe: {', '.join(shipped_recipes())}"
+            )
+        return path.resolve()
+    shipped = RECIPES / f"{config}.yaml"
+    if not shipped.is_file():
+        nearest = difflib.get_close_matches(config, shipped_recipes(), 1)
+        hint = f"did you mean {nearest[0]}?" if nearest else f"shipped recipes: {', '.join(shipped_recipes())}"
+        raise UnusableInput(f"recipe {config}: not a YAML file and no shipped recipe; {hint}")
+    return shipped
+
+
+def load_recipe(config: str, overrides: Sequence[str] = ()) -> Loaded:
+    """Parses, overrides and validates. Raises UnusableInput with one line that names the key and the nearest known one."""
+    path = find_recipe(config)
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UnusableInput(f"{path.name}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise UnusableInput(f"{path.name}: expected a mapping of sections, found {type(raw).__name__}")
+    for override in overrides:
+        apply_override(raw, override)
+    return Loaded(parse(raw, path.name), path)
+
+
+def apply_override(raw: dict[str, Any], override: str) -> None:
+    """Sets `a.b.c=value` in place; the value is read as YAML, so numbers, lists and null mean what they say."""
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UnusableInput(f"-s {override}: expected key=value, for example -s train.lr=2e-4")
+    *parents, last = key.split(".")
+    node: Any = raw
+    for index, parent in enumerate([*parents, last]):
+        is_last = index == len(parents)
+        if isinstance(node, list):
+            if not parent.isdigit() or int(parent) >= len(node):
+                raise UnusableInput(
+                    f"-s {override}: {'.'.join(parents[:index])} is a list of {len(node)}; expected an index below that"
+                )
+            parent = int(parent)
+        elif not isinstance(node, dict):
+            raise UnusableInput(f"-s {override}: {'.'.join(parents[:index])} is a value, not a section")
+        if is_last:
+            node[parent] = yaml_value(text)
+        elif isinstance(node, dict):
+            node = node.setdefault(parent, {})
+            if node is None:
+                raise UnusableInput(
+                    f"-s {override}: {'.'.join(parents[: index + 1])} is empty in the recipe; set the whole section"
+                )
+        else:
+            node = node[parent]
+
+
+def yaml_value(text: str) -> Any:
+    """YAML's reading, except that `2e-4` is a number here (YAML 1.1 wants `2.0e-4` and silently gives a string)."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UnusableInput(f"-s ...={text}: not a YAML value") from error
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def parse(raw: dict[str, Any], where: str) -> Recipe:
+    """A Recipe, or UnusableInput naming the first wrong key."""
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise UnusableInput(f"{where}: {describe(error)}") from error
+
+
+def describe(error: ValidationError) -> str:
+    first = error.errors()[0]
+    location = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = _known_keys([part for part in first["loc"][:-1]])
+        nearest = difflib.get_close_matches(str(first["loc"][-1]), known, 1, cutoff=0.5)
+        hint = f"did you mean {nearest[0]}?" if nearest else f"known keys: {', '.join(sorted(known))}"
+        text = f"{location}: unknown key; {hint}"
+    else:
+        message = first["msg"].removeprefix("Value error, ")
+        text = f"{location}: {message[:1].lower()}{message[1:]}" + (
+            f", found {first['input']!r}" if not isinstance(first["input"], dict) else ""
+        )
+    rest = len(error.errors()) - 1
+    return text + (f" (and {rest} more)" if rest else "")
+
+
+def _known_keys(location: list[int | str]) -> list[str]:
+    """Field names of the model at `location` in the schema, unions and lists looked through."""
+    models: list[type[BaseModel]] = [Recipe]
+    for part in location:
+        if isinstance(part, int):
+            continue
+        tagged = [model for model in models if "type" in model.model_fields and model.model_fields["type"].default == part]
+        models = tagged or [
+            child
+            for model in models
+            if part in model.model_fields
+            for child in _models_in(model.model_fields[str(part)].annotation)
+        ]
+    return [name for model in models for name in model.model_fields]
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in getattr(annotation, "__args__", ()) for model in _models_in(part)]
+
+
+def fingerprint(section: BaseModel | dict[str, Any]) -> str:
+    """Hex sha256 (16 characters) of a section's values: equal configurations have equal fingerprints, on any machine."""
+    values = section.model_dump(mode="json") if isinstance(section, BaseModel) else section
+    return hashlib.sha256(json.dumps(values, sort_keys=True, allow_nan=False).encode()).hexdigest()[:16]

@@ -1,0 +1,97 @@
+"""Progress across processes: a worker leaves its counts in a small file, whoever started it draws them."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+PLAIN_INTERVAL_S = 10.0
+WRITE_INTERVAL_S = 0.5
+
+
+class Count(NamedTuple):
+    done: int
+    total: int
+    note: str = ""
+
+
+Report = Callable[[Count], None]
+
+
+def file_reporter(path: Path) -> Report:
+    """Writes each count to `path` (renamed into place, not fsynced: it is a display, not a record), at most twice a second."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    last = 0.0
+
+    def report(count: Count) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if count.done < count.total and now - last < WRITE_INTERVAL_S:
+            return
+        last = now
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(count))
+        os.replace(temporary, path)
+
+    return report
+
+
+def read_counts(paths: list[Path]) -> Count | None:
+    """The sum over workers, with the first one's note; None before any has reported."""
+    counts = []
+    for path in paths:
+        try:
+            counts.append(Count(*json.loads(path.read_text())))
+        except (OSError, ValueError):
+            continue
+    if not counts:
+        return None
+    return Count(sum(count.done for count in counts), sum(count.total for count in counts), counts[0].note)
+
+
+class Display:
+    """One stage's bar on a terminal, one plain line every ten seconds elsewhere. Use as a context manager."""
+
+    def __init__(self, stage: str, unit: str, console: Console) -> None:
+        self.stage, self.unit, self.console = stage, unit, console
+        self.started, self.first_done, self.last_line = time.monotonic(), None, 0.0
+        self.bar: Progress | None = None
+        self.task: TaskID | None = None
+        if console.is_terminal:
+            self.bar = Progress(
+                TextColumn("[bold]{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
+                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("[dim]{task.fields[note]}"),
+                console=console, transient=True,
+            )  # fmt: skip
+
+    def __enter__(self) -> "Display":
+        if self.bar is not None:
+            self.bar.start()
+            self.task = self.bar.add_task(self.stage, total=None, rate="", note="")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def show(self, count: Count) -> None:
+        now = time.monotonic()
+        if self.first_done is None:
+            self.first_done, self.started = count.done, now
+        rate = (count.done - self.first_done) / max(now - self.started, 1e-9)
+        if self.bar is not None and self.task is not None:
+            self.bar.update(self.task, completed=count.done, total=count.total, rate=f"{rate:.1f} {self.unit}/s", note=count.note)
+        elif now - self.last_line >= PLAIN_INTERVAL_S:
+            self.last_line = now
+            left = f"{(count.total - count.done) / rate:.0f} s left" if rate > 0 else "starting"
+            print(
+                f"{self.stage}: {count.done}/{count.total} {self.unit}, {rate:.1f}/s, {left} {count.note}".rstrip(),
+                file=sys.stderr,
+                flush=True,
+            )

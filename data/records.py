@@ -1,0 +1,124 @@
+"""The records that stages hand to each other. Identity is a hash of what makes a thing what it is."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Literal, TypedDict
+
+Role = Literal["system", "user", "assistant", "tool"]
+Origin = Literal["given", "generated", "observation"]
+FinishReason = Literal["stop", "length", "abort"]
+Split = Literal["train", "eval"]
+
+
+class Message(TypedDict, total=False):
+    role: str
+    content: str
+    reasoning_content: str
+
+
+def digest(*parts: object, size: int = 16) -> str:
+    """Hex blake2b of the JSON form of `parts`: stable over processes, machines and Python versions."""
+    text = json.dumps(parts, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=size).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One task put to the teacher, or one evaluation item.
+
+    task: family for per-task figures (`chain_sum`, `facts/metals`). verifier: key of data.verify.VERIFIERS, or "" when
+    nothing can judge it. answer: the reference, "" when there is none. known: for closed-book facts, whether the
+    teacher is meant to know it; None for other tasks. details: JSON text the verifier needs (reasoning-gym's entry).
+    """
+
+    prompt_id: str
+    source: str
+    task: str
+    prompt_version: str
+    messages: tuple[Message, ...]
+    answer: str
+    verifier: str
+    split: Split
+    known: bool | None
+    details: str
+    licence: str
+
+
+def prompt_identity(messages: tuple[Message, ...] | list[Message], prompt_version: str) -> str:
+    return digest([dict(message) for message in messages], prompt_version)
+
+
+def trace_identity(prompt_id: str, sample_index: int, teacher_fingerprint: str, sampling_fingerprint: str) -> str:
+    return digest(prompt_id, sample_index, teacher_fingerprint, sampling_fingerprint)
+
+
+def request_seed(trace_id: str, run_seed: int) -> int:
+    """The 63-bit seed of a request's sampling noise: a function of what it is, never of when it was run."""
+    return int(digest(trace_id, run_seed, size=8), 16) >> 1
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """Token-level view of one turn. logprobs: natural log, one per id for generated turns, empty otherwise."""
+
+    role: str
+    token_ids: tuple[int, ...]
+    origin: Origin
+    logprobs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """What the teacher returned for (prompt, sample), raw and as parsed text.
+
+    raw_text: the decoded generated ids, stop token left out, before anything parsed them. reasoning is the text inside
+    the think tags and answer what follows; both are "" when the block never closed. tokens count generated ids
+    (reasoning_tokens up to and including `</think>`). seconds: from admission to the last token, batch shared.
+    expert_load: JSON text (max_over_mean, entropy, hottest) or "".
+    """
+
+    trace_id: str
+    prompt_id: str
+    sample_index: int
+    source: str
+    task: str
+    prompt_version: str
+    model_id: str
+    model_revision: str
+    teacher_fingerprint: str
+    engine: str
+    engine_version: str
+    turns: tuple[Turn, ...]
+    messages: tuple[Message, ...]
+    tools: str
+    raw_text: str
+    finish_reason: FinishReason
+    prompt_tokens: int
+    reasoning_tokens: int
+    answer_tokens: int
+    temperature: float
+    top_p: float
+    max_tokens: int
+    seed: int
+    expert_load: str
+    attempt: int
+    worker: str
+    started_at: float
+    seconds: float
+    cost: float
+    teacher_licence: str
+    source_licence: str
+
+
+VerdictName = Literal["pass", "fail", "unjudged"]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One judgement of one trace. reason is "" for pass and a countable word otherwise (`wrong`, `timed_out`, `length`)."""
+
+    trace_id: str
+    verdict: VerdictName
+    reason: str
+    score: float

@@ -1,0 +1,216 @@
+"""What every stage of a run has in common: its inputs are there, it is not already done, nobody else is at it, and what
+it made is sealed. The stages themselves live in their packages; tracestill.py puts them in order."""
+
+import fcntl
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+from rich.console import Console
+
+from configs.errors import UnusableInput
+from configs.load import Loaded, fingerprint
+from configs.progress import Count, Display
+from configs.schema import Recipe
+from data.store import ROLLUP, Rollup, RunFolder, code_revision, input_hashes, is_complete, read_rollup, seal, write_bytes
+
+log = logging.getLogger(__name__)
+
+# Sections that may change under a run folder without making another run of it: they say where and how fast, not what.
+FREE_SECTIONS = ("slurm",)
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """Everything a stage is told: the recipe, the run folder, and the command-line words that name them again for ranks."""
+
+    loaded: Loaded
+    run: RunFolder
+    config: str
+    overrides: tuple[str, ...]
+    console: Console
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.loaded.recipe
+
+    @property
+    def folders(self) -> tuple[Path, Path]:
+        """Where relative paths of the recipe are looked up, in order."""
+        return (self.loaded.folder, Path.cwd())
+
+    def words(self, command: str) -> list[str]:
+        """The command line of one of this run's ranks."""
+        overrides = [word for override in self.overrides for word in ("-s", override)]
+        return [command, self.config, *overrides, "--run-dir", str(self.run.root)]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a stage made: files to seal, and counts for its manifest (JSON values)."""
+
+    files: Sequence[Path]
+    counts: Mapping[str, object] = field(default_factory=dict)
+    summary: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One step of the pipeline. `depends` name folders whose manifests are its inputs; `identity` gives the values that,
+    besides those, decide its result (their fingerprint is sealed)."""
+
+    name: str
+    unit: str
+    folder: Callable[[RunFolder], Path]
+    depends: tuple[str, ...]
+    identity: Callable[[Context], dict[str, Any]]
+    act: Callable[[Context, Callable[[Count], None]], Outcome]
+    plan: Callable[[Context], str]
+
+
+def run_stage(stage: Stage, context: Context) -> Rollup:
+    """The stage is complete and sealed when this returns; done at once when it already was.
+
+    Raises:
+        UnusableInput: an input stage has not finished, or another process is at this stage.
+    """
+    run, folder = context.run, stage.folder(context.run)
+    inputs = input_hashes(run, [_input(run, name, stage) for name in stage.depends])
+    identity = fingerprint(stage.identity(context))
+    if is_complete(run, folder, fingerprint=identity, inputs=inputs):
+        rollup = read_rollup(folder)
+        assert rollup is not None
+        context.console.print(
+            f"[dim]{stage.name:<9} already complete ({rollup.seconds:.0f} s when it ran): skipped[/dim]", highlight=False
+        )
+        return rollup
+    with exclusive(run, stage.name), Display(stage.name, stage.unit, context.console) as display:
+        started = time.perf_counter() - _seconds_so_far(run, stage.name, identity)
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            outcome = stage.act(context, display.show)
+        finally:
+            _note_seconds(run, stage.name, identity, time.perf_counter() - started)
+    rollup = seal(
+        run, folder, stage=stage.name, fingerprint=identity, inputs=inputs, files=outcome.files, counts=outcome.counts,
+        seconds=time.perf_counter() - started,
+    )  # fmt: skip
+    context.console.print(f"[bold]{stage.name:<9}[/bold] {rollup.seconds:6.1f} s  {outcome.summary}", highlight=False)
+    return rollup
+
+
+def _input(run: RunFolder, name: str, stage: Stage) -> Path:
+    path = run.root / name / ROLLUP
+    if not path.is_file():
+        raise UnusableInput(
+            f"{stage.name}: its input {path} does not exist; run the stage that makes {name}/ first, or: tracestill run"
+        )
+    return path
+
+
+# --- seconds of a stage that was interrupted count too ------------------------------------------------------------
+
+
+def _seconds_file(run: RunFolder, stage: str) -> Path:
+    return run.cache / f"{stage}.seconds.json"
+
+
+def _seconds_so_far(run: RunFolder, stage: str, identity: str) -> float:
+    try:
+        noted = json.loads(_seconds_file(run, stage).read_text())
+        return float(noted["seconds"]) if noted["identity"] == identity else 0.0
+    except (OSError, ValueError, KeyError):
+        return 0.0
+
+
+def _note_seconds(run: RunFolder, stage: str, identity: str, seconds: float) -> None:
+    write_bytes(_seconds_file(run, stage), json.dumps({"identity": identity, "seconds": seconds}).encode())
+
+
+@contextmanager
+def exclusive(run: RunFolder, stage: str) -> Iterator[None]:
+    """Nobody else runs this stage in this folder meanwhile. The kernel drops the lock with the process, however it ends;
+    where a file system has no locks, the commit protocol alone protects the run."""
+    path = run.root / f".{stage}.lock"
+    with _open_lock(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UnusableInput(
+                f"{run.root}: the {stage} stage is already running here (process {file.read() or '?'}); wait for it or end it"
+            ) from error
+        except OSError:
+            log.warning("%s: this file system has no locks; do not start the stage twice", run.root)
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def _open_lock(path: Path) -> IO[str]:
+    path.touch()
+    return path.open("r+")
+
+
+# --- the run folder ----------------------------------------------------------------------------------------------
+
+
+def open_run(loaded: Loaded, run_dir: Path | None) -> RunFolder:
+    """The run folder, made if need be, with config.yaml written first. A folder of another configuration is refused.
+
+    Raises:
+        UnusableInput: unwritable folder, or the first difference between its configuration and this one.
+    """
+    run = RunFolder((run_dir or Path("runs") / loaded.recipe.name).resolve())
+    wanted = loaded.recipe.model_dump(mode="json")
+    if run.config.is_file():
+        _refuse_other_configuration(run, wanted)
+        if not os.access(run.root, os.W_OK):
+            raise UnusableInput(f"run directory {run.root}: not writable; choose another --run-dir or change its permissions")
+        return run
+    header = {"code_revision": code_revision(), "fingerprint": fingerprint(wanted)}
+    text = f"# Resolved configuration of this run; written once.\n{yaml.safe_dump(header | {'recipe': wanted}, sort_keys=False)}"
+    try:
+        write_bytes(run.config, text.encode())
+    except OSError as error:
+        raise UnusableInput(
+            f"run directory {run.root}: cannot be written ({error.strerror}); choose another --run-dir"
+        ) from error
+    return run
+
+
+def _refuse_other_configuration(run: RunFolder, wanted: dict[str, Any]) -> None:
+    try:
+        stored = yaml.safe_load(run.config.read_text())["recipe"]
+    except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise UnusableInput(f"{run.config}: not a configuration written by tracestill; use another --run-dir") from error
+    ours = {key: value for key, value in wanted.items() if key not in FREE_SECTIONS}
+    theirs = {key: value for key, value in stored.items() if key not in FREE_SECTIONS}
+    if (difference := first_difference(theirs, ours)) is not None:
+        key, was, now = difference
+        raise UnusableInput(
+            f"run directory {run.root}: was made with {key} = {was!r}, this recipe says {now!r}; use another --run-dir, or -s {key}={was}"
+        )
+
+
+def first_difference(left: Any, right: Any, path: str = "") -> tuple[str, Any, Any] | None:
+    """The first leaf that differs, as (dotted key, left value, right value); None when equal."""
+    if isinstance(left, dict) and isinstance(right, dict):
+        for key in [*left, *(key for key in right if key not in left)]:
+            found = first_difference(left.get(key), right.get(key), f"{path}.{key}" if path else str(key))
+            if found is not None:
+                return found
+        return None
+    if isinstance(left, list) and isinstance(right, list) and len(left) == len(right):
+        for index, (one, other) in enumerate(zip(left, right, strict=True)):
+            if (found := first_difference(one, other, f"{path}.{index}")) is not None:
+                return found
+        return None
+    return None if left == right else (path, left, right)

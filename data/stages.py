@@ -1,0 +1,33 @@
+"""The data stage: traces in, verdicts and a dataset out."""
+
+from collections.abc import Callable
+from typing import Any
+
+from configs.progress import Count
+from data.build import build
+from data.stage import Context, Outcome, Stage
+from data.verify import VERIFIERS
+
+
+def _identity(context: Context) -> dict[str, Any]:
+    """The settings and every verifier's version: a raised version judges again."""
+    settings = context.recipe.data.model_dump(mode="json", exclude={"verify_timeout_s"})
+    return {"data": settings, "verifiers": {name: verifier.version for name, verifier in VERIFIERS.items()}}
+
+
+def _act(context: Context, show: Callable[[Count], None]) -> Outcome:
+    built = build(context.recipe.data, context.run, show)
+    counts = built.counts
+    reasons = ", ".join(
+        f"{number} {reason}" for reason, number in {**counts["rejected_by_reason"], **counts["unjudged_by_reason"]}.items()
+    )
+    summary = f"{counts['kept']} of {counts['completed']} traces kept" + (f" ({reasons})" if reasons else "")
+    return Outcome(built.files, dict(counts), summary)
+
+
+def _plan(context: Context) -> str:
+    settings = context.recipe.data
+    return f"filters {', '.join(settings.filters) or 'none'}; dedup {settings.dedup}; {settings.validation_share:.0%} of prompts to validation"
+
+
+DATA = Stage("data", "traces", lambda run: run.dataset, ("prompts", "traces"), _identity, _act, _plan)

@@ -1,0 +1,365 @@
+"""The run folder and its commit protocol: whatever has its final name is whole, hashed and on disk.
+
+Everything is written under a temporary name, fsynced, and only then linked or renamed to its final name; the folder is
+fsynced last. A segment is an immutable Arrow IPC file plus a sidecar manifest, and the sidecar is the commit: a data
+file without one does not exist for any reader. A finished stage seals a roll-up, manifest.json, that names the hash of
+every file it made and of every manifest it read; a stage whose roll-up matches its inputs has nothing to do.
+
+No torch here: planning, status and Slurm read run folders too.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import subprocess
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+
+from configs.errors import UnusableInput
+from data.schema import SCHEMA_VERSION, schema_hash
+
+ROLLUP = "manifest.json"
+_VERSIONED = ("torch", "transformers", "deepspeed", "datasets", "peft", "accelerate", "pyarrow", "reasoning-gym", "math-verify")
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """The places of a run, by name. Creates nothing."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.yaml"
+
+    @property
+    def prompts(self) -> Path:
+        return self.root / "prompts"
+
+    @property
+    def traces(self) -> Path:
+        return self.root / "traces"
+
+    @property
+    def verdicts(self) -> Path:
+        return self.root / "verdicts"
+
+    @property
+    def dataset(self) -> Path:
+        return self.root / "dataset"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.root / "evaluation"
+
+    @property
+    def export(self) -> Path:
+        return self.root / "export"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics"
+
+    @property
+    def cache(self) -> Path:
+        return self.root / "cache"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs"
+
+
+# --- files -------------------------------------------------------------------------------------------------------
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_bytes(path: Path, content: bytes, *, replace: bool = True) -> None:
+    """`path` holds `content`, whole and durable, or is untouched. With replace=False an existing file wins and
+    FileExistsError is raised (link, not rename: two writers cannot both succeed)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if replace:
+            temporary.replace(path)
+        else:
+            os.link(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync_folder(path.parent)
+
+
+def write_json(path: Path, value: object, *, replace: bool = True) -> None:
+    write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode(), replace=replace)
+
+
+def read_json(path: Path) -> dict:
+    """Raises UnusableInput when the file is missing or not a JSON object."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise UnusableInput(f"{path}: no such file; run the stage that makes it") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UnusableInput(f"{path}: not valid JSON ({error}); restore it or run its stage in another --run-dir") from error
+    if not isinstance(value, dict):
+        raise UnusableInput(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def table_bytes(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+def read_table(path: Path, *, sha256: str) -> pa.Table:
+    """The table in `path`, verified before it is parsed. Raises UnusableInput when the hash differs."""
+    if not path.is_file():
+        raise UnusableInput(f"{path}: missing, though its manifest names it; restore it, or run its stage again")
+    content = path.read_bytes()
+    found = hashlib.sha256(content).hexdigest()
+    if found != sha256:
+        raise UnusableInput(
+            f"{path}: sha256 {found[:12]}, expected {sha256[:12]}: the file changed after it was committed; "
+            "restore it from a backup, or delete it with its manifest and run its stage again"
+        )
+    return pa.ipc.open_file(pa.BufferReader(content)).read_all()
+
+
+# --- provenance --------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def code_revision() -> str:
+    """Git revision of this source tree (with `+changes` when edited), or the version when it is not a checkout."""
+    here = Path(__file__).parent
+    try:
+        revision = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        edited = subprocess.run(
+            ["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, check=True
+        ).stdout
+        return revision + ("+changes" if edited.strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unversioned"
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    found = {}
+    for package in _VERSIONED:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+# --- segments ----------------------------------------------------------------------------------------------------
+
+
+class Segment(NamedTuple):
+    """A committed segment: its data file and what its sidecar says."""
+
+    path: Path
+    rows: int
+    sha256: str
+    schema_hash: str
+    facts: dict
+    """Stage-specific: for traces `trace_ids` and `finish_reasons`, row by row."""
+
+
+def commit_segment(folder: Path, table: pa.Table, *, worker: str, facts: Mapping[str, object]) -> Segment:
+    """`table` is durable under a new name in `folder`. Names sort by commit time, then worker: the total order of the log."""
+    stem = f"{time.time_ns():020d}-{worker}-{uuid.uuid4().hex[:8]}"
+    content = table_bytes(table)
+    data = folder / f"{stem}.arrow"
+    write_bytes(data, content, replace=False)
+    sidecar = {
+        "schema_version": SCHEMA_VERSION,
+        "rows": table.num_rows,
+        "bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "schema_hash": schema_hash(table.schema),
+        "code_revision": code_revision(),
+        "versions": versions(),
+        "facts": dict(facts),
+    }
+    write_json(data.with_suffix(".json"), sidecar, replace=False)
+    return _segment(data, sidecar)
+
+
+def _segment(data: Path, sidecar: dict) -> Segment:
+    try:
+        return Segment(data, sidecar["rows"], sidecar["sha256"], sidecar["schema_hash"], sidecar["facts"])
+    except KeyError as error:
+        raise UnusableInput(f"segment {data.stem}: its manifest has no {error}; restore it from a backup") from error
+
+
+def segments(folder: Path) -> list[Segment]:
+    """The committed segments in log order, from their sidecars alone. Raises UnusableInput for one without its data."""
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        if path.name == ROLLUP:
+            continue
+        sidecar = read_json(path)
+        data = path.with_suffix(".arrow")
+        if sidecar.get("schema_version") != SCHEMA_VERSION:
+            raise UnusableInput(
+                f"segment {path.stem}: schema {sidecar.get('schema_version')}, expected {SCHEMA_VERSION}; "
+                "use the release that wrote it"
+            )
+        if not data.is_file():
+            raise UnusableInput(
+                f"segment {path.stem}: {data.name} is missing beside its manifest; "
+                "restore it, or delete the manifest and generate again"
+            )
+        found.append(_segment(data, sidecar))
+    return found
+
+
+def read_segment(segment: Segment) -> pa.Table:
+    """The rows of one segment, verified first: hash, row count, schema, and that the sidecar speaks of these very rows.
+
+    The sidecar has no hash of its own, and the ledger believes it; a bit flipped in there shows here.
+    """
+    table = read_table(segment.path, sha256=segment.sha256)
+    if table.num_rows != segment.rows or schema_hash(table.schema) != segment.schema_hash:
+        raise UnusableInput(
+            f"segment {segment.path.stem}: {table.num_rows} rows, expected {segment.rows} by its manifest; "
+            "restore it from a backup"
+        )
+    for fact, column in (("trace_ids", "trace_id"), ("finish_reasons", "finish_reason")):
+        if fact in segment.facts and segment.facts[fact] != table[column].to_pylist():
+            raise UnusableInput(
+                f"segment {segment.path.stem}: {fact} of its manifest are not those of its rows; "
+                f"restore {segment.path.stem}.json from a backup"
+            )
+    return table
+
+
+def read_first_copies(folder: Path, key: str = "trace_id") -> Iterator[pa.Table]:
+    """Tables of the log in order, each row's first copy only: two workers may finish the same request, and the copy that
+    was committed first is the one that counts for every reader."""
+    seen: set[str] = set()
+    for segment in segments(folder):
+        table = read_segment(segment)
+        keep = []
+        for identity in table.column(key).to_pylist():
+            keep.append(identity not in seen)
+            seen.add(identity)
+        yield table if all(keep) else table.filter(pa.array(keep))
+
+
+# --- roll-ups ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Rollup:
+    """What a finished stage says of itself. inputs and files map a path relative to the run folder to its sha256."""
+
+    stage: str
+    fingerprint: str
+    inputs: dict[str, str]
+    files: dict[str, str]
+    sizes: dict[str, int]
+    counts: dict[str, object]
+    seconds: float
+    created_at: float
+    code_revision: str
+    versions: dict[str, str]
+    schema_version: int = SCHEMA_VERSION
+
+
+def input_hashes(run: RunFolder, inputs: Sequence[Path]) -> dict[str, str]:
+    """Path (relative to the run where it lies inside it) -> sha256 of every input manifest or file."""
+    return {_relative(run, path): sha256_file(path) for path in inputs}
+
+
+def _relative(run: RunFolder, path: Path) -> str:
+    return str(path.relative_to(run.root)) if path.is_relative_to(run.root) else path.name
+
+
+def seal(
+    run: RunFolder, folder: Path, *, stage: str, fingerprint: str, inputs: Mapping[str, str], files: Sequence[Path],
+    counts: Mapping[str, object], seconds: float,
+) -> Rollup:  # fmt: skip
+    """The stage is complete: its roll-up stands in `folder`, the last file to appear there."""
+    hashes = {_relative(run, path): sha256_file(path) for path in files}
+    sizes = {_relative(run, path): path.stat().st_size for path in files}
+    rollup = Rollup(
+        stage, fingerprint, dict(inputs), hashes, sizes, dict(counts), round(seconds, 3), time.time(), code_revision(), versions()
+    )
+    write_json(folder / ROLLUP, dataclasses.asdict(rollup))
+    return rollup
+
+
+def read_rollup(folder: Path) -> Rollup | None:
+    """The stage's roll-up, or None when the stage has not finished."""
+    path = folder / ROLLUP
+    if not path.is_file():
+        return None
+    try:
+        return Rollup(**read_json(path))
+    except TypeError as error:
+        raise UnusableInput(f"{path}: not a manifest of this version ({error}); use the release that wrote it") from error
+
+
+def is_complete(run: RunFolder, folder: Path, *, fingerprint: str, inputs: Mapping[str, str]) -> bool:
+    """True when the roll-up was made by this configuration from these inputs and every file of it is there at its size.
+
+    Hashes of the files are checked by whoever reads them; here a stage that made a terabyte must answer at once.
+    """
+    rollup = read_rollup(folder)
+    if rollup is None or rollup.fingerprint != fingerprint or rollup.inputs != dict(inputs):
+        return False
+    return all((run.root / path).is_file() and (run.root / path).stat().st_size == size for path, size in rollup.sizes.items())
+
+
+def verify_files(run: RunFolder, rollup: Rollup) -> None:
+    """Raises UnusableInput naming the first file whose bytes are not the ones the stage sealed."""
+    for path, expected in rollup.files.items():
+        file = run.root / path
+        if not file.is_file():
+            raise UnusableInput(
+                f"{file}: missing, though the {rollup.stage} stage sealed it; restore it or run that stage in another --run-dir"
+            )
+        if (found := sha256_file(file)) != expected:
+            raise UnusableInput(
+                f"{file}: sha256 {found[:12]}, expected {expected[:12]} by the {rollup.stage} manifest; "
+                f"restore it, or delete {rollup.stage}'s {ROLLUP} and run the stage again"
+            )

@@ -1,0 +1,162 @@
+"""The two stages of this package: the prompt set, and the teacher's traces of it."""
+
+import os
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from configs.errors import UnusableInput
+from configs.launch import StageFailed, build_extensions, run_ranks
+from configs.progress import Count, file_reporter, read_counts
+from configs.schema import DeepSpeedEngine
+from data.ledger import read_ledger
+from data.prompt_set import write_prompts
+from data.stage import Context, Outcome, Stage
+from data.store import segments
+
+
+def _prompts(context: Context, show: Callable[[Count], None]) -> Outcome:
+    from generate.prompts import build_prompt_set
+
+    recipe = context.recipe
+    found = build_prompt_set(recipe.generate.prompts, recipe.evaluate.suites, context.folders)
+    path = write_prompts(context.run, found.prompts)
+    train = [prompt for prompt in found.prompts if prompt.split == "train"]
+    evaluation = len(found.prompts) - len(train)
+    counts = {
+        "train": len(train),
+        "eval": evaluation,
+        "requests": len(train) * recipe.generate.samples_per_prompt,
+        "by_task": dict(Counter(prompt.task for prompt in train)),
+        "left_out": dict(found.left_out),
+    }
+    left_out = ", ".join(f"{count} {reason}" for reason, count in found.left_out.items())
+    return Outcome(
+        [path],
+        counts,
+        f"{len(train)} training prompts, {evaluation} evaluation items" + (f"; left out: {left_out}" if left_out else ""),
+    )
+
+
+def _prompts_identity(context: Context) -> dict[str, Any]:
+    from generate.prompts import source_hashes
+
+    recipe = context.recipe
+    return {
+        "prompts": [source.model_dump(mode="json") for source in recipe.generate.prompts],
+        "suites": [source.model_dump(mode="json") for source in recipe.evaluate.suites],
+        "samples": recipe.generate.samples_per_prompt,
+        "files": source_hashes([*recipe.generate.prompts, *recipe.evaluate.suites], context.folders),
+    }
+
+
+def teacher_fingerprint(context: Context) -> str:
+    """Identity of what answers: the weights' hash and the compute dtype (for a server, its address and model name)."""
+    from teacher.engines import fingerprint_teacher
+
+    return fingerprint_teacher(context.recipe.teacher)
+
+
+def _generate(context: Context, show: Callable[[Count], None]) -> Outcome:
+    engine = context.recipe.teacher.engine
+    before = read_ledger(context.run)
+    if before.pending:
+        if isinstance(engine, DeepSpeedEngine):
+            _generate_on_ranks(context, engine, show, before.completed + before.failed)
+        else:
+            generate_here(context, lambda count: show(_after(count, before.completed + before.failed)))
+    from generate.worker import merge_expert_stats
+
+    experts = merge_expert_stats(context.run)
+    ledger = read_ledger(context.run)
+    ledger.check(viewed=False)
+    if ledger.pending:
+        raise StageFailed(
+            f"{context.run.traces}: {ledger.pending} of {ledger.requested} requests are still pending; run the command again"
+        )
+    files = [path for segment in segments(context.run.traces) for path in (segment.path, segment.path.with_suffix(".json"))]
+    counts = {
+        "requested": ledger.requested,
+        "completed": ledger.completed,
+        "failed_by_reason": ledger.failed_by_reason,
+        "superseded": ledger.superseded,
+    }
+    tokens = sum(sum(segment.facts["output_tokens"]) for segment in segments(context.run.traces))
+    return Outcome(
+        [*files, *([experts] if experts else [])],
+        counts | {"output_tokens": tokens},
+        f"{ledger.completed} traces, {tokens} tokens, {ledger.failed} failed",
+    )
+
+
+def _after(count: Count, already: int) -> Count:
+    return Count(count.done + already, count.total + already, count.note)
+
+
+def _generate_on_ranks(context: Context, engine: DeepSpeedEngine, show: Callable[[Count], None], already: int) -> None:
+    """Builds DeepSpeed's collective once, then runs this same command on every rank."""
+    extensions = context.run.cache / "torch_extensions"
+    log = context.run.logs / "generate.log"
+    build_extensions("teacher.deepspeed_engine", extensions, log)
+    progress = [_progress_file(context, rank) for rank in range(engine.processes)]
+    for path in progress:
+        path.unlink(missing_ok=True)
+
+    def poll() -> None:
+        if (count := read_counts(progress)) is not None:
+            show(_after(count, already))
+
+    run_ranks(context.words("generate"), processes=engine.processes, extensions=extensions, log=log, poll=poll)
+
+
+def _progress_file(context: Context, rank: int) -> Any:
+    return context.run.cache / f"generate.r{rank}.progress"
+
+
+def generate_rank(context: Context) -> None:
+    """One rank, started by torchrun: RANK and WORLD_SIZE say which part is ours."""
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    generate_here(context, file_reporter(_progress_file(context, rank)), rank=rank, world=world)
+
+
+def generate_here(context: Context, report: Callable[[Count], None], *, rank: int = 0, world: int = 1) -> None:
+    from generate.worker import generate_share
+    from teacher.engines import load_tokenizer, open_engine
+
+    recipe = context.recipe
+    engine = open_engine(recipe.teacher)
+    tokenizer, fingerprint = load_tokenizer(recipe.teacher), teacher_fingerprint(context)
+    generate_share(recipe, context.run, engine, tokenizer, fingerprint, rank=rank, world=world, report=report)
+    # Only after success: closing is collective, and a rank that failed must end at once, not wait for the others.
+    engine.close()
+
+
+def _generate_plan(context: Context) -> str:
+    recipe = context.recipe
+    sampling = recipe.generate.sampling
+    engine = recipe.teacher.engine
+    ranks = (
+        f" over {engine.processes} ranks, expert parallel {recipe.teacher.layout.expert_parallel}, ZeRO-{recipe.teacher.layout.zero_stage}"
+        if isinstance(engine, DeepSpeedEngine)
+        else ""
+    )
+    return (
+        f"{recipe.teacher.model} through the {engine.type} engine{ranks}; {recipe.generate.samples_per_prompt} samples a prompt, "
+        f"temperature {sampling.temperature}, top-p {sampling.top_p}, at most {sampling.max_tokens} tokens each"
+    )
+
+
+def _prompts_plan(context: Context) -> str:
+    sources = context.recipe.generate.prompts
+    if not sources:
+        raise UnusableInput("generate.prompts: the prompt set is empty; expected at least one source")
+    return f"{len(sources)} training sources, {len(context.recipe.evaluate.suites)} evaluation suites"
+
+
+PROMPTS = Stage("prompts", "prompts", lambda run: run.prompts, (), _prompts_identity, _prompts, _prompts_plan)
+GENERATE = Stage(
+    "generate", "traces", lambda run: run.traces, ("prompts",),
+    lambda context: {"teacher": teacher_fingerprint(context), "sampling": context.recipe.generate.sampling.model_dump(mode="json"),
+                     "seed": context.recipe.generate.seed},
+    _generate, _generate_plan,
+)  # fmt: skip

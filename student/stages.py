@@ -1,0 +1,114 @@
+"""The two stages of this package: every model on the same held-out items, and the folder a server loads."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from configs.errors import Refused, UnusableInput
+from configs.progress import Count
+from data.dataset import load_dataset
+from data.engine import Engine
+from data.prompt_set import read_prompts
+from data.records import Message
+from data.stage import Context, Outcome
+from student.card import gather, render_card
+from student.evaluate import evaluate_model, evaluation_files, read_metrics
+from student.export import exported_files, export_merged
+from student.gates import GateRow, judge, require
+from student.scoring import Metrics
+
+COMPARED = ("teacher", "base", "student")
+NUM_RELOAD_PROMPTS = 24
+NUM_TWINS = 64
+
+
+class Target(NamedTuple):
+    """A model to evaluate: its engine (not loaded yet), its tokenizer and the hash of its weights."""
+
+    engine: Engine
+    tokenizer: PreTrainedTokenizerBase
+    fingerprint: str
+
+
+OpenTarget = Callable[[str], Target]
+"""Opens `teacher`, `base`, `student` or `export`. The front door supplies it: engines live in teacher/, which this
+package never imports."""
+
+
+def evaluate_models(
+    context: Context, names: Sequence[str], open_target: OpenTarget, show: Callable[[Count], None]
+) -> dict[str, Metrics]:
+    """Metrics of each named model on the run's held-out items; what an earlier attempt committed is not asked again."""
+    items = read_prompts(context.run, "eval")
+    if not items:
+        raise UnusableInput("evaluate.suites: no evaluation item in the prompt set; expected at least one suite")
+    measured: dict[str, Metrics] = {}
+    for position, name in enumerate(names):
+        target = open_target(name)
+
+        def progress(done: int, total: int, name: str = name, position: int = position) -> None:
+            show(Count(position * total + done, len(names) * total, name))
+
+        try:
+            measured[name] = evaluate_model(
+                name, target.engine, target.tokenizer, items, context.recipe.evaluate, context.run, progress,
+                model_fingerprint=target.fingerprint, judge_timeout_s=context.recipe.data.verify_timeout_s,
+            )  # fmt: skip
+        finally:
+            target.engine.close()
+    return measured
+
+
+def evaluate(context: Context, open_target: OpenTarget, show: Callable[[Count], None]) -> Outcome:
+    metrics = evaluate_models(context, COMPARED, open_target, show)
+    files = [path for name in COMPARED for path in evaluation_files(context.run, name)]
+    return Outcome(files, {}, "accuracy " + ", ".join(f"{name} {figures.accuracy or 0:.1%}" for name, figures in metrics.items()))
+
+
+def gate_rows(context: Context) -> list[GateRow]:
+    """The recipe's gates against the run's finished evaluation."""
+    student, teacher = read_metrics(context.run, "student"), read_metrics(context.run, "teacher")
+    if student is None:
+        raise UnusableInput(f"{context.run.evaluation}: no evaluation of the student; run: tracestill evaluate")
+    return judge(context.recipe.evaluate.gates, student=student, teacher=teacher)
+
+
+def gate_refusal(context: Context) -> Refused | None:
+    """What the gates say: None when every one passed."""
+    try:
+        require(gate_rows(context))
+    except Refused as refusal:
+        return refusal
+    return None
+
+
+def export(context: Context, open_target: OpenTarget, show: Callable[[Count], None]) -> Outcome:
+    """The merged folder, reloaded and compared with base + adapter, then evaluated like the others."""
+    run, recipe = context.run, context.recipe
+    metrics = {name: found for name in COMPARED if (found := read_metrics(run, name)) is not None}
+    items = read_prompts(run, "eval")
+    exported = export_merged(
+        recipe.student.model,
+        run.checkpoints / "adapter",
+        recipe.export,
+        run,
+        prompts=[item.messages for item in items[:: max(1, len(items) // NUM_RELOAD_PROMPTS)]],
+        conversations=_conversations(context),
+        card=lambda findings: render_card(gather(run, recipe, metrics, gate_rows(context)), findings),
+    )
+    figures = evaluate_models(context, ("export",), open_target, show)["export"]
+    files = [*exported_files(exported.folder), *evaluation_files(run, "export")]
+    findings = exported.parity
+    counts = {"logit_error": findings.logit_error, "adapter_kept": findings.adapter_kept, "tokens_compared": findings.tokens}
+    return Outcome(
+        files, counts, f"merged; reloaded: logits off by {findings.logit_error:.0e}, accuracy {figures.accuracy or 0:.1%}"
+    )
+
+
+def _conversations(context: Context) -> list[list[Message]]:
+    rows: Any = load_dataset(context.run)["train"]
+    return [
+        [{key: value for key, value in message.items() if value is not None} for message in messages]  # type: ignore[misc]
+        for messages in rows[:NUM_TWINS]["messages"]
+    ]

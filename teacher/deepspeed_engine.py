@@ -1,0 +1,240 @@
+"""The teacher sharded over ranks: experts by AutoEP, dense weights by ZeRO-3 and, inside a node, AutoTP. The only
+module that imports DeepSpeed for inference.
+
+With expert parallelism over all ranks each rank holds its experts whole: tokens travel, expert weights do not. Dense
+weights lie in slices on all ranks and are gathered a decoder layer at a time.
+
+Start it with torchrun, one process a rank, and give each rank its own share of the requests; ranks step together until
+nobody has work (teacher/decode.py). Pinned to DeepSpeed 0.19: stage 3 with expert and tensor parallelism is beyond its
+documented support, so equality with one process is a test (tests/distributed).
+"""
+
+import logging
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import deepspeed
+import torch
+import torch.distributed as dist
+import transformers
+from deepspeed.accelerator import get_accelerator
+from deepspeed.moe.ep_router import TokenChoiceTopKRouter
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.integrations import HfDeepSpeedConfig
+
+from configs.errors import UnusableInput
+from data.engine import Completion, ExpertStats, Request
+from teacher.runner import DTYPES, Dtype, Runner, build_runner, read_config
+from teacher.sparse_attention import attention_for, install
+
+log = logging.getLogger(__name__)
+
+COLLECTIVE_TIMEOUT_S = 1800.0
+
+_COLUMN = (r".*\.self_attn\.(q_b_proj|kv_b_proj)\.weight$", r".*\.(mlp|shared_experts)\.(gate_proj|up_proj)\.weight$")
+_ROW = (r".*\.self_attn\.o_proj\.weight$", r".*\.(mlp|shared_experts)\.down_proj\.weight$")
+_SKIP = (
+    r".*\.self_attn\.(q_a_proj|kv_a_proj_with_mqa)\.weight$",
+    r".*\.self_attn\.indexer\..*",
+    r".*\.mlp\.gate\.weight$",
+    r".*embed_tokens\.weight$",
+)
+
+
+class Parallel(NamedTuple):
+    """Degrees of the layout. expert: ranks that share the experts. tensor: ranks that share one layer's dense matrices;
+    they work on the same requests. zero_stage: 3 slices dense weights over all ranks, 0 replicates them."""
+
+    expert: int = 1
+    tensor: int = 1
+    zero_stage: Literal[0, 3] = 3
+
+
+def build_ops() -> None:
+    """Compiles what the ranks need before they start: nothing. DeepSpeed's only op for CPU inference, a shared-memory
+    all-reduce, is turned off in `start_process_group`, which says why."""
+
+
+def zero_config(dtype: Dtype, parallel: Parallel) -> dict[str, Any]:
+    """The part of DeepSpeed's configuration that HfDeepSpeedConfig may see. It would misread the parallel sections, and
+    no torch dtype object may stand in it. Threshold 0: the default keeps small parameters whole on each rank, which
+    hides, on small models, every fault of ranks that step apart."""
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": dtype == "bf16"},
+        "zero_optimization": {"stage": parallel.zero_stage, "stage3_param_persistence_threshold": 0},
+    }
+
+
+def parallel_config(parallel: Parallel) -> dict[str, Any]:
+    """The sections that only `deepspeed.initialize` gets."""
+    sections: dict[str, Any] = {}
+    if parallel.expert > 1:
+        sections["expert_parallel"] = {"enabled": True, "autoep_size": parallel.expert, "preset_model": "deepseek_v3"}
+    if parallel.tensor > 1:
+        column = {"patterns": list(_COLUMN), "partition_type": "column"}
+        head = {"patterns": [r".*lm_head\.weight$"], "partition_type": "column", "gather_output": True}
+        row, skip = {"patterns": list(_ROW), "partition_type": "row"}, {"patterns": list(_SKIP), "partition_type": "skip"}
+        partition = {"use_default_specs": False, "layer_specs": [column, head, row, skip]}
+        sections["tensor_parallel"] = {"autotp_size": parallel.tensor, "partition_config": partition}
+    return sections
+
+
+class DeepSpeedEngine:
+    """One rank of the sharded teacher. All ranks construct it, load it, and iterate `generate` to its end together; a
+    rank with no requests passes an empty list. Rank and world size come from torchrun's environment.
+
+    batch_size: decode slots on this rank. timeout_s: of every collective; a rank that died makes the others fail after
+    it instead of waiting for ever.
+    """
+
+    name = "deepspeed"
+    version = f"deepspeed {deepspeed.__version__}, transformers {transformers.__version__}"
+
+    def __init__(
+        self,
+        model_dir: Path,
+        parallel: Parallel,
+        *,
+        dtype: Dtype = "bf16",
+        batch_size: int = 64,
+        max_length: int | None = None,
+        timeout_s: float = COLLECTIVE_TIMEOUT_S,
+    ) -> None:
+        self.model_dir, self.parallel, self.dtype = model_dir, parallel, dtype
+        self.batch_size, self.max_length, self.timeout_s = batch_size, max_length, timeout_s
+        self._runner: Runner | None = None
+        self._has_work = torch.zeros(1)
+
+    @property
+    def runner(self) -> Runner:
+        self.load()
+        assert self._runner is not None
+        return self._runner
+
+    def load(self) -> None:
+        """Collective. Joins the process group, reads the weights and shards them; a second call does nothing.
+
+        Raises:
+            UnusableInput: no model in the folder, or degrees that do not fit the world or the model's experts.
+        """
+        if self._runner is not None:
+            return
+        config = read_config(self.model_dir)
+        start_process_group(self.timeout_s)
+        check_layout(self.parallel, config, dist.get_world_size())
+        device = torch.device(get_accelerator().current_device_name())
+        engine = shard(self.model_dir, config, self.dtype, self.parallel)
+        self._has_work = self._has_work.to(device)
+        self._runner = build_runner(
+            engine,
+            engine.module,
+            config,
+            self.model_dir,
+            num_slots=self.batch_size,
+            max_length=self.max_length,
+            device=device,
+            any_rank_has_work=self._any_rank_has_work,
+        )
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        """This rank's completions. Iterate to the end: a rank that stops early leaves the others in a collective."""
+        yield from self.runner.generate(requests)
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        return self.runner.score(sequences)
+
+    def expert_stats(self) -> ExpertStats | None:
+        return self.runner.expert_stats()
+
+    def close(self) -> None:
+        """Collective: without the barrier and the orderly end a rank may abort at exit while another still talks to it."""
+        if self._runner is not None:
+            self._runner.watch.detach()
+            self._runner = None
+        if dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
+
+    def _any_rank_has_work(self, mine: bool) -> bool:
+        self._has_work.fill_(float(mine))
+        dist.all_reduce(self._has_work, op=dist.ReduceOp.MAX)
+        return bool(self._has_work.item())
+
+
+def start_process_group(timeout_s: float) -> None:
+    """gloo on CPU, nccl on GPUs, through DeepSpeed, which keeps a communicator of its own.
+
+    Its shared-memory all-reduce stays off: it takes 40 s of g++ on first use, a killed build leaves a lock on which
+    every later start waits without a word, and it sums over all ranks whatever group it is given, which is wrong as
+    soon as tensor parallelism is narrower than the world. Without it the same calls go to gloo.
+    """
+    if "RANK" not in os.environ:
+        raise UnusableInput("teacher.engine deepspeed: not started by torchrun (no RANK in the environment); use tracestill generate")
+    if dist.is_initialized():
+        return
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu":
+        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+    backend = "gloo" if accelerator.device_name() == "cpu" else accelerator.communication_backend_name()
+    deepspeed.init_distributed(backend, timeout=timedelta(seconds=timeout_s), dist_init_required=True)
+
+
+def check_layout(parallel: Parallel, config: PretrainedConfig, world: int) -> None:
+    """Raises UnusableInput when the degrees do not fit the ranks or the experts."""
+    num_experts = int(getattr(config, "n_routed_experts", 0) or 0)
+    for name, degree in (("expert_parallel", parallel.expert), ("tensor_parallel", parallel.tensor)):
+        if world % degree:
+            raise UnusableInput(f"layout.{name} {degree}: does not divide the {world} ranks; expected a divisor of {world}")
+    if parallel.expert > 1 and (num_experts == 0 or num_experts % parallel.expert):
+        raise UnusableInput(f"layout.expert_parallel {parallel.expert}: does not divide the model's {num_experts} experts")
+
+
+def shard(model_dir: Path, config: PretrainedConfig, dtype: Dtype, parallel: Parallel) -> deepspeed.DeepSpeedEngine:
+    """The model behind a DeepSpeed engine in evaluation mode, its weights spread over the ranks."""
+    zero = zero_config(dtype, parallel)
+    announced = HfDeepSpeedConfig(zero) if parallel.zero_stage == 3 else None  # from_pretrained looks for a living one
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=DTYPES[dtype], attn_implementation=attention_for(config.model_type))
+    install(model)
+    del announced
+    if parallel.zero_stage == 3:
+        gather_by_layer(model)
+    engine, *_ = deepspeed.initialize(model=model, config=zero | parallel_config(parallel))
+    route_in_float32(engine.module)
+    drop_backward_hooks(engine)
+    engine.eval()
+    return engine
+
+
+def gather_by_layer(model: PreTrainedModel) -> None:
+    """ZeRO-3 gathers a decoder layer as one unit: 8 fetches a step instead of one for each of 90 modules, which is half
+    of a small model's step; a large one gets larger messages."""
+    layers = set(model._no_split_modules or ())
+    names = [name for name, module in model.named_modules() if type(module).__name__ in layers]
+    if names:
+        deepspeed.utils.set_z3_leaf_modules_by_name(model, names)
+
+
+def drop_backward_hooks(engine: deepspeed.DeepSpeedEngine) -> None:
+    """ZeRO-3 wraps each module's tensors for a backward pass that never comes."""
+    for hook in getattr(engine.optimizer, "backward_hooks", ()):
+        hook.remove()
+
+
+def route_in_float32(module: nn.Module) -> None:
+    """AutoEP runs the router's matrix product in the model's dtype, transformers in float32. In bf16 that sent 0.26 % of
+    the tokens to other experts and changed 1.3 % of the argmaxes; in float32 nothing differs."""
+    for router in module.modules():
+        if isinstance(router, TokenChoiceTopKRouter):
+            gate = router.gate
+
+            def forward(x: Tensor, gate: nn.Linear = gate) -> Tensor:
+                bias = None if gate.bias is None else gate.bias.float()
+                return torch.nn.functional.linear(x.float(), gate.weight.float(), bias)
+
+            gate.forward = forward

@@ -1,0 +1,169 @@
+"""A teacher behind any OpenAI-compatible server: vLLM, SGLang, `transformers serve`. Same records, same ledger.
+
+The server owns the chat template and the sampler; this side keeps the identity of the work. Ids are counted with the
+teacher's own tokenizer over the text that came back, because servers report 0 reasoning tokens when `<think>` is part
+of the prompt. Seeds are sent, but a server's text still depends on its batch: what is promised is which requests are
+asked, not what they say.
+
+To try it against a real server on this machine:
+
+    transformers serve --port 8000 &
+    tracestill generate RECIPE -s teacher.engine='{type: http, base_url: http://localhost:8000/v1, model: /path/to/model}'
+"""
+
+import itertools
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import Any
+
+import httpx
+from transformers import PreTrainedTokenizerBase
+
+from configs import schema
+from configs.errors import UnusableInput
+from data.chat import Dialect, dialect_of
+from data.engine import Completion, ExpertStats, Request
+from data.records import FinishReason
+
+ATTEMPTS = 5
+FIRST_WAIT_S = 1.0
+BUSY = {408, 429, 500, 502, 503, 504}
+
+
+class HttpEngine:
+    """Chat completions over one pooled, kept-alive client with at most `concurrency` requests in flight.
+
+    The key comes from the environment variable that the recipe names and is never written anywhere. Logprobs stay
+    empty: a server's belong to its tokens, which its text does not give back.
+    """
+
+    name = "http"
+
+    def __init__(self, engine: schema.HttpEngine, model: str, tokenizer: PreTrainedTokenizerBase, *, first_wait_s: float = FIRST_WAIT_S) -> None:
+        self.engine, self.model, self.tokenizer, self.first_wait_s = engine, model, tokenizer, first_wait_s
+        self.version = f"{engine.base_url} {model}"
+        self.dialect: Dialect = dialect_of(tokenizer)
+        self._client: httpx.Client | None = None
+
+    @property
+    def client(self) -> httpx.Client:
+        if self._client is None:
+            key = os.environ.get(self.engine.api_key_env, "")
+            self._client = httpx.Client(
+                base_url=self.engine.base_url.rstrip("/") + "/",
+                headers={"Authorization": f"Bearer {key}"} if key else {},
+                timeout=httpx.Timeout(self.engine.timeout_s, connect=min(30.0, self.engine.timeout_s)),
+                limits=httpx.Limits(max_connections=self.engine.concurrency, max_keepalive_connections=self.engine.concurrency),
+            )
+        return self._client
+
+    def load(self) -> None:
+        """Asks the server for its models, so that a wrong address or key shows before a request is paid for.
+
+        Raises:
+            UnusableInput: nobody answers there, or the key is refused.
+        """
+        try:
+            answer = self.client.get("models")
+        except httpx.TransportError as error:
+            raise UnusableInput(f"teacher.engine.base_url {self.engine.base_url}: no answer ({error}); start the server or correct it") from error
+        if answer.status_code in (401, 403):
+            raise self._refusal(answer)
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        """Completions as they arrive. A request that stays unanswered after the retries comes back as `abort`."""
+        source = iter(requests)
+        with ThreadPoolExecutor(self.engine.concurrency, thread_name_prefix="http-teacher") as pool:
+            flying: set[Future[Completion]] = {pool.submit(self._ask, request) for request in itertools.islice(source, self.engine.concurrency)}
+            try:
+                while flying:
+                    done, flying = wait(flying, return_when=FIRST_COMPLETED)
+                    flying |= {pool.submit(self._ask, request) for request in itertools.islice(source, len(done))}
+                    for future in done:
+                        yield future.result()
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        raise UnusableInput("teacher.engine http: servers do not score given tokens; use engine type local or deepspeed")
+
+    def expert_stats(self) -> ExpertStats | None:
+        return None
+
+    def close(self) -> None:
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+
+    def _ask(self, request: Request) -> Completion:
+        started_at, started = time.time(), time.perf_counter()
+        answer = self._post(chat_request(request, self.model))
+        seconds = time.perf_counter() - started
+        if answer is None:
+            return Completion(request.request_id, (), (), "abort", started_at, seconds)
+        reason, text = read_choice(answer, self.dialect.prompt_opens_think)
+        ids = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
+        stop = self.dialect.stop_ids(self.tokenizer)[:1] if reason == "stop" else ()
+        return Completion(request.request_id, ids + stop, (), reason, started_at, seconds)
+
+    def _post(self, body: dict[str, Any]) -> dict[str, Any] | None:
+        """The parsed answer, or None when the server stays busy or silent. Waits double between attempts; a server's
+        Retry-After, in seconds, is honoured."""
+        for attempt in range(ATTEMPTS):
+            pause_s = self.first_wait_s * 2**attempt
+            try:
+                answer = self.client.post("chat/completions", json=body)
+            except httpx.TransportError:
+                time.sleep(pause_s)
+                continue
+            if answer.status_code == 200:
+                return answer.json()
+            if answer.status_code not in BUSY:
+                raise self._refusal(answer)
+            retry_after = answer.headers.get("retry-after", "")
+            time.sleep(float(retry_after) if retry_after.isdigit() else pause_s)
+        return None
+
+    def _refusal(self, answer: httpx.Response) -> UnusableInput:
+        said = " ".join(answer.text.split())[:200]
+        remedy = f"set {self.engine.api_key_env}" if answer.status_code in (401, 403) else "correct the recipe's model, sampling or prompt"
+        return UnusableInput(f"teacher.engine.base_url {self.engine.base_url}: HTTP {answer.status_code}: {said}; {remedy}")
+
+
+def chat_request(request: Request, model: str) -> dict[str, Any]:
+    """The JSON body of one chat completion. Seeds are cut to 31 bits: some servers read a C int."""
+    return {
+        "model": model,
+        "messages": [dict(message) for message in request.messages],
+        "max_tokens": request.max_tokens,
+        "temperature": request.temperature,
+        "top_p": request.top_p,
+        "seed": request.seed % (1 << 31),
+        "stream": False,
+    }
+
+
+def read_choice(answer: Mapping[str, Any], prompt_opens_think: bool) -> tuple[FinishReason, str]:
+    """Finish reason and the text as the model wrote it, think tags included.
+
+    Servers hand the reasoning over as `reasoning_content`, as `reasoning`, or inside the content; where a parser cut the
+    tags off they are put back. Reasoning without content that ended by length never closed its tag. An answer without
+    choices, or that ended for a reason of the server's own, is an abort.
+    """
+    choices = answer.get("choices") or []
+    reasons: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
+    reason = reasons.get(choices[0].get("finish_reason") or "", "abort") if choices else "abort"
+    if reason == "abort":
+        return "abort", ""
+    message = choices[0]["message"]
+    content = message.get("content") or ""
+    reasoning = message.get("reasoning_content") or message.get("reasoning") or ""
+    opening = "" if prompt_opens_think else "<think>"
+    if reasoning:
+        is_open = not content and reason == "length"
+        return reason, opening + reasoning + ("" if is_open else "</think>") + content
+    if "</think>" in content:
+        return reason, content.removeprefix("<think>") if prompt_opens_think else content
+    return reason, ("</think>" if prompt_opens_think and reason == "stop" else "") + content

@@ -1,0 +1,93 @@
+"""One process, plain transformers: the oracle that every other engine must match token for token, and the way a
+student or an export is asked."""
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from data.engine import Completion, ExpertStats, Request
+from teacher.runner import DTYPES, Dtype, Runner, build_runner, read_config
+from teacher.sparse_attention import attention_for, install
+
+log = logging.getLogger(__name__)
+
+
+class LocalEngine:
+    """A causal language model from a folder. batch_size: decode slots. max_length: prompt and output tokens a request
+    may hold, at most the model's positions. adapter: a PEFT folder, merged into the weights in memory."""
+
+    name = "local"
+    version = f"transformers {transformers.__version__}"
+
+    def __init__(
+        self,
+        model_dir: Path,
+        *,
+        dtype: Dtype = "fp32",
+        batch_size: int = 64,
+        max_length: int | None = None,
+        adapter: Path | None = None,
+        device: str | None = None,
+    ) -> None:
+        self.model_dir, self.dtype, self.batch_size, self.max_length = model_dir, dtype, batch_size, max_length
+        self.adapter = adapter
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._runner: Runner | None = None
+
+    @property
+    def runner(self) -> Runner:
+        self.load()
+        assert self._runner is not None
+        return self._runner
+
+    def load(self) -> None:
+        """Reads the weights; a second call does nothing. Raises UnusableInput for a folder that holds no model."""
+        if self._runner is None:
+            model = load_model(self.model_dir, self.dtype, self.device, self.adapter)
+            self._runner = build_runner(
+                model, model, model.config, self.model_dir, num_slots=self.batch_size, max_length=self.max_length, device=self.device
+            )
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        yield from self.runner.generate(requests)
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        return self.runner.score(sequences)
+
+    def expert_stats(self) -> ExpertStats | None:
+        return self.runner.expert_stats()
+
+    def close(self) -> None:
+        if self._runner is not None:
+            self._runner.watch.detach()
+            self._runner = None
+
+
+def load_model(model_dir: Path, dtype: Dtype, device: torch.device, adapter: Path | None = None) -> PreTrainedModel:
+    """The model in evaluation mode. Experts run as one grouped GEMM, the fastest on CPU for small models (11.5 k tokens/s
+    against 10.0 k eager and 1.1 k batched in training)."""
+    config = read_config(model_dir)
+    model = AutoModelForCausalLM.from_pretrained(
+        model_dir,
+        dtype=DTYPES[dtype],
+        attn_implementation=attention_for(config.model_type),
+        experts_implementation="grouped_mm" if getattr(config, "n_routed_experts", None) else None,
+    )
+    install(model)
+    if adapter is not None:
+        model = merge_adapter(model, adapter)
+    return model.to(device).eval()
+
+
+def merge_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
+    """The model with a PEFT adapter folded into its weights. In float32 that is exact to rounding; in bf16 an adapter
+    whose lora_B has a standard deviation of 1e-4 loses half its effect."""
+    from peft import PeftModel  # late: peft is slow to import and only students need it
+
+    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    assert isinstance(merged, PreTrainedModel)
+    return merged

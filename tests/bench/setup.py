@@ -1,0 +1,27 @@
+"""Installs the benchmarks' peers, each in an environment of its own under .bench/: their pins clash with ours and with each other."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).parents[2] / ".bench"
+# Name -> requirements. datatrove's inference extra needs an older numpy than the project.
+PEERS: dict[str, list[str]] = {"datatrove": ["datatrove[io]", "aiohttp"]}
+
+
+def install(name: str, requirements: list[str]) -> None:
+    """The environment .bench/NAME holds `requirements`; one that is already there is left alone."""
+    environment = FOLDER / name
+    stamp = environment / ".installed"
+    wanted = "\n".join(requirements)
+    if stamp.is_file() and stamp.read_text() == wanted:
+        return
+    subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
+    subprocess.run([str(environment / "bin" / "pip"), "install", "--quiet", *requirements], check=True)
+    stamp.write_text(wanted)
+
+
+if __name__ == "__main__":
+    for name, requirements in PEERS.items():
+        install(name, requirements)
+        print(f"{name}: .bench/{name}")

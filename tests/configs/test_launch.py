@@ -1,0 +1,86 @@
+"""Ranks: how they report, how they end, and that none outlives whoever started it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from configs.errors import Interrupted, Refused, UnusableInput
+from configs.launch import StageFailed, _failure, _run, rank_environment, rank_error_line
+
+
+def run(code: str, tmp_path: Path) -> None:
+    _run([sys.executable, "-c", code], dict(os.environ), tmp_path / "log", lambda: None)
+
+
+@pytest.mark.parametrize("kind", [UnusableInput, Refused, Interrupted])
+def test_a_rank_that_knows_what_is_wrong_keeps_its_kind_through_torchrun(tmp_path: Path, kind: type) -> None:
+    line = rank_error_line(kind("weights/none: no such folder"))
+    with pytest.raises(kind, match="weights/none: no such folder"):
+        run(f"import sys; print({line!r}); sys.exit(1)", tmp_path)  # torchrun turns every exit code into 1
+
+
+def test_an_unexpected_exception_is_quoted_with_the_log(tmp_path: Path) -> None:
+    with pytest.raises(StageFailed, match="RuntimeError: gloo went away") as raised:
+        run("raise RuntimeError('gloo went away')", tmp_path)
+    assert str(tmp_path / "log") in str(raised.value)
+
+
+def test_only_this_start_of_the_log_is_read(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("error[2]: of an earlier run\n")
+    start = log.stat().st_size
+    assert "earlier" not in str(_failure(log, start, 1))
+
+
+def test_a_rank_dies_with_its_parent(tmp_path: Path) -> None:
+    child = tmp_path / "pid"
+    code = (
+        "from pathlib import Path; from configs.launch import _run; import os, sys;"
+        f"_run([sys.executable, '-c', \"import os, time; open({str(child)!r}, 'w').write(str(os.getpid())); time.sleep(60)\"],"
+        f" dict(os.environ), Path({str(tmp_path / 'log')!r}), lambda: None)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
+    while not (child.exists() and child.read_text()):
+        time.sleep(0.02)
+    pid = int(child.read_text())
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 5
+    while alive(pid):
+        assert time.monotonic() < deadline, "the rank outlived its parent"
+        time.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    """Zombies wait for whoever adopted them; they are not alive."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_an_interrupted_launcher_ends_its_ranks(tmp_path: Path) -> None:
+    child = tmp_path / "pid"
+
+    def poll() -> None:
+        if child.exists() and child.read_text():
+            raise Interrupted("asked to stop")
+
+    code = f"import os, time; open({str(child)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    with pytest.raises(Interrupted):
+        _run([sys.executable, "-c", code], dict(os.environ), tmp_path / "log", poll)
+    assert not alive(int(child.read_text()))
+    assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
+
+
+def test_cpu_ranks_get_one_thread_and_a_private_extension_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    environment = rank_environment(tmp_path / "ext")
+    assert environment["TORCH_EXTENSIONS_DIR"] == str(tmp_path / "ext")
+    if environment["DS_ACCELERATOR"] == "cpu":
+        assert environment["OMP_NUM_THREADS"] == "1" and environment["GLOO_SOCKET_IFNAME"] == "lo"

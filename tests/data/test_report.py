@@ -1,0 +1,224 @@
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from configs.errors import UnusableInput
+from data import plots
+from data.report import report_json, result_table, write_report
+from data.report_items import MAX_TEXT, shortened
+from data.report_page import GateLine, verdict_of
+from data.report_summary import FIGURES
+from data.report_traces import effective_share, length_facts, relative_load
+from data.store import RunFolder
+from tests.data.synthetic_run import EVIL, make_run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    return make_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def page(run: RunFolder) -> str:
+    return write_report(run).read_text()
+
+
+class Collected(HTMLParser):
+    """Tags with their attributes, and the visible text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.unbalanced: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "br", "img", "link"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        if self.open and self.open[-1] == tag:
+            self.open.pop()
+        else:
+            self.unbalanced.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def collected(page: str) -> Collected:
+    parser = Collected()
+    parser.feed(page)
+    return parser
+
+
+# --- the JSON object ---------------------------------------------------------------------------------------------
+
+
+def test_the_summary_has_exactly_the_promised_keys(run: RunFolder) -> None:
+    summary = report_json(run)
+    assert list(summary) == ["teacher", "base", "student", "export", "ledger", "seconds"]
+    for name in ("teacher", "base", "student"):
+        figures = summary[name]
+        assert figures is not None
+        assert tuple(figures) == FIGURES and set(figures["by_family"]) == {
+            "chain_sum",
+            "facts",
+            "letter_counting",
+            "spell_backward",
+        }
+    assert summary["export"] is None
+    assert summary["ledger"] is not None and list(summary["ledger"]) == [
+        "requested", "completed", "failed", "pending", "kept", "rejected", "unjudged",
+        "failed_by_reason", "rejected_by_reason", "unjudged_by_reason",
+    ]  # fmt: skip
+    assert summary["seconds"] == {
+        "prompts": 2.5,
+        "generate": 210.0,
+        "data": 4.0,
+        "train": 230.0,
+        "evaluate": 150.0,
+        "export": None,
+    }
+    json.dumps(summary, allow_nan=False)
+
+
+def test_the_ledger_of_the_summary_balances(run: RunFolder) -> None:
+    ledger = report_json(run)["ledger"]
+    assert ledger is not None and ledger["kept"] is not None and ledger["rejected"] is not None and ledger["unjudged"] is not None
+    assert ledger["requested"] == ledger["completed"] + ledger["failed"] + ledger["pending"]
+    assert ledger["completed"] == ledger["kept"] + ledger["rejected"] + ledger["unjudged"]
+    assert sum(ledger["rejected_by_reason"].values()) == ledger["rejected"]
+
+
+def test_an_empty_run_folder_has_a_summary_of_nulls_and_a_page(tmp_path: Path) -> None:
+    summary = report_json(RunFolder(tmp_path))
+    assert summary["teacher"] is summary["student"] is summary["ledger"] is None
+    assert set(summary["seconds"].values()) == {None}
+    assert "Not evaluated yet" in write_report(RunFolder(tmp_path)).read_text()
+
+
+def test_a_run_that_was_not_evaluated_still_reports_its_traces_and_ledger(tmp_path: Path) -> None:
+    run = make_run(tmp_path, evaluated=False)
+    page = write_report(run).read_text()
+    assert "Not evaluated yet" in page and "The ledger" in page and "Sample traces" in page and "Accuracy by family" not in page
+    assert report_json(run)["seconds"]["train"] is None
+
+
+def test_damaged_figures_are_one_clear_line(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    (run.evaluation / "student.json").write_text('{"metrics": {"accuracy": 1.0}}')
+    with pytest.raises(UnusableInput, match=r"student.json.*by_family.*tracestill evaluate"):
+        report_json(run)
+
+
+def test_rows_that_changed_after_the_evaluation_are_refused(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    rows = run.evaluation / "base.arrow"
+    rows.write_bytes(rows.read_bytes()[:-1])
+    with pytest.raises(UnusableInput, match=r"base\.arrow: sha256"):
+        write_report(run)
+
+
+def test_the_table_has_a_column_a_model_and_a_row_a_family(run: RunFolder) -> None:
+    table = result_table(report_json(run))
+    assert [column.header for column in table.columns] == ["", "teacher", "base", "student"]
+    assert table.row_count == 1 + 4 + 4
+
+
+# --- the page ----------------------------------------------------------------------------------------------------
+
+
+def test_the_page_fetches_nothing_and_runs_no_script(page: str) -> None:
+    found = collected(page)
+    assert not re.findall(r"https?://|//[a-z]+\.|@import|url\((?!#)", page)
+    assert not {tag for tag, _ in found.tags} & {"script", "link", "iframe", "img", "object", "embed", "base", "form"}
+    for tag, attributes in found.tags:
+        for name, value in attributes.items():
+            assert not name.startswith("on"), f"{tag} {name}"
+            if name in ("src", "href", "xlink:href"):
+                assert (value or "").startswith(("#", "data:image/png")), f"{tag} {name}={value}"
+
+
+def test_text_from_traces_and_answers_is_escaped(page: str) -> None:
+    assert "<script" not in page.lower()
+    assert page.count("&lt;script&gt;alert(&#39;trace&#39;)&lt;/script&gt;") >= 2  # a sample trace, and a compared answer
+    assert EVIL in collected(page).text
+
+
+PARTS = (
+    "The student learnt it",
+    "Hallucination rate",
+    "Accuracy by family",
+    "The same question, before and after",
+    "Trace lengths",
+    "Training",
+    "Expert load",
+    "The ledger",
+    "Where the time went",
+    "Sample traces",
+    "Where it comes from",
+)
+
+
+def test_the_page_is_well_formed_and_shows_every_part(page: str) -> None:
+    found = collected(page)
+    assert not found.open and not found.unbalanced
+    for part in PARTS:
+        assert part in found.text, part
+    assert sum(tag == "svg" for tag, _ in found.tags) == 3
+    assert "prefers-color-scheme: dark" in page and "#0102" not in page  # plots follow the page's colours
+
+
+def test_equal_runs_give_equal_pages(run: RunFolder, page: str) -> None:
+    assert write_report(run).read_text() == page
+
+
+def test_the_verdict_follows_the_gates() -> None:
+    figures = {"accuracy": 0.5, "by_family": {}, "hallucination_rate": None, "abstention_rate": None, "omniscience_index": None,
+               "reasoning_tokens_per_correct": None}  # fmt: skip
+    found = {"teacher": figures | {"accuracy": 0.8}, "base": figures | {"accuracy": 0.1}, "student": figures}
+    passed, failed = GateLine("accuracy", 0.5, "at least 0.4", True), GateLine("hallucination_rate", None, "at most 0.3", False)
+    good = verdict_of(found, [passed], gated=True)  # type: ignore[arg-type]
+    assert good.tone == "good" and "From 10.0 % to 50.0 %" in good.sentence and "62% of what its teacher" in good.sentence
+    bad = verdict_of(found, [passed, failed], gated=True)  # type: ignore[arg-type]
+    assert bad.tone == "bad" and "Not passed: hallucination_rate" in bad.sentence
+    assert verdict_of(found, [], gated=False).headline == "Ungated"  # type: ignore[arg-type]
+    assert verdict_of({}, [], gated=False).tone == "open"
+
+
+# --- figures on the page -----------------------------------------------------------------------------------------
+
+
+def test_expert_figures_equal_the_ones_computed_by_hand() -> None:
+    assert relative_load([2, 4, 6]) == [0.5, 1.0, 1.5] and relative_load([0, 0]) == [0.0, 0.0]
+    assert effective_share([5, 5, 5, 5]) == pytest.approx(1.0)
+    assert effective_share([9, 0, 0, 0]) == pytest.approx(0.25)
+
+
+def test_percentiles_are_lengths_that_occurred() -> None:
+    facts = dict(length_facts({"a": list(range(1, 51)), "b": list(range(51, 101))}))
+    assert (
+        facts["median, 95th percentile"] == "50 and 95 tokens"
+        and facts["longest"] == "100 tokens"
+        and facts["output tokens"] == "5,050"
+    )
+
+
+def test_long_text_is_cut_and_says_so() -> None:
+    assert shortened("x" * MAX_TEXT) == "x" * MAX_TEXT
+    assert shortened("x" * (MAX_TEXT + 5)).endswith("[... 5 more characters]")
+
+
+def test_plots_take_names_that_look_like_markup_or_formulas() -> None:
+    svg = plots.length_histogram({"$x^2$ <b>&": [1, 2, 3], **{f"task{n}": [4] for n in range(9)}})
+    assert "$x^2$ &lt;b&gt;&amp;" in svg and "5 other tasks" in svg
+    assert plots.length_histogram({"one": [7]})

@@ -1,0 +1,96 @@
+"""The runner of stages: skip what is done, refuse what cannot start, seal last."""
+
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from configs.errors import UnusableInput
+from configs.load import Loaded, load_recipe
+from data.stage import Context, Outcome, Stage, exclusive, first_difference, open_run, run_stage
+from data.store import RunFolder, read_rollup
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> Context:
+    loaded = load_recipe("embedded")
+    run = open_run(Loaded(loaded.recipe, loaded.path), tmp_path / "run")
+    return Context(loaded, run, "embedded", (), Console(quiet=True))
+
+
+def stage(calls: list[str], *, depends: tuple[str, ...] = (), value: int = 1, name: str = "one") -> Stage:
+    def act(context: Context, show: object) -> Outcome:
+        calls.append(name)
+        path = context.run.root / name / "made.txt"
+        path.write_text(f"{value}")
+        return Outcome([path], {"value": value})
+
+    return Stage(name, "things", lambda run: run.root / name, depends, lambda context: {"value": value}, act, lambda context: "")
+
+
+def test_a_finished_stage_is_not_run_again(context: Context) -> None:
+    calls: list[str] = []
+    first = run_stage(stage(calls), context)
+    assert run_stage(stage(calls), context) == first and calls == ["one"]
+
+
+def test_another_value_a_missing_file_or_another_input_runs_it_again(context: Context) -> None:
+    calls: list[str] = []
+    run_stage(stage(calls), context)
+    run_stage(stage(calls, value=2), context)
+    (context.run.root / "one" / "made.txt").unlink()
+    run_stage(stage(calls, value=2), context)
+    assert calls == ["one"] * 3
+    run_stage(stage(calls, depends=("one",), name="two"), context)
+    run_stage(stage(calls, value=3), context)
+    run_stage(stage(calls, depends=("one",), name="two"), context)
+    assert calls[3:] == ["two", "one", "two"]
+
+
+def test_a_missing_input_is_named_before_anything_is_made(context: Context) -> None:
+    with pytest.raises(UnusableInput, match="run the stage that makes absent/ first"):
+        run_stage(stage([], depends=("absent",)), context)
+    assert not (context.run.root / "one").exists()
+
+
+def test_a_stage_that_fails_is_not_sealed_and_its_seconds_still_count(context: Context) -> None:
+    def fail(context: Context, show: object) -> Outcome:
+        raise RuntimeError("in the middle")
+
+    failing = Stage("one", "things", lambda run: run.root / "one", (), lambda context: {"value": 1}, fail, lambda context: "")
+    with pytest.raises(RuntimeError):
+        run_stage(failing, context)
+    assert read_rollup(context.run.root / "one") is None
+    noted = context.run.cache / "one.seconds.json"
+    seconds = json.loads(noted.read_text())
+    noted.write_text(json.dumps(seconds | {"seconds": 100.0}))
+    assert run_stage(stage([]), context).seconds >= 100
+
+
+def test_a_stage_is_run_by_one_process_at_a_time(context: Context) -> None:
+    with exclusive(context.run, "train"), pytest.raises(UnusableInput, match="already running here"), exclusive(context.run, "train"):
+        pass
+    with exclusive(context.run, "train"):
+        pass
+
+
+def test_the_first_difference_is_a_dotted_key() -> None:
+    assert first_difference({"a": {"b": [1, 2]}}, {"a": {"b": [1, 3]}}) == ("a.b.1", 2, 3)
+    assert first_difference({"a": 1}, {"a": 1}) is None
+    assert first_difference({"a": 1}, {"a": 1, "b": 2}) == ("b", None, 2)
+
+
+def test_a_folder_that_is_no_run_of_ours_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("something: else\n")
+    with pytest.raises(UnusableInput, match="not a configuration written by tracestill"):
+        open_run(load_recipe("embedded"), tmp_path / "run")
+
+
+def test_opening_twice_keeps_the_first_configuration(tmp_path: Path) -> None:
+    first = open_run(load_recipe("embedded"), tmp_path / "run")
+    text = first.config.read_text()
+    assert open_run(load_recipe("embedded"), tmp_path / "run") == RunFolder(tmp_path / "run") and first.config.read_text() == text
+    with pytest.raises(UnusableInput, match=r"train\.lr = 0\.003, this recipe says 0\.1"):
+        open_run(load_recipe("embedded", ["train.lr=0.1"]), tmp_path / "run")

@@ -1,0 +1,153 @@
+"""The whole product, small: every stage, then nothing to do, then killed everywhere and none the worse."""
+
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import httpx
+import yaml
+
+from data.ledger import read_ledger
+from data.store import RunFolder
+from student.evaluate import read_results
+from tests.e2e.commands import command, environment, kill_when, tracestill
+
+KEYS = {"accuracy", "by_family", "hallucination_rate", "abstention_rate", "omniscience_index", "reasoning_tokens_per_correct"}
+LEDGER_KEYS = {"requested", "completed", "failed", "pending", "kept", "rejected", "unjudged"}
+STAGES = ("prompts", "generate", "data", "train", "evaluate", "export", "report")
+
+
+def summary(run: RunFolder) -> dict:
+    ended = tracestill("report", str(run.root), "--json", cwd=run.root)
+    assert ended.code == 0, ended.err
+    return json.loads(ended.out.splitlines()[-1])
+
+
+def test_the_report_says_everything_a_reader_is_owed(finished: RunFolder) -> None:
+    found = summary(finished)
+    for model in ("teacher", "base", "student", "export"):
+        assert set(found[model]) >= KEYS, model
+    assert set(found["ledger"]) >= LEDGER_KEYS and set(found["seconds"]) >= set(STAGES) - {"report"}
+    ledger = found["ledger"]
+    assert ledger["requested"] == 128 == ledger["completed"] + ledger["failed"] + ledger["pending"] and ledger["pending"] == 0
+    assert ledger["completed"] == ledger["kept"] + ledger["rejected"] + ledger["unjudged"]
+    assert ledger["rejected"] == sum(ledger["rejected_by_reason"].values())
+    page = (finished.report / "index.html").read_text()
+    assert 'src="http' not in page and 'href="http' not in page
+
+
+def test_the_teacher_is_far_better_than_the_base(finished: RunFolder) -> None:
+    found = summary(finished)
+    assert found["teacher"]["accuracy"] >= 0.8 and found["base"]["accuracy"] <= 0.4
+    assert found["base"]["hallucination_rate"] > 0.5 > found["teacher"]["hallucination_rate"]
+    assert found["export"]["accuracy"] == found["student"]["accuracy"]  # float32, and the same items
+
+
+def test_a_second_run_does_nothing_and_says_so(finished: RunFolder) -> None:
+    started = time.monotonic()
+    ended = tracestill("run", "embedded", "--run-dir", str(finished.root), cwd=finished.root, small=True)
+    assert ended.code == 0 and ended.out.count("already complete") == len(STAGES), ended.out + ended.err
+    assert time.monotonic() - started < 20  # 10 s on a free machine; the suite shares its cores
+
+
+def test_every_hash_of_a_finished_run_holds(finished: RunFolder) -> None:
+    ended = tracestill("data", "verify", str(finished.root), cwd=finished.root)
+    assert ended.code == 0 and "verified" in ended.out
+
+
+def test_a_gate_that_fails_exits_3_and_keeps_the_run(finished: RunFolder, tmp_path: Path) -> None:
+    """The same run under a recipe with a gate nobody passes; its configuration is made to agree, its figures are not touched."""
+    shutil.copytree(finished.root, tmp_path / "r")
+    config = tmp_path / "r" / "config.yaml"
+    gate = {"accuracy": {"min": 1.0, "max": None}}
+    stored = yaml.safe_load(config.read_text())
+    stored["recipe"]["evaluate"]["gates"] = gate
+    config.write_text(yaml.safe_dump(stored))
+    words = [*command("evaluate", "embedded", "--run-dir", "r", "--json", small=True), "-s", "evaluate.gates={accuracy: {min: 1.0}}"]
+    ended = subprocess.run(words, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+    assert ended.returncode == 3 and "accuracy" in ended.stderr and "expected >= 1" in ended.stderr
+    assert "student" in json.loads(ended.stdout.splitlines()[-1])
+
+
+def test_the_export_serves_what_was_evaluated(finished: RunFolder) -> None:
+    """Real `transformers serve`, offline: greedy answers over HTTP equal the ones the evaluation recorded."""
+    rows = [row for row in read_results(finished, "export") if row.finish_reason == "stop" and not row.problem][:4]
+    with serving(finished.export / "merged") as ask:
+        for row in rows:
+            answer = ask(row.question)
+            assert answer == f"<think>{row.reasoning}</think>{row.answer}", row.question
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[Callable[[str], str]]:
+    """`transformers serve FOLDER` on a free port; yields a function from a question to the reply's text."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen(
+        [str(Path(sys.executable).parent / "transformers"), "serve", str(folder), "--host", "127.0.0.1", "--port", str(port)],
+        env=environment() | {"HF_HUB_OFFLINE": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+
+    def ask(question: str) -> str:
+        body = {"model": str(folder), "messages": [{"role": "user", "content": question}], "temperature": 0.0, "max_tokens": 128}
+        reply = httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=body, timeout=60)
+        reply.raise_for_status()
+        return reply.json()["choices"][0]["message"]["content"]
+
+    try:
+        deadline = time.monotonic() + 120
+        while True:  # not /v1/models: it needs a hub cache folder
+            with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+                break
+            assert server.poll() is None and time.monotonic() < deadline, "the server never listened"
+            time.sleep(0.2)
+        yield ask
+    finally:
+        server.kill()
+        server.wait()
+
+
+# --- killed in every stage ---------------------------------------------------------------------------------------
+
+
+def _segments(folder: Path, count: int) -> Callable[[], bool]:
+    return lambda: folder.is_dir() and len(list(folder.glob("*.json"))) >= count
+
+
+READY: dict[str, Callable[[RunFolder], Callable[[], bool]]] = {
+    "prompts": lambda run: lambda: run.config.exists(),
+    "generate": lambda run: _segments(run.traces, 3),
+    "data": lambda run: lambda: run.verdicts.is_dir(),
+    "train": lambda run: lambda: any(run.checkpoints.glob("step-*")) if run.checkpoints.is_dir() else False,
+    "evaluate": lambda run: _segments(run.evaluation / "base.items", 1),
+    "export": lambda run: lambda: run.export.is_dir(),
+    "report": lambda run: lambda: (run.export / "manifest.json").exists(),
+}
+
+
+def test_killed_in_every_stage_it_continues_to_the_same_ledger(finished: RunFolder, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "r")
+    for stage, ready in READY.items():
+        assert kill_when(ready(run), "run", "embedded", "--run-dir", "r", cwd=tmp_path) == -signal.SIGKILL, stage
+    ended = tracestill("run", "embedded", "--run-dir", "r", cwd=tmp_path, small=True)
+    assert ended.code == 0, ended.out + ended.err
+    assert read_ledger(run) == read_ledger(finished)
+    one, other = summary(run), summary(finished)
+    assert one["ledger"] == other["ledger"]
+    assert tracestill("data", "verify", str(run.root), cwd=tmp_path).code == 0
+
+
+def test_asked_to_stop_it_exits_75_with_everything_committed(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "r")
+    code = kill_when(_segments(run.traces, 1), "run", "embedded", "--run-dir", "r", cwd=tmp_path, number=signal.SIGTERM)
+    assert code == 75
+    ledger = read_ledger(run)
+    assert ledger.completed >= 8 and ledger.requested == ledger.completed + ledger.failed + ledger.pending

@@ -1,0 +1,77 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from configs.schema import Gate, Recipe
+from data.store import sha256_file
+from student.card import CardFacts, PromptSource, cell, gather, render_card
+from student.evaluate import read_metrics
+from student.gates import judge
+from student.parity import Parity
+from student.scoring import Metrics
+from tests.data.synthetic_run import make_run
+
+RECIPE = Recipe.model_validate(
+    {
+        "name": "card",
+        "teacher": {"model": "weights/T", "licence": "MIT"},
+        "student": {"model": "weights/S", "licence": "Apache-2.0"},
+    }
+)
+FINDINGS = Parity("bf16", 1.2e-3, 0.5, 0.9976, 192, 1, 40)
+
+
+@pytest.fixture(scope="module")
+def facts(tmp_path_factory: pytest.TempPathFactory) -> CardFacts:
+    run = make_run(tmp_path_factory.mktemp("run"))
+    metrics: dict[str, Metrics] = {}
+    for name in ("teacher", "base", "student"):
+        found = read_metrics(run, name)
+        assert found is not None
+        metrics[name] = found
+    gates = judge({"accuracy": Gate(min=0.1), "hallucination_rate": Gate(max=0.0)}, student=metrics["student"])
+    gathered = gather(run, RECIPE, metrics, gates)
+    assert gathered.dataset_sha256 == sha256_file(run.dataset / "manifest.json") and gathered.train_rows > 0
+    return gathered
+
+
+def test_the_card_states_where_the_student_comes_from(facts: CardFacts) -> None:
+    card = render_card(facts, FINDINGS)
+    for stated in (
+        "weights/T, licence MIT",
+        "weights/S, licence Apache-2.0",
+        facts.dataset_sha256,
+        facts.revision,
+        "made up: 15, licence MIT",
+    ):
+        assert stated in card, stated
+    assert f"{facts.train_rows} training and 0 validation traces" in card
+    assert str(Path.cwd()) not in card
+
+
+def test_the_card_shows_every_model_and_every_gate(facts: CardFacts) -> None:
+    card = render_card(facts, FINDINGS)
+    assert "|  | teacher | base | student |" in card and "| accuracy, chain_sum | " in card
+    assert "1 of 2 gates passed" in card and "| hallucination_rate | " in card and "refused" in card
+    assert "99.76 % of the adapter's effect" in card and "192 greedy tokens" in card
+
+
+def test_a_card_without_gates_says_ungated(facts: CardFacts) -> None:
+    card = render_card(dataclasses.replace(facts, gates=()), FINDINGS)
+    assert "**ungated**" in card and "| gate |" not in card
+
+
+def test_front_matter_and_recipe_are_yaml_that_parses(facts: CardFacts) -> None:
+    card = render_card(facts, FINDINGS)
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert front["license"] == "apache-2.0" and front["base_model"] == "weights/S"
+    recipe = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
+    assert Recipe.model_validate(recipe) == RECIPE
+
+
+def test_a_source_name_cannot_break_its_table() -> None:
+    assert cell("a | b\nc") == "a \\| b c"
+    source = PromptSource("x|y", "MIT", 1)
+    assert cell(source.source) == "x\\|y"

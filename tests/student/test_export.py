@@ -1,0 +1,219 @@
+import json
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
+
+from configs.errors import UnusableInput
+from configs.schema import Export
+from data.byte_tokenizer import build_byte_tokenizer
+from data.chat import dialect_of, encode_prompt
+from data.records import Message
+from data.store import RunFolder
+from student import parity
+from student.export import Exported, export_merged, exported_files, load_adapted
+from tests.student.test_evaluate import CHATML, embedded_template
+
+PROMPTS: list[list[Message]] = [
+    [{"role": "user", "content": text}] for text in ("12 + 30?", "Spell abc backwards.", "Which metal?")
+]
+TRACES: list[list[Message]] = [
+    [*prompt, {"role": "assistant", "content": "42", "reasoning_content": "1+3, 2+0."}] for prompt in PROMPTS
+]
+
+
+def make_base(folder: Path, *, tied: bool) -> Path:
+    """A random two-layer Qwen3 with the embedded student's tokenizer."""
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=264, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=16, max_position_embeddings=256, tie_word_embeddings=tied, initializer_range=0.2,
+    )  # fmt: skip
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    build_byte_tokenizer(
+        CHATML, eos="<|im_end|>", pad="<|endoftext|>", chat_template=embedded_template("student")
+    ).save_pretrained(folder)
+    return folder
+
+
+def make_adapter(base: Path, folder: Path, *, std: float = 0.05, targets: str | list[str] = "all-linear") -> Path:
+    """A LoRA adapter with a random lora_B, as if trained; std 0 is one that never took a step."""
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM"))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=std)
+    adapted.save_pretrained(str(folder), save_embedding_layers=False)
+    return folder
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_base(tmp_path_factory.mktemp("base"), tied=request.param)
+
+
+def export(base: Path, adapter: Path, run: RunFolder, dtype: str = "fp32") -> Exported:
+    settings = Export.model_validate({"dtype": dtype})
+    return export_merged(
+        str(base), adapter, settings, run, prompts=PROMPTS, conversations=TRACES, card=lambda findings: f"card {findings.dtype}"
+    )
+
+
+def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_the_exported_folder_is_base_plus_adapter(base: Path, tmp_path: Path, dtype: str) -> None:
+    adapter = make_adapter(base, tmp_path / "adapter")
+    exported = export(base, adapter, RunFolder(tmp_path), dtype)
+    reference = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), str(adapter)).eval()
+    reloaded = AutoModelForCausalLM.from_pretrained(exported.folder, dtype="auto")
+    assert {parameter.dtype for parameter in reloaded.parameters()} == {parity_dtype(dtype)}
+    ids = torch.tensor([encode_prompt(tokenizer_of(base), PROMPTS[0])])  # type: ignore[arg-type]
+    with torch.no_grad():
+        ours, theirs = reloaded.float()(ids).logits, reference(ids).logits
+    # logits are of order 1; weights were rounded once to 24, 11 or 8 bits
+    assert torch.allclose(ours, theirs, atol={"fp32": 1e-4, "fp16": 2e-2, "bf16": 2e-1}[dtype])
+    assert exported.parity.logit_error < parity.LOGIT_BOUND[dtype] and exported.parity.tokens > 0
+    assert exported.parity.adapter_kept > 0.9 and exported.parity.twins == len(PROMPTS) + len(TRACES)
+
+
+def parity_dtype(dtype: str) -> torch.dtype:
+    return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
+
+
+def test_the_folder_holds_what_a_server_needs(base: Path, tmp_path: Path) -> None:
+    exported = export(base, make_adapter(base, tmp_path / "adapter"), RunFolder(tmp_path))
+    names = {path.name for path in exported_files(exported.folder)}
+    assert {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "chat_template.jinja",
+        "generation_config.json",
+        "README.md",
+    } <= names
+    assert exported.folder == tmp_path / "export" / "merged" and [path.name for path in (tmp_path / "export").iterdir()] == [
+        "merged"
+    ]
+    assert (exported.folder / "README.md").read_text() == "card fp32"
+    tokenizer = tokenizer_of(base)
+    generation = json.loads((exported.folder / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == list(dialect_of(tokenizer).stop_ids(tokenizer))
+    assert generation["pad_token_id"] == tokenizer.pad_token_id
+    assert stat.S_IMODE((exported.folder / "model.safetensors").stat().st_mode) & 0o044  # others may read the weights
+
+
+def test_tied_heads_stay_tied_when_the_adapter_leaves_them_alone(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", tied=True)
+    exported = export(base, make_adapter(base, tmp_path / "adapter"), RunFolder(tmp_path))
+    before, after = load_file(base / "model.safetensors"), load_file(exported.folder / "model.safetensors")
+    assert "lm_head.weight" not in after
+    assert torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_an_adapter_on_a_tied_head_is_kept_and_the_embedding_is_not_touched(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", tied=True)
+    adapter = make_adapter(base, tmp_path / "adapter", targets=["lm_head", "q_proj"])
+    exported = export(base, adapter, RunFolder(tmp_path))
+    before, after = load_file(base / "model.safetensors"), load_file(exported.folder / "model.safetensors")
+    assert torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
+    assert not torch.equal(after["lm_head.weight"], after["model.embed_tokens.weight"])
+    assert json.loads((exported.folder / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_an_adapter_that_never_learnt_is_refused(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnusableInput, match="adapter changes no logit"):
+        export(base, make_adapter(base, tmp_path / "adapter", std=0.0), RunFolder(tmp_path))
+    assert not list((tmp_path / "export").iterdir())
+
+
+def test_a_bf16_export_that_rounds_the_adapter_away_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", tied=False)
+    weights = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(base / "model.safetensors").items()}
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})  # a base that bf16 holds exactly
+    adapter = make_adapter(base, tmp_path / "adapter", std=1e-5)
+    with pytest.raises(UnusableInput, match=r"nearer to the base.*set export.dtype: fp32"):
+        export(base, adapter, RunFolder(tmp_path), "bf16")
+    assert export(base, adapter, RunFolder(tmp_path), "fp32").parity.adapter_kept > 0.9
+
+
+def observed_and_folder(base: Path, tmp_path: Path) -> tuple[list[parity.Observed], Path]:
+    adapter = make_adapter(base, tmp_path / "adapter")
+    folder = export(base, adapter, RunFolder(tmp_path)).folder
+    return parity.observe(load_adapted(str(base), adapter), tokenizer_of(base), PROMPTS), folder
+
+
+def check(folder: Path, base: Path, observed: list[parity.Observed]) -> parity.Parity:
+    return parity.check(folder, observed, tokenizer_of(base), PROMPTS, TRACES, dtype="fp32")
+
+
+def test_parity_finds_altered_weights_a_lost_layer_and_a_broken_file(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", tied=False)
+    observed, folder = observed_and_folder(base, tmp_path)
+    assert check(folder, base, observed).near_ties == 0
+    file = folder / "model.safetensors"
+    good = load_file(file)
+    for name, wrong in {
+        "one row of one matrix": good
+        | {"model.layers.1.mlp.down_proj.weight": rolled(good["model.layers.1.mlp.down_proj.weight"])},
+        "the base's own weights": load_file(base / "model.safetensors"),
+        "not a number": good | {"model.norm.weight": good["model.norm.weight"] * float("nan")},
+    }.items():
+        save_file(wrong, file, metadata={"format": "pt"})
+        with pytest.raises(UnusableInput, match="logits are off by"):
+            check(folder, base, observed)
+            pytest.fail(f"passed with {name}")
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UnusableInput, match="weights file is damaged"):
+        check(folder, base, observed)
+
+
+def rolled(weight: torch.Tensor) -> torch.Tensor:
+    changed = weight.clone()
+    changed[0] = changed[0].roll(1)
+    return changed
+
+
+def test_parity_finds_a_template_that_drifted_by_one_newline(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", tied=False)
+    observed, folder = observed_and_folder(base, tmp_path)
+    template = folder / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<|im_start|>assistant\\n", "<|im_start|>assistant\\n\\n"))
+    with pytest.raises(UnusableInput, match="served prompt differs from the trained one at id"):
+        check(folder, base, observed)
+
+
+def test_a_failed_check_leaves_the_earlier_export_and_no_leftovers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = make_base(tmp_path / "base", tied=False)
+    adapter, run = make_adapter(base, tmp_path / "adapter"), RunFolder(tmp_path)
+    first = (export(base, adapter, run).folder / "model.safetensors").read_bytes()
+    (run.export / ".merged.dead.tmp").mkdir()  # as a killed attempt leaves it
+    monkeypatch.setitem(parity.LOGIT_BOUND, "bf16", 1e-9)
+    with pytest.raises(UnusableInput, match="logits are off"):
+        export(base, adapter, run, "bf16")
+    assert [path.name for path in run.export.iterdir()] == ["merged"]
+    assert (run.export / "merged" / "model.safetensors").read_bytes() == first
+
+
+def test_a_near_tie_may_fall_either_way_and_a_clear_lead_may_not() -> None:
+    adapted = torch.tensor([[0.0, 1.0, 0.9], [0.0, 3.0, 1.0], [0.0, 0.0, 0.0]])
+    one = parity.Observed(torch.tensor([0, 1, 1]), 1, adapted, torch.zeros_like(adapted))
+    tied, clear = adapted.clone(), adapted.clone()
+    tied[0, 2] = 1.05
+    clear[1, 2] = 3.5
+    assert parity.compare_greedy([tied], [one], slack=0.2) == (2, 1)
+    with pytest.raises(UnusableInput, match="writes id 2, the trained one id 1 with a lead of 2 logits"):
+        parity.compare_greedy([clear], [one], slack=0.2)
+
+
+def test_a_missing_adapter_is_one_clear_line(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnusableInput, match=r"adapter_config.json"):
+        export(base, tmp_path / "nothing", RunFolder(tmp_path))

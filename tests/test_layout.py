@@ -1,0 +1,38 @@
+"""The repository is what it says: folders are packages, `data/` is ours, and nothing heavy loads before it is needed."""
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("configs", "data", "teacher", "student", "generate", "train", "slurm")
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_each_package_resolves_to_this_repository(name: str) -> None:
+    module = importlib.import_module(name)
+    assert module.__file__ is not None and Path(module.__file__).parent == ROOT / name
+
+
+def _loads(statement: str) -> set[str]:
+    code = f"import sys; {statement}; print(' '.join(m for m in ('torch', 'transformers', 'deepspeed', 'wandb', 'datasets') if m in sys.modules))"
+    return set(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split())
+
+
+@pytest.mark.parametrize("module", ["tracestill", "configs.load", "configs.launch", "data.store", "data.ledger", "data.stage", "slurm.submit", "teacher.plan"])
+def test_planning_and_status_need_no_torch(module: str) -> None:
+    assert _loads(f"import {module}") == set()
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = "import sys; sys.argv = ['tracestill', '--help']; import tracestill\ntry: tracestill.main()\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "Commands" in shown and shown.strip().endswith("False")
+
+
+def test_no_generated_folder_hides_a_package() -> None:
+    ignored = (ROOT / ".gitignore").read_text().split()
+    assert not {"data", "data/", "/data", "/data/"} & set(ignored)

@@ -1,0 +1,255 @@
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from configs.errors import TracestillError, UnusableInput
+from configs.schema import Recipe
+from data.chat import pad_batch
+from student.lora import ADAPTER_WEIGHTS, load_adapter
+from student.model import load_base
+from tests.train.fixtures import run_worker, save_dataset, save_tiny_base, start_worker, tiny_recipe, tiny_tokenizer
+from train.checkpoint import Checkpoint, Progress, load_latest, save_checkpoint, saved_steps
+from train.dataset import load_examples
+from train.loop import TrainResult, train
+from train.losses import SupervisedLoss
+from train.step import OptimizerState
+from train.tracking import read_metrics
+
+NUM_STEPS = 6  # 22 traces, 4 a step; the last step is short
+
+
+class Stopped(RuntimeError):
+    """Stands for a crash of the training process at a known step."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Sums are split over threads, so bit-equality is asked at one number of them: the worker processes' one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_dataset(tmp_path_factory.mktemp("data") / "dataset")
+
+
+def train_until(step: int, recipe: Recipe, dataset: Path, run: Path) -> None:
+    def report(done: int, total: int, metrics: dict[str, float]) -> None:
+        if done == step:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        train(recipe, dataset_dir=dataset, run_dir=run, report=report)
+
+
+def adapter(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoints" / "adapter" / ADAPTER_WEIGHTS)
+
+
+def assert_bit_equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert left.keys() == right.keys()
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+
+
+@pytest.fixture(scope="module")
+def whole(base: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainResult]:
+    """An uninterrupted run."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    return run, train(tiny_recipe(base), dataset_dir=dataset, run_dir=run)
+
+
+def test_training_lowers_the_loss_and_moves_lora_b(whole: tuple[Path, TrainResult]) -> None:
+    run, result = whole
+    rows = read_metrics(run / "metrics" / "train.jsonl")
+    assert [row["step"] for row in rows] == list(range(NUM_STEPS + 1))
+    assert result.steps == NUM_STEPS and result.resumed_from == 0
+    assert result.validation_loss is not None and result.validation_loss < rows[0]["validation/nats_per_token"]
+    assert all(tensor.abs().max() > 0 for tensor in adapter(run).values())
+
+
+def test_metrics_say_what_was_trained(whole: tuple[Path, TrainResult]) -> None:
+    run, result = whole
+    rows = read_metrics(run / "metrics" / "train.jsonl")
+    assert sum(row.get("loss/supervised_tokens", 0) for row in rows) == result.ledger.trained
+    assert rows[-1]["progress/tokens"] == result.ledger.total and rows[-1]["progress/epoch"] == 1.0
+    assert json.loads((run / "metrics" / "tokens.json").read_text())["trained"] == result.ledger.trained
+    assert rows[1]["optim/lr"] == pytest.approx(3e-3) and rows[-1]["optim/lr"] < 1e-3
+    assert all(row["optim/grad_norm"] > 0 for row in rows[1:])
+
+
+def test_saved_adapter_on_the_base_has_the_reported_validation_loss(
+    whole: tuple[Path, TrainResult], base: Path, dataset: Path
+) -> None:
+    run, result = whole
+    student = load_adapter(load_base(str(base), "fp32"), run / "checkpoints" / "adapter")
+    examples = load_examples(dataset, tiny_tokenizer()).validation
+    loss_sum = SupervisedLoss(student)(*pad_batch([example.encoded for example in examples], 0)).item()
+    assert loss_sum / sum(sum(example.encoded.mask[1:]) for example in examples) == pytest.approx(
+        result.validation_loss, rel=1e-5
+    )
+
+
+def test_killed_run_resumes_bit_equal_with_complete_metrics(
+    whole: tuple[Path, TrainResult], base: Path, dataset: Path, tmp_path: Path
+) -> None:
+    recipe = tiny_recipe(base)
+    process = start_worker({"do": "train", "recipe": recipe.model_dump(), "dataset": str(dataset), "run": str(tmp_path)})
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("step 3/"):
+            process.send_signal(signal.SIGKILL)
+            break
+    process.wait()
+    assert process.returncode == -signal.SIGKILL, "".join(lines)
+    survived = read_metrics(tmp_path / "metrics" / "train.jsonl")
+    assert [row["step"] for row in survived][:4] == [0, 1, 2, 3]
+
+    result = train(recipe, dataset_dir=dataset, run_dir=tmp_path)
+    assert result.resumed_from >= 2
+    assert_bit_equal(adapter(tmp_path), adapter(whole[0]))
+    rows = read_metrics(tmp_path / "metrics" / "train.jsonl")
+    assert [row["step"] for row in rows] == list(range(NUM_STEPS + 1))
+    assert rows[-1]["progress/restarts"] == 1
+    expected = read_metrics(whole[0] / "metrics" / "train.jsonl")
+    assert [row.get("loss/nats_per_token") for row in rows] == [row.get("loss/nats_per_token") for row in expected]
+
+
+@pytest.mark.parametrize(("zero_stage", "dtype"), [(0, "fp32"), (3, "fp32"), (2, "bf16"), (3, "bf16")])
+def test_resume_is_bit_equal_in_every_layout_with_dropout(
+    base: Path, dataset: Path, tmp_path: Path, zero_stage: int, dtype: str
+) -> None:
+    recipe = tiny_recipe(base, lora={"dropout": 0.2}, zero_stage=zero_stage, dtype=dtype, weight_decay=0.01, traces_per_step=6)
+    train(recipe, dataset_dir=dataset, run_dir=tmp_path / "whole")
+    train_until(3, recipe, dataset, tmp_path / "stopped")
+    assert train(recipe, dataset_dir=dataset, run_dir=tmp_path / "stopped").resumed_from == 2
+    assert_bit_equal(adapter(tmp_path / "stopped"), adapter(tmp_path / "whole"))
+
+
+def test_checkpoint_of_one_layout_continues_in_another(
+    whole: tuple[Path, TrainResult], base: Path, dataset: Path, tmp_path: Path
+) -> None:
+    train_until(3, tiny_recipe(base), dataset, tmp_path)
+    result = train(tiny_recipe(base, zero_stage=3, tokens_per_micro_batch=256), dataset_dir=dataset, run_dir=tmp_path)
+    assert result.resumed_from == 2
+    expected = adapter(whole[0])
+    for name, tensor in adapter(tmp_path).items():
+        # other micro-batches add in another order, and AdamW divides small gradients by themselves
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-4)
+
+
+def test_finished_run_trains_nothing_again(whole: tuple[Path, TrainResult], base: Path, dataset: Path) -> None:
+    run, first = whole
+    before, seen = adapter(run), []
+    again = train(tiny_recipe(base), dataset_dir=dataset, run_dir=run, report=lambda *call: seen.append(call))
+    assert again.resumed_from == NUM_STEPS and seen == []
+    assert (again.loss, again.validation_loss) == (first.loss, first.validation_loss)
+    assert_bit_equal(adapter(run), before)
+
+
+def test_another_configuration_is_refused_by_name(whole: tuple[Path, TrainResult], base: Path, dataset: Path) -> None:
+    with pytest.raises(UnusableInput, match=r"train\.lr was 0\.003, is 0\.5; restore it or use another --run-dir"):
+        train(tiny_recipe(base, lr=0.5), dataset_dir=dataset, run_dir=whole[0])
+
+
+def test_another_dataset_is_refused(whole: tuple[Path, TrainResult], base: Path, tmp_path: Path) -> None:
+    other = save_dataset(tmp_path / "dataset", num_train=21)
+    with pytest.raises(UnusableInput, match="dataset sha256 was"):
+        train(tiny_recipe(base), dataset_dir=other, run_dir=whole[0])
+
+
+def test_over_length_traces_are_counted_and_left_out(base: Path, tmp_path: Path) -> None:
+    dataset = save_dataset(tmp_path / "dataset", num_train=7, num_validation=0, long_traces=2)
+    result = train(tiny_recipe(base), dataset_dir=dataset, run_dir=tmp_path / "run")
+    assert result.ledger.dropped_traces == {"over_length": 2} and result.ledger.balances
+    assert result.steps == 2 and result.validation_loss is None
+    rows = read_metrics(tmp_path / "run" / "metrics" / "train.jsonl")
+    assert rows[-1]["progress/tokens"] == result.ledger.total - result.ledger.dropped["over_length"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_tokens_per_row": 8}, "all 22 traces are longer than train.max_tokens_per_row 8"),
+        ({"max_tokens_per_row": 512}, "is above train.tokens_per_micro_batch 128"),
+    ],
+)
+def test_settings_that_cannot_work_are_one_line(base: Path, dataset: Path, tmp_path: Path, settings: dict, message: str) -> None:
+    with pytest.raises(UnusableInput, match=message):
+        train(tiny_recipe(base, **settings), dataset_dir=dataset, run_dir=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_model_and_dataset_are_one_line(base: Path, dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnusableInput, match="no such folder"):
+        train(tiny_recipe(tmp_path / "nowhere"), dataset_dir=dataset, run_dir=tmp_path)
+    with pytest.raises(UnusableInput, match="tracestill data build"):
+        train(tiny_recipe(base), dataset_dir=tmp_path / "nowhere", run_dir=tmp_path)
+
+
+def test_run_directory_that_is_a_file_is_refused(base: Path, dataset: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    with pytest.raises(UnusableInput, match="cannot be written"):
+        train(tiny_recipe(base), dataset_dir=dataset, run_dir=tmp_path / "run")
+
+
+def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(base: Path, dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(TracestillError, match="expected finite numbers"):
+        train(
+            tiny_recipe(base, lr=1e30, max_grad_norm=1e30, warmup_share=0.0, checkpoint_steps=1),
+            dataset_dir=dataset,
+            run_dir=tmp_path,
+        )
+    for path in saved_steps(tmp_path / "checkpoints"):
+        assert all(torch.isfinite(tensor).all() for tensor in load_file(path / "state.safetensors").values())
+
+
+def test_training_leaves_no_launcher_variable_behind(whole: tuple[Path, TrainResult]) -> None:
+    assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "ACCELERATE_USE_DEEPSPEED"} & os.environ.keys()
+
+
+def test_a_kill_at_any_moment_leaves_a_loadable_checkpoint(tmp_path: Path) -> None:
+    tensors = {"lora_A": torch.zeros(64, 64)}
+    rng = random.Random(0)
+    save_checkpoint(tmp_path, Checkpoint(Progress(1), OptimizerState(tensors, {}, 0)), {})
+    for _ in range(12):
+        child = os.fork()
+        if child == 0:
+            for step in range(2, 10_000):
+                save_checkpoint(tmp_path, Checkpoint(Progress(step), OptimizerState(tensors, {}, step)), {})
+            os._exit(0)
+        time.sleep(rng.uniform(0.005, 0.08))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        loaded = load_latest(tmp_path, {})
+        assert loaded is not None and loaded.state.steps == (0 if loaded.progress.step == 1 else loaded.progress.step)
+
+
+def test_two_ranks_end_where_one_process_does(whole: tuple[Path, TrainResult], base: Path, dataset: Path, tmp_path: Path) -> None:
+    """Up to the order of float32 sums; validation and the short last step included."""
+    run_worker(
+        {"do": "train", "recipe": tiny_recipe(base, processes=2).model_dump(), "dataset": str(dataset), "run": str(tmp_path)},
+        ranks=2,
+    )
+    rows, expected = read_metrics(tmp_path / "metrics" / "train.jsonl"), read_metrics(whole[0] / "metrics" / "train.jsonl")
+    assert [row["step"] for row in rows] == list(range(NUM_STEPS + 1))
+    for row, other in zip(rows[1:], expected[1:], strict=True):
+        assert row["loss/nats_per_token"] == pytest.approx(other["loss/nats_per_token"], rel=1e-4)
+        assert row["loss/supervised_tokens"] == other["loss/supervised_tokens"]

@@ -1,0 +1,469 @@
+"""tracestill distils a frontier mixture of experts into a small student: traces, verdicts, a dataset, LoRA, honesty
+gates, an export. Try it: tracestill run embedded"""
+
+# The front door. It parses the command line and opens the run folder; whatever is heavy is imported by the command that
+# needs it, so that `--help` answers without torch.
+
+import functools
+import importlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from configs.errors import Interrupted, TracestillError, UnusableInput
+
+if TYPE_CHECKING:
+    from data.stage import Context, Stage
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False, help=__doc__)
+data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Build the dataset; look at traces and verdicts.")
+app.add_typer(data_app, name="data")
+
+Config = Annotated[str, typer.Argument(help="YAML path, or the name of a shipped recipe.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("-s", "--set", metavar="KEY=VALUE", help="Override a recipe value, e.g. -s train.lr=2e-4; repeatable."),
+]
+RunDir = Annotated[Path | None, typer.Option("--run-dir", help="Run folder. [default: runs/NAME]")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and exit.")]
+AsJson = Annotated[bool, typer.Option("--json", help="End standard output with one JSON object.")]
+RunFolderArgument = Annotated[Path, typer.Argument(help="A run folder, e.g. runs/embedded.")]
+
+
+def main() -> None:
+    """The console script. Ends with 0 done, 1 failed, 2 unusable input, 3 refused, 75 interrupted and resumable."""
+    for number in (signal.SIGTERM, signal.SIGUSR2):  # not SIGUSR1: NCCL catches it
+        signal.signal(number, _interrupt)
+    try:
+        app(standalone_mode=False)
+    except TracestillError as error:
+        _fail(error)
+    except KeyboardInterrupt:
+        _fail(Interrupted("interrupted; everything committed so far is kept, the same command continues"))
+    except typer.Abort:
+        sys.exit(Interrupted.exit_code)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except Exception as error:
+        usage = getattr(error, "format_message", None)  # click's own usage errors
+        if usage is None:
+            raise
+        print(f"error: {usage()}", file=sys.stderr)
+        sys.exit(UnusableInput.exit_code)
+
+
+def _interrupt(number: int, _: object) -> None:
+    raise Interrupted(
+        f"stopped by {signal.Signals(number).name}; everything committed so far is kept, the same command continues"
+    )
+
+
+def _fail(error: TracestillError) -> None:
+    if "RANK" in os.environ:
+        from configs.launch import rank_error_line
+
+        print(rank_error_line(error), file=sys.stderr, flush=True)
+    else:
+        print(f"error: {error}", file=sys.stderr)
+    sys.exit(error.exit_code)
+
+
+def _open(config: str, overrides: list[str] | None, run_dir: Path | None) -> "Context":
+    from configs.load import load_recipe
+    from configs.logging import configure_logging
+    from data.stage import Context, open_run
+
+    configure_logging()
+    loaded = load_recipe(config, overrides or [])
+    return Context(loaded, open_run(loaded, run_dir), str(loaded.path), tuple(overrides or ()), Console())
+
+
+def _plan(stages: Callable[[], list["Stage"]], config: str, overrides: list[str] | None, run_dir: Path | None) -> None:
+    """Prints what would be done; touches nothing."""
+    from configs.load import load_recipe
+    from data.stage import Context
+    from data.store import RunFolder, read_rollup
+
+    loaded = load_recipe(config, overrides or [])
+    run = RunFolder((run_dir or Path("runs") / loaded.recipe.name).resolve())
+    context = Context(loaded, run, str(loaded.path), tuple(overrides or ()), Console())
+    for stage in stages():
+        done = "  (a finished one is there)" if read_rollup(stage.folder(run)) is not None else ""
+        print(f"{stage.name:<9} -> {stage.folder(run)}{done}\n          {stage.plan(context)}")
+
+
+def _run_one(stage: Callable[[], "Stage"], config: str, overrides: list[str] | None, run_dir: Path | None, dry_run: bool) -> None:
+    """One stage. The recipe is judged before the stage is imported: a typo answers in half a second, without torch."""
+    from data.stage import run_stage
+
+    if dry_run:
+        _plan(lambda: [stage()], config, overrides, run_dir)
+    else:
+        context = _open(config, overrides, run_dir)
+        run_stage(stage(), context)
+
+
+# --- the whole pipeline ------------------------------------------------------------------------------------------
+
+
+@app.command()
+def run(
+    config: Config, overrides: Overrides = None, run_dir: RunDir = None, dry_run: DryRun = False, as_json: AsJson = False
+) -> None:
+    """Every stage here and now; what is already complete is skipped."""
+    if dry_run:
+        _plan(_all_stages, config, overrides, run_dir)
+        return
+    context = _open(config, overrides, run_dir)
+    from data.stage import run_stage
+    from student.stages import gate_refusal
+
+    refusal = None
+    for stage in _all_stages():
+        if refusal is not None and stage.name == "export":
+            context.console.print("export    not made: a gate refused this student")
+            continue
+        run_stage(stage, context)
+        if stage.name == "evaluate":
+            refusal = gate_refusal(context)
+    _print_result(context, as_json)
+    if refusal is not None:
+        raise refusal
+
+
+def _prompts_stage() -> "Stage":
+    from generate.stages import PROMPTS
+
+    return PROMPTS
+
+
+def _generate_stage() -> "Stage":
+    from generate.stages import GENERATE
+
+    return GENERATE
+
+
+def _data_stage() -> "Stage":
+    from data.stages import DATA
+
+    return DATA
+
+
+def _train_stage() -> "Stage":
+    from train.stages import TRAIN
+
+    return TRAIN
+
+
+def _all_stages() -> list["Stage"]:
+    return [
+        _prompts_stage(),
+        _generate_stage(),
+        _data_stage(),
+        _train_stage(),
+        _evaluate_stage(),
+        _export_stage(),
+        _report_stage(),
+    ]
+
+
+def _print_result(context: "Context", as_json: bool) -> None:
+    from data.report import result_table
+    from data.report_summary import report_json
+
+    summary = report_json(context.run)
+    context.console.print(result_table(summary))
+    context.console.print(f"report: {context.run.report / 'index.html'}", highlight=False, soft_wrap=True)
+    if as_json:
+        print(json.dumps(summary))
+
+
+# --- one stage at a time -----------------------------------------------------------------------------------------
+
+
+@app.command()
+def prompts(config: Config, overrides: Overrides = None, run_dir: RunDir = None, dry_run: DryRun = False) -> None:
+    """The prompt set: what the teacher is asked, and what evaluation holds back."""
+    _run_one(_prompts_stage, config, overrides, run_dir, dry_run)
+
+
+@app.command()
+def generate(config: Config, overrides: Overrides = None, run_dir: RunDir = None, dry_run: DryRun = False) -> None:
+    """Teacher traces, committed in segments; a killed run continues with what is missing."""
+    if "RANK" in os.environ and not dry_run:
+        _as_rank("generate.stages", "generate_rank", config, overrides, run_dir)
+    else:
+        _run_one(_generate_stage, config, overrides, run_dir, dry_run)
+
+
+@data_app.command("build")
+def data_build(config: Config, overrides: Overrides = None, run_dir: RunDir = None, dry_run: DryRun = False) -> None:
+    """Judge the traces and build the dataset; nothing is ever deleted."""
+    _run_one(_data_stage, config, overrides, run_dir, dry_run)
+
+
+@app.command()
+def train(config: Config, overrides: Overrides = None, run_dir: RunDir = None, dry_run: DryRun = False) -> None:
+    """LoRA on the kept traces; resumes from the last checkpoint."""
+    if "RANK" in os.environ and not dry_run:
+        _as_rank("train.stages", "train_rank", config, overrides, run_dir)
+    else:
+        _run_one(_train_stage, config, overrides, run_dir, dry_run)
+
+
+@app.command()
+def evaluate(
+    config: Config, overrides: Overrides = None, run_dir: RunDir = None, dry_run: DryRun = False, as_json: AsJson = False
+) -> None:
+    """Teacher, base and student on the same held-out items; exit code 3 when a gate says no."""
+    from data.stage import run_stage
+
+    if dry_run:
+        _plan(lambda: [_evaluate_stage()], config, overrides, run_dir)
+        return
+    context = _open(config, overrides, run_dir)
+    from student.stages import gate_refusal
+
+    run_stage(_evaluate_stage(), context)
+    refusal = gate_refusal(context)
+    if as_json:
+        from data.report_summary import report_json
+
+        print(json.dumps(report_json(context.run)))
+    if refusal is not None:
+        raise refusal
+
+
+@app.command()
+def export(config: Config, overrides: Overrides = None, run_dir: RunDir = None, dry_run: DryRun = False) -> None:
+    """What a server loads: merged weights, tokenizer, model card; reloaded and compared before it is sealed."""
+    _run_one(_export_stage, config, overrides, run_dir, dry_run)
+
+
+@app.command()
+def report(run_dir: RunFolderArgument, as_json: AsJson = False) -> None:
+    """One self-contained HTML page of a run."""
+    from data.report import write_report
+    from data.report_summary import report_json
+
+    folder = _existing_run(run_dir)
+    page = write_report(folder)
+    if as_json:
+        print(json.dumps(report_json(folder)))
+    else:
+        print(page)
+
+
+@app.command()
+def submit(config: Config, overrides: Overrides = None, run_dir: RunDir = None, dry_run: DryRun = False) -> None:
+    """The same stages as a chain of Slurm jobs; --dry-run prints the scripts."""
+    from configs.load import load_recipe
+    from data.store import RunFolder
+    from slurm.submit import render_scripts
+
+    loaded = load_recipe(config, overrides or [])
+    if not dry_run:
+        raise UnusableInput(
+            "submit: this release renders the scripts only; run it with --dry-run and hand them to sbatch in order"
+        )
+    folder = RunFolder((run_dir or Path("runs") / loaded.recipe.name).resolve())
+    for script in render_scripts(loaded.recipe, config=str(loaded.path), overrides=overrides or [], run=folder):
+        print(f"# ---- {script.stage}.sbatch {'-' * (80 - len(script.stage))}\n{script.text}")
+
+
+@app.command()
+def plan(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Parameters and bytes per GPU of the recipe's teacher, before a GPU is touched."""
+    from configs.load import load_recipe
+    from teacher.plan import plan_table, plan_teacher
+
+    result = plan_teacher(load_recipe(config, overrides or []).recipe.teacher)
+    Console().print(plan_table(result))
+    if as_json:
+        print(json.dumps(result._asdict()))
+
+
+@data_app.command("stats")
+def data_stats(run_dir: RunFolderArgument) -> None:
+    """Rows, tokens and reasons by task."""
+    from rich.table import Table
+
+    from data.stats import dataset_stats
+
+    stats = dataset_stats(_existing_run(run_dir))
+    columns = (
+        "completed",
+        "kept",
+        "rejected",
+        "unjudged",
+        "train_rows",
+        "validation_rows",
+        "prompt_tokens",
+        "reasoning_tokens",
+        "answer_tokens",
+    )
+    table = Table("task", *columns)
+    for name, counts in [*stats.tasks.items(), ("all", stats.total)]:
+        table.add_row(name, *(f"{counts[column]:,}" for column in columns))  # type: ignore[literal-required]
+    Console().print(table)
+    for reason, count in {**stats.total["rejected_by_reason"], **stats.total["unjudged_by_reason"]}.items():
+        print(f"{count:>8,}  {reason}")
+    print(f"dataset sha256 {stats.dataset_sha256}")
+
+
+@data_app.command("show")
+def data_show(
+    run_dir: RunFolderArgument,
+    task: Annotated[str, typer.Option(help="Only tasks that start with this.")] = "",
+    fate: Annotated[str, typer.Option(help="Only kept, rejected or unjudged traces.")] = "",
+    reason: Annotated[str, typer.Option(help="Only traces with this reason.")] = "",
+    limit: Annotated[int, typer.Option(help="How many.")] = 5,
+) -> None:
+    """Traces in the terminal: prompt, reasoning, answer, verdicts."""
+    from data.stats import show
+
+    if fate not in ("", "kept", "rejected", "unjudged"):
+        raise UnusableInput(f"--fate {fate}: expected kept, rejected or unjudged")
+    console = Console(highlight=False)
+    for shown in show(_existing_run(run_dir), task=task, fate=fate or None, reason=reason, limit=limit):  # type: ignore[arg-type]
+        trace = shown.trace
+        console.rule(f"{trace.task}  {shown.decision.fate} {shown.decision.reason}  {trace.trace_id}")
+        for message in trace.messages:
+            if reasoning := message.get("reasoning_content"):
+                console.print(f"think      {reasoning}", style="dim", markup=False)
+            console.print(f"{message.get('role', ''):<10} {message.get('content', '')}", markup=False)
+        console.print(
+            "verdicts   " + ", ".join(f"{name} {verdict.reason or verdict.verdict}" for name, verdict in shown.verdicts.items()),
+            markup=False,
+        )
+
+
+@data_app.command("verify")
+def data_verify(run_dir: RunFolderArgument) -> None:
+    """Every hash of every manifest, and both balances of the ledger."""
+    from data.ledger import read_ledger
+    from data.store import read_rollup, read_segment, segments, verify_files
+
+    folder = _existing_run(run_dir)
+    for segment in segments(folder.traces):
+        read_segment(segment)
+    sealed = [rollup for path in sorted(folder.root.glob("*/manifest.json")) if (rollup := read_rollup(path.parent)) is not None]
+    for rollup in sealed:
+        verify_files(folder, rollup)
+    ledger = read_ledger(folder)
+    ledger.check(viewed=read_rollup(folder.dataset) is not None)
+    print(
+        f"{sum(len(rollup.files) for rollup in sealed)} files of {len(sealed)} stages verified; "
+        f"{ledger.requested} requested = {ledger.completed} completed + {ledger.failed} failed + {ledger.pending} pending"
+    )
+
+
+def _existing_run(path: Path) -> Any:
+    from data.store import RunFolder
+
+    folder = RunFolder(path.resolve())
+    if not folder.config.is_file():
+        raise UnusableInput(f"{path}: not a run folder (no config.yaml); make one with: tracestill run RECIPE --run-dir {path}")
+    return folder
+
+
+def _as_rank(module: str, function: str, config: str, overrides: list[str] | None, run_dir: Path | None) -> None:
+    """This process is one of torchrun's: it does its part and reports to a file."""
+    from configs.launch import die_with_parent
+
+    die_with_parent()
+    getattr(importlib.import_module(module), function)(_open(config, overrides, run_dir))
+
+
+# --- stages that need both sides: the engine comes from teacher/, the judgement from student/ ---------------------
+
+
+def _target(context: "Context", name: str) -> Any:
+    """An evaluation target: the teacher through its recipe's engine, students through the local one."""
+    from data.store import sha256_file
+    from student.model import load_tokenizer as load_student_tokenizer
+    from student.model import resolve, weights_sha256
+    from student.stages import Target
+    from teacher.engines import open_evaluation_engine, open_local_engine
+    from teacher.engines import load_tokenizer as load_teacher_tokenizer
+
+    recipe, run = context.recipe, context.run
+    settings = recipe.evaluate
+    if name == "teacher":
+        from generate.stages import teacher_fingerprint
+
+        engine = open_evaluation_engine(recipe.teacher, batch_size=settings.batch_size)
+        return Target(engine, load_teacher_tokenizer(recipe.teacher), teacher_fingerprint(context))
+    folder, adapter = resolve(recipe.student.model), None
+    if name == "student":
+        adapter = run.checkpoints / "adapter"
+    elif name == "export":
+        folder = run.export / "merged"
+    dtype = recipe.export.dtype if name == "export" else recipe.train.dtype
+    engine = open_local_engine(folder, adapter=adapter, dtype=dtype, batch_size=settings.batch_size)
+    fingerprint = weights_sha256(folder) + (sha256_file(adapter / "adapter_model.safetensors") if adapter else "")
+    return Target(engine, load_student_tokenizer(str(folder)), fingerprint)
+
+
+def _evaluate_stage() -> "Stage":
+    from data.stage import Stage
+    from student import stages
+    from student.model import resolve, weights_sha256
+
+    def identity(context: "Context") -> dict[str, Any]:
+        from generate.stages import teacher_fingerprint
+
+        settings = context.recipe.evaluate.model_dump(mode="json", exclude={"gates"})
+        return {
+            "teacher": teacher_fingerprint(context),
+            "base": weights_sha256(resolve(context.recipe.student.model)),
+            "evaluate": settings,
+        }
+
+    def plan_text(context: "Context") -> str:
+        settings = context.recipe.evaluate
+        return f"{', '.join(stages.COMPARED)} on {len(settings.suites)} suites; gates: {', '.join(settings.gates) or 'none'}"
+
+    return Stage(
+        "evaluate", "items", lambda run: run.evaluation, ("prompts", "checkpoints"), identity,
+        lambda context, show: stages.evaluate(context, functools.partial(_target, context), show), plan_text,
+    )  # fmt: skip
+
+
+def _export_stage() -> "Stage":
+    from data.stage import Stage
+    from student import stages
+
+    return Stage(
+        "export", "items", lambda run: run.export, ("checkpoints", "evaluation"),
+        lambda context: {"export": context.recipe.export.model_dump(mode="json"), "gates": context.recipe.evaluate.model_dump(mode="json")["gates"]},
+        lambda context, show: stages.export(context, functools.partial(_target, context), show),
+        lambda context: f"{', '.join(context.recipe.export.formats)} in {context.recipe.export.dtype}, reloaded and compared",
+    )  # fmt: skip
+
+
+def _report_stage() -> "Stage":
+    from data.report import write_report
+    from data.stage import Outcome, Stage
+    from data.store import input_hashes
+
+    def identity(context: "Context") -> dict[str, Any]:
+        """Any stage's new manifest makes a new page."""
+        manifests = sorted(path for path in context.run.root.glob("*/manifest.json") if path.parent != context.run.report)
+        return {"manifests": input_hashes(context.run, manifests)}
+
+    return Stage(
+        "report", "pages", lambda run: run.report, ("prompts",), identity,
+        lambda context, show: Outcome([write_report(context.run)], {}, "report/index.html"), lambda context: "one self-contained HTML page",
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
