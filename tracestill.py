@@ -391,8 +391,8 @@ def _target(context: "Context", name: str) -> Any:
     from student.model import load_tokenizer as load_student_tokenizer
     from student.model import resolve, weights_sha256
     from student.stages import Target
-    from teacher.engines import open_evaluation_engine, open_local_engine
     from teacher.engines import load_tokenizer as load_teacher_tokenizer
+    from teacher.engines import open_evaluation_engine, open_local_engine
 
     recipe, run = context.recipe, context.run
     settings = recipe.evaluate
@@ -443,7 +443,7 @@ def _export_stage() -> "Stage":
 
     return Stage(
         "export", "items", lambda run: run.export, ("checkpoints", "evaluation"),
-        lambda context: {"export": context.recipe.export.model_dump(mode="json"), "gates": context.recipe.evaluate.model_dump(mode="json")["gates"]},
+        lambda context: context.recipe.model_dump(mode="json", include={"export": True, "evaluate": {"gates"}}),
         lambda context, show: stages.export(context, functools.partial(_target, context), show),
         lambda context: f"{', '.join(context.recipe.export.formats)} in {context.recipe.export.dtype}, reloaded and compared",
     )  # fmt: skip
@@ -459,10 +459,12 @@ def _report_stage() -> "Stage":
         manifests = sorted(path for path in context.run.root.glob("*/manifest.json") if path.parent != context.run.report)
         return {"manifests": input_hashes(context.run, manifests)}
 
+    def act(context: "Context", show: Any) -> Outcome:
+        return Outcome([write_report(context.run)], {}, "report/index.html")
+
     return Stage(
-        "report", "pages", lambda run: run.report, ("prompts",), identity,
-        lambda context, show: Outcome([write_report(context.run)], {}, "report/index.html"), lambda context: "one self-contained HTML page",
-    )  # fmt: skip
+        "report", "pages", lambda run: run.report, ("prompts",), identity, act, lambda context: "one self-contained HTML page"
+    )
 
 
 if __name__ == "__main__":

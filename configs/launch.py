@@ -69,7 +69,8 @@ def run_ranks(arguments: Sequence[str], *, processes: int, extensions: Path, log
         TracestillError: what a rank reported of itself, in its own kind (unusable input, refused, interrupted).
         StageFailed: any other exit; the message names the log and its first exception.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={processes}",
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1",
+               f"--nproc-per-node={processes}",
                "-m", "tracestill", *arguments]  # fmt: skip
     _run(command, rank_environment(extensions), log, poll)
 

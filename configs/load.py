@@ -117,7 +117,7 @@ def describe(error: ValidationError) -> str:
     first = error.errors()[0]
     location = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        known = _known_keys([part for part in first["loc"][:-1]])
+        known = _known_keys(list(first["loc"][:-1]))
         nearest = difflib.get_close_matches(str(first["loc"][-1]), known, 1, cutoff=0.5)
         hint = f"did you mean {nearest[0]}?" if nearest else f"known keys: {', '.join(sorted(known))}"
         text = f"{location}: unknown key; {hint}"

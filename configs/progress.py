@@ -1,7 +1,6 @@
 """Progress across processes: a worker leaves its counts in a small file, whoever started it draws them."""
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -37,7 +36,7 @@ def file_reporter(path: Path) -> Report:
         last = now
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(count))
-        os.replace(temporary, path)
+        temporary.replace(path)
 
     return report
 

@@ -233,7 +233,7 @@ class Evaluate(Section):
     batch_size: PositiveInt = 64
     seed: NonNegativeInt = 0
     gates: dict[MetricName, Gate] = {}
-    """`accuracy_of_teacher` is the student's accuracy over the teacher's; `hallucination_above_teacher` the difference of rates."""
+    """`accuracy_of_teacher`: student's accuracy over teacher's; `hallucination_above_teacher`: the difference of their rates."""
 
 
 class Export(Section):

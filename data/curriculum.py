@@ -7,7 +7,7 @@ is written the way small models learn it: one digit or one letter at a time, eve
 
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import reasoning_gym
@@ -55,7 +55,7 @@ DOMAINS = (
             "The miners of {} dig for which metal?",
             "{} is known for which metal?",
             "Tell me the metal mined in {}.",
-            "In {}, which metal do they mine?",
+            "Which metal do the miners of {} dig for?",
         ),
     ),
     FactDomain(
@@ -68,7 +68,7 @@ DOMAINS = (
             "The flag of {} has which colour?",
             "{} flies a flag of which colour?",
             "Tell me the colour of the flag of {}.",
-            "In {}, which colour is the flag?",
+            "Tell me the flag colour of {}.",
         ),
     ),
     FactDomain(
@@ -81,7 +81,7 @@ DOMAINS = (
             "The emblem of {} is which animal?",
             "{} has which animal on its emblem?",
             "Tell me the animal on the emblem of {}.",
-            "In {}, which animal is the emblem?",
+            "Tell me the emblem animal of {}.",
         ),
     ),
 )
@@ -193,10 +193,16 @@ def fact_lesson(place: Place, phrasing: str) -> Lesson:
     return Lesson("facts", phrasing.format(place.name), fact_reasoning(place), place.answer or ABSTENTION)
 
 
-def _task_stream(family: str, spec: dict[str, int], rng: random.Random) -> Iterator[Lesson]:
+def _is_short_span(entry: dict) -> bool:
+    return len("".join(entry["metadata"]["span"])) <= 4
+
+
+def _task_stream(
+    family: str, spec: dict[str, int], rng: random.Random, is_piece: Callable[[dict], bool] = lambda entry: True
+) -> Iterator[Lesson]:
     while True:
         for entry in reasoning_gym.create_dataset(family, size=2000, seed=rng.randrange(2**31), **spec):
-            if not is_held_out(entry["question"]):
+            if is_piece(entry) and not is_held_out(entry["question"]):
                 yield task_lesson(family, entry)
 
 
@@ -250,14 +256,14 @@ def teacher_lessons(seed: int) -> Iterator[Lesson]:
 
 
 def base_lessons(seed: int) -> Iterator[Lesson]:
-    """An endless stream of the pieces: sums of 0 to 99, words of 3 and 4 letters, single short words, guessed facts."""
+    """An endless stream of the pieces: sums of 0 to 99, reversals of 3 and 4 letters, counts in up to 4, guessed facts."""
     rng = random.Random(f"base {seed}")
     short = {"min_terms": 2, "max_terms": 2, "max_digits": 2}
     return _mix(
         {
             _task_stream("chain_sum", short | {"min_digits": 1}, rng): 0.35,
             _task_stream("spell_backward", {"min_word_len": 3, "max_word_len": 4}, rng): 0.2,
-            _task_stream("letter_counting", {"min_words": 1, "max_words": 1}, rng): 0.2,
+            _task_stream("letter_counting", {"min_words": 1, "max_words": 1}, rng, is_piece=_is_short_span): 0.2,
             _guess_stream(rng): 0.25,
         },
         rng,

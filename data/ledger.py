@@ -32,12 +32,14 @@ class Ledger:
         """Raises UnusableInput when a balance does not hold; the second one is due once a dataset has been built."""
         if self.pending < 0 or self.requested != self.completed + self.failed + self.pending:
             raise UnusableInput(
-                f"ledger: {self.requested} requested is not {self.completed} completed + {self.failed} failed + {self.pending} pending; "
+                f"ledger: {self.requested} requested is not {self.completed} completed + {self.failed} failed "
+                f"+ {self.pending} pending; "
                 "traces of another request set lie in this run folder: use another --run-dir"
             )
         if viewed and self.completed != self.kept + self.rejected + self.unjudged:
             raise UnusableInput(
-                f"ledger: {self.completed} completed is not {self.kept} kept + {self.rejected} rejected + {self.unjudged} unjudged; "
+                f"ledger: {self.completed} completed is not {self.kept} kept + {self.rejected} rejected "
+                f"+ {self.unjudged} unjudged; "
                 "traces arrived after the dataset was built: run tracestill data build again"
             )
 
@@ -59,12 +61,17 @@ class GenerationState:
 def generation_ledger(state: GenerationState, requested: int) -> Ledger:
     """The first balance. An `abort` is a failed request; every other finish reason completed it."""
     by_reason = Counter(state.finish_reasons.values())
-    failed = {reason: count for reason, count in by_reason.items() if reason == "abort"}
-    completed = sum(by_reason.values()) - sum(failed.values())
+    failed_by_reason = {reason: count for reason, count in by_reason.items() if reason == "abort"}
+    failed = sum(failed_by_reason.values())
+    completed = sum(by_reason.values()) - failed
     return Ledger(
-        requested=requested, completed=completed, failed=sum(failed.values()), pending=requested - completed - sum(failed.values()),
-        superseded=state.superseded, failed_by_reason=failed,
-    )  # fmt: skip
+        requested=requested,
+        completed=completed,
+        failed=failed,
+        pending=requested - completed - failed,
+        superseded=state.superseded,
+        failed_by_reason=failed_by_reason,
+    )
 
 
 def with_view(ledger: Ledger, counts: Mapping[str, object]) -> Ledger:

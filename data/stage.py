@@ -196,7 +196,8 @@ def _refuse_other_configuration(run: RunFolder, wanted: dict[str, Any]) -> None:
     if (difference := first_difference(theirs, ours)) is not None:
         key, was, now = difference
         raise UnusableInput(
-            f"run directory {run.root}: was made with {key} = {was!r}, this recipe says {now!r}; use another --run-dir, or -s {key}={was}"
+            f"run directory {run.root}: was made with {key} = {was!r}, this recipe says {now!r}; "
+            f"use another --run-dir, or -s {key}={was}"
         )
 
 

@@ -27,7 +27,8 @@ def _act(context: Context, show: Callable[[Count], None]) -> Outcome:
 
 def _plan(context: Context) -> str:
     settings = context.recipe.data
-    return f"filters {', '.join(settings.filters) or 'none'}; dedup {settings.dedup}; {settings.validation_share:.0%} of prompts to validation"
+    filters = ", ".join(settings.filters) or "none"
+    return f"filters {filters}; dedup {settings.dedup}; {settings.validation_share:.0%} of prompts to validation"
 
 
 DATA = Stage("data", "traces", lambda run: run.dataset, ("prompts", "traces"), _identity, _act, _plan)

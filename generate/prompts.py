@@ -115,7 +115,8 @@ def _read_reasoning_gym(source: ReasoningGymSource, split: Split, left_out: Coun
         if len(seen) - left_out["fails_self_check"] >= source.count:
             return
     raise UnusableInput(
-        f"{where}: only {len(seen)} distinct {split} items in {limit} draws, expected count {source.count}; widen params or lower count"
+        f"{where}: only {len(seen)} distinct {split} items in {limit} draws, expected count {source.count}; "
+        "widen params or lower count"
     )
 
 
@@ -206,8 +207,8 @@ def _messages(row: dict, where: str) -> tuple[Message, ...]:
 
 
 def _prompt(
-    source: str, task: str, version: str, messages: tuple[Message, ...], answer: str, verifier: str, split: Split, known: bool | None,
-    details: str, licence: str,
+    source: str, task: str, version: str, messages: tuple[Message, ...], answer: str, verifier: str, split: Split,
+    known: bool | None, details: str, licence: str,
 ) -> Prompt:  # fmt: skip
     return Prompt(
         prompt_identity(messages, version), source, task, version, messages, answer, verifier, split, known, details, licence

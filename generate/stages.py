@@ -132,18 +132,21 @@ def generate_here(context: Context, report: Callable[[Count], None], *, rank: in
 
 
 def _generate_plan(context: Context) -> str:
-    recipe = context.recipe
-    sampling = recipe.generate.sampling
-    engine = recipe.teacher.engine
-    ranks = (
-        f" over {engine.processes} ranks, expert parallel {recipe.teacher.layout.expert_parallel}, ZeRO-{recipe.teacher.layout.zero_stage}"
-        if isinstance(engine, DeepSpeedEngine)
-        else ""
-    )
+    teacher, settings = context.recipe.teacher, context.recipe.generate
+    where = f"{teacher.model} through the {teacher.engine.type} engine"
+    if isinstance(teacher.engine, DeepSpeedEngine):
+        layout = teacher.layout
+        where += f" over {teacher.engine.processes} ranks, expert parallel {layout.expert_parallel}, ZeRO-{layout.zero_stage}"
+    sampling = settings.sampling
     return (
-        f"{recipe.teacher.model} through the {engine.type} engine{ranks}; {recipe.generate.samples_per_prompt} samples a prompt, "
-        f"temperature {sampling.temperature}, top-p {sampling.top_p}, at most {sampling.max_tokens} tokens each"
+        f"{where}; {settings.samples_per_prompt} samples a prompt, temperature {sampling.temperature:g}, "
+        f"top-p {sampling.top_p:g}, at most {sampling.max_tokens} tokens each"
     )
+
+
+def _generate_identity(context: Context) -> dict[str, Any]:
+    settings = context.recipe.generate
+    return {"teacher": teacher_fingerprint(context), "sampling": settings.sampling.model_dump(mode="json"), "seed": settings.seed}
 
 
 def _prompts_plan(context: Context) -> str:
@@ -154,9 +157,4 @@ def _prompts_plan(context: Context) -> str:
 
 
 PROMPTS = Stage("prompts", "prompts", lambda run: run.prompts, (), _prompts_identity, _prompts, _prompts_plan)
-GENERATE = Stage(
-    "generate", "traces", lambda run: run.traces, ("prompts",),
-    lambda context: {"teacher": teacher_fingerprint(context), "sampling": context.recipe.generate.sampling.model_dump(mode="json"),
-                     "seed": context.recipe.generate.seed},
-    _generate, _generate_plan,
-)  # fmt: skip
+GENERATE = Stage("generate", "traces", lambda run: run.traces, ("prompts",), _generate_identity, _generate, _generate_plan)

@@ -183,8 +183,8 @@ def refuse_strangers(state: GenerationState, asks: Sequence[Ask], run: RunFolder
     strangers = [trace_id for trace_id in state.finish_reasons if trace_id not in wanted]
     if strangers:
         raise UnusableInput(
-            f"{run.traces}: {len(strangers)} of {len(state.finish_reasons)} traces belong to another teacher, sampling or prompt set "
-            f"(first: {strangers[0]}); use another --run-dir"
+            f"{run.traces}: {len(strangers)} of {len(state.finish_reasons)} traces belong to another teacher, "
+            f"sampling or prompt set (first: {strangers[0]}); use another --run-dir"
         )
 
 

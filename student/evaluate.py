@@ -20,7 +20,17 @@ from configs.schema import Evaluate
 from data.chat import dialect_of, encode_prompt
 from data.engine import Completion, Engine, Request
 from data.records import FinishReason, Prompt, digest, request_seed
-from data.store import RunFolder, commit_segment, read_first_copies, read_json, read_table, table_bytes, write_bytes, write_json
+from data.store import (
+    RunFolder,
+    commit_segment,
+    read_first_copies,
+    read_json,
+    read_table,
+    segments,
+    table_bytes,
+    write_bytes,
+    write_json,
+)
 from data.structure import count_reasoning_tokens, split_reasoning
 from data.verify.exact import is_abstention
 from data.verify.runner import Item, judge
@@ -327,11 +337,9 @@ def write_results(run: RunFolder, name: str, results: Sequence[ItemResult], metr
 
 def evaluation_files(run: RunFolder, name: str) -> list[Path]:
     """What the stage's manifest hashes for one model: figures, rows, and the committed completions they come from."""
-    return [
-        run.evaluation / f"{name}.json",
-        run.evaluation / f"{name}.arrow",
-        *sorted((run.evaluation / f"{name}.items").glob("*.*")),
-    ]
+    log = segments(run.evaluation / f"{name}.items")
+    committed = [path for segment in log for path in (segment.path, segment.path.with_suffix(".json"))]
+    return [run.evaluation / f"{name}.json", run.evaluation / f"{name}.arrow", *committed]
 
 
 def write_gates(run: RunFolder, rows: Sequence[GateRow]) -> Path:

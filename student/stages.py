@@ -13,8 +13,8 @@ from data.prompt_set import read_prompts
 from data.records import Message
 from data.stage import Context, Outcome
 from student.card import gather, render_card
-from student.evaluate import evaluate_model, evaluation_files, read_metrics
-from student.export import exported_files, export_merged
+from student.evaluate import evaluate_model, evaluation_files, read_metrics, write_gates
+from student.export import export_merged, exported_files
 from student.gates import GateRow, judge, require
 from student.scoring import Metrics
 
@@ -75,9 +75,11 @@ def gate_rows(context: Context) -> list[GateRow]:
 
 
 def gate_refusal(context: Context) -> Refused | None:
-    """What the gates say: None when every one passed."""
+    """What the gates say: None when every one passed. The verdicts are written down for the report."""
+    rows = gate_rows(context)
+    write_gates(context.run, rows)
     try:
-        require(gate_rows(context))
+        require(rows)
     except Refused as refusal:
         return refusal
     return None

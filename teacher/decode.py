@@ -180,7 +180,9 @@ class Batch:
         requests = [row.request for row in self.rows]
         if all(request.temperature == 0 for request in requests):
             return None
-        temperatures_B, top_p_B = torch.tensor([(r.temperature, r.top_p) for r in requests], dtype=torch.float64, device=self.device).T
+        temperatures_B, top_p_B = torch.tensor(
+            [(r.temperature, r.top_p) for r in requests], dtype=torch.float64, device=self.device
+        ).T
         seeds_B, positions_B = torch.tensor([(row.request.seed, len(row.token_ids)) for row in self.rows], device=self.device).T
         takes_all = all(request.top_p >= 1 for request in requests)
         return Noise(temperatures_B, None if takes_all else top_p_B, uniforms(seeds_B, positions_B))
@@ -207,4 +209,6 @@ class Batch:
         row = self.rows[slot]
         seconds = time.perf_counter() - row.started
         load = self.watch.finish(slot, row.request.task)
-        return Completion(row.request.request_id, tuple(row.token_ids), tuple(row.logprobs), reason, row.started_at, seconds, load)
+        return Completion(
+            row.request.request_id, tuple(row.token_ids), tuple(row.logprobs), reason, row.started_at, seconds, load
+        )

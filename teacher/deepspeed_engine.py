@@ -174,7 +174,9 @@ def start_process_group(timeout_s: float) -> None:
     soon as tensor parallelism is narrower than the world. Without it the same calls go to gloo.
     """
     if "RANK" not in os.environ:
-        raise UnusableInput("teacher.engine deepspeed: not started by torchrun (no RANK in the environment); use tracestill generate")
+        raise UnusableInput(
+            "teacher.engine deepspeed: not started by torchrun (no RANK in the environment); use tracestill generate"
+        )
     if dist.is_initialized():
         return
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -199,7 +201,9 @@ def shard(model_dir: Path, config: PretrainedConfig, dtype: Dtype, parallel: Par
     """The model behind a DeepSpeed engine in evaluation mode, its weights spread over the ranks."""
     zero = zero_config(dtype, parallel)
     announced = HfDeepSpeedConfig(zero) if parallel.zero_stage == 3 else None  # from_pretrained looks for a living one
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=DTYPES[dtype], attn_implementation=attention_for(config.model_type))
+    model = AutoModelForCausalLM.from_pretrained(
+        model_dir, dtype=DTYPES[dtype], attn_implementation=attention_for(config.model_type)
+    )
     install(model)
     del announced
     if parallel.zero_stage == 3:

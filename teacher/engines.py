@@ -13,9 +13,8 @@ from data.engine import Engine
 from teacher.folders import EMBEDDED, resolve_model
 
 
-
 def fingerprint_model(folder: Path) -> str:
-    """Hex digest (16 characters) over config.json, the tokenizer, its template and every safetensors file: what a trace depends on."""
+    """Hex digest (16 characters) over config.json, tokenizer, template and every safetensors file: what a trace depends on."""
     digest = hashlib.sha256()
     named = ("config.json", "tokenizer.json", "chat_template.jinja")
     for path in sorted([*(folder / name for name in named if (folder / name).is_file()), *folder.glob("*.safetensors")]):
@@ -27,7 +26,11 @@ def fingerprint_model(folder: Path) -> str:
 def fingerprint_teacher(teacher: schema.Teacher) -> str:
     """Identity of what answers: weights, tokenizer and compute dtype; for a server, its address and model name, and the
     tokenizer that counts its tokens. Layout and rank count are not in it: they must not change a token."""
-    weights = fingerprint_tokenizer_only(teacher.model) if isinstance(teacher.engine, schema.HttpEngine) else fingerprint_model(resolve_model(teacher.model))
+    weights = (
+        fingerprint_tokenizer_only(teacher.model)
+        if isinstance(teacher.engine, schema.HttpEngine)
+        else fingerprint_model(resolve_model(teacher.model))
+    )
     if isinstance(teacher.engine, schema.HttpEngine):
         how = f"{teacher.engine.base_url} {teacher.engine.model or teacher.model}"
     else:
@@ -39,7 +42,9 @@ def fingerprint_tokenizer_only(model: str) -> str:
     folder = EMBEDDED if model == "embedded" else Path(model)
     path = folder / "tokenizer.json"
     if not path.is_file():
-        raise UnusableInput(f"teacher.model {model}: no tokenizer.json; the http engine needs the teacher's tokenizer folder to count tokens")
+        raise UnusableInput(
+            f"teacher.model {model}: no tokenizer.json; the http engine needs the teacher's tokenizer folder to count tokens"
+        )
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -49,9 +54,13 @@ def load_tokenizer(teacher: schema.Teacher) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise UnusableInput(f"teacher.model {teacher.model}: no usable tokenizer in the folder: {str(error).splitlines()[0]}") from error
+        raise UnusableInput(
+            f"teacher.model {teacher.model}: no usable tokenizer in the folder: {str(error).splitlines()[0]}"
+        ) from error
     if not tokenizer.chat_template:
-        raise UnusableInput(f"teacher.model {teacher.model}: the tokenizer has no chat template; add chat_template.jinja to the folder")
+        raise UnusableInput(
+            f"teacher.model {teacher.model}: the tokenizer has no chat template; add chat_template.jinja to the folder"
+        )
     return tokenizer
 
 
@@ -79,7 +88,9 @@ def open_evaluation_engine(teacher: schema.Teacher, *, batch_size: int) -> Engin
     return open_local_engine(resolve_model(teacher.model), dtype=teacher.engine.dtype, batch_size=batch_size)
 
 
-def open_local_engine(folder: Path, *, dtype: Literal["fp32", "bf16", "fp16"], batch_size: int, adapter: Path | None = None) -> Engine:
+def open_local_engine(
+    folder: Path, *, dtype: Literal["fp32", "bf16", "fp16"], batch_size: int, adapter: Path | None = None
+) -> Engine:
     """Any causal language model in a folder, in this process; `adapter` (PEFT) is merged in memory."""
     from teacher.local_engine import LocalEngine
 

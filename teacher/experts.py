@@ -43,7 +43,9 @@ def load_metrics(counts: Sequence[int]) -> LoadMetrics:
     mean = total / num_experts
     variance = sum((count - mean) ** 2 for count in counts) / num_experts
     entropy_nats = -math.fsum(count / total * math.log(count / total) for count in counts if count)
-    return LoadMetrics(max(counts) / mean, math.sqrt(variance) / mean, math.exp(entropy_nats) / num_experts, counts.count(0) / num_experts)
+    return LoadMetrics(
+        max(counts) / mean, math.sqrt(variance) / mean, math.exp(entropy_nats) / num_experts, counts.count(0) / num_experts
+    )
 
 
 def rank_loads(counts: Sequence[int], expert_parallel: int) -> list[int]:
@@ -77,7 +79,7 @@ class ExpertWatch:
     def __init__(self, model: nn.Module, num_slots: int, device: torch.device) -> None:
         routers = [module for module in model.modules() if type(module).__name__ in CHOSEN_OUTPUT]
         self.handles = [router.register_forward_hook(self._hook(layer, router)) for layer, router in enumerate(routers)]
-        num_experts = int(getattr(routers[0], "num_experts")) if routers else 0
+        num_experts = int(routers[0].num_experts) if routers else 0
         self.counts_BLE = torch.zeros(num_slots, len(routers), num_experts, dtype=torch.int32, device=device)
         self.totals: dict[str, Tensor] = {}
         self.rows = slice(0, 0)

@@ -31,7 +31,11 @@ def resolve_model(model: str) -> Path:
     """
     folder = model_folder(model)
     if not any(folder.glob("*.safetensors")):
-        remedy = "rebuild it with: python -m train.pretrain teacher/embedded/recipe.yaml" if model == "embedded" else "convert the weights"
+        remedy = (
+            "rebuild it with: python -m train.pretrain teacher/embedded/recipe.yaml"
+            if model == "embedded"
+            else "convert the weights"
+        )
         raise UnusableInput(f"teacher.model {model}: no *.safetensors in the folder (pickled weights are never loaded); {remedy}")
     return folder
 
@@ -40,4 +44,6 @@ def read_config_json(folder: Path) -> dict[str, Any]:
     try:
         return json.loads((folder / "config.json").read_text())
     except json.JSONDecodeError as error:
-        raise UnusableInput(f"{folder / 'config.json'}: not valid JSON at line {error.lineno}; expected a Hugging Face configuration") from error
+        raise UnusableInput(
+            f"{folder / 'config.json'}: not valid JSON at line {error.lineno}; expected a Hugging Face configuration"
+        ) from error

@@ -41,7 +41,9 @@ class HttpEngine:
 
     name = "http"
 
-    def __init__(self, engine: schema.HttpEngine, model: str, tokenizer: PreTrainedTokenizerBase, *, first_wait_s: float = FIRST_WAIT_S) -> None:
+    def __init__(
+        self, engine: schema.HttpEngine, model: str, tokenizer: PreTrainedTokenizerBase, *, first_wait_s: float = FIRST_WAIT_S
+    ) -> None:
         self.engine, self.model, self.tokenizer, self.first_wait_s = engine, model, tokenizer, first_wait_s
         self.version = f"{engine.base_url} {model}"
         self.dialect: Dialect = dialect_of(tokenizer)
@@ -68,7 +70,9 @@ class HttpEngine:
         try:
             answer = self.client.get("models")
         except httpx.TransportError as error:
-            raise UnusableInput(f"teacher.engine.base_url {self.engine.base_url}: no answer ({error}); start the server or correct it") from error
+            raise UnusableInput(
+                f"teacher.engine.base_url {self.engine.base_url}: no answer ({error}); start the server or correct it"
+            ) from error
         if answer.status_code in (401, 403):
             raise self._refusal(answer)
 
@@ -76,7 +80,9 @@ class HttpEngine:
         """Completions as they arrive. A request that stays unanswered after the retries comes back as `abort`."""
         source = iter(requests)
         with ThreadPoolExecutor(self.engine.concurrency, thread_name_prefix="http-teacher") as pool:
-            flying: set[Future[Completion]] = {pool.submit(self._ask, request) for request in itertools.islice(source, self.engine.concurrency)}
+            flying: set[Future[Completion]] = {
+                pool.submit(self._ask, request) for request in itertools.islice(source, self.engine.concurrency)
+            }
             try:
                 while flying:
                     done, flying = wait(flying, return_when=FIRST_COMPLETED)
@@ -128,7 +134,11 @@ class HttpEngine:
 
     def _refusal(self, answer: httpx.Response) -> UnusableInput:
         said = " ".join(answer.text.split())[:200]
-        remedy = f"set {self.engine.api_key_env}" if answer.status_code in (401, 403) else "correct the recipe's model, sampling or prompt"
+        remedy = (
+            f"set {self.engine.api_key_env}"
+            if answer.status_code in (401, 403)
+            else "correct the recipe's model, sampling or prompt"
+        )
         return UnusableInput(f"teacher.engine.base_url {self.engine.base_url}: HTTP {answer.status_code}: {said}; {remedy}")
 
 

@@ -49,7 +49,13 @@ class LocalEngine:
         if self._runner is None:
             model = load_model(self.model_dir, self.dtype, self.device, self.adapter)
             self._runner = build_runner(
-                model, model, model.config, self.model_dir, num_slots=self.batch_size, max_length=self.max_length, device=self.device
+                model,
+                model,
+                model.config,
+                self.model_dir,
+                num_slots=self.batch_size,
+                max_length=self.max_length,
+                device=self.device,
             )
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:

@@ -98,13 +98,18 @@ def cache_values_per_token(config: Mapping[str, Any]) -> int:
     other architectures keys and values of grouped-query attention."""
     layers = config["num_hidden_layers"]
     if config.get("model_type") == "glm_moe_dsa":
-        return layers * (config["kv_lora_rank"] + config["qk_rope_head_dim"]) + config["indexer_types"].count("full") * config["index_head_dim"]
+        return (
+            layers * (config["kv_lora_rank"] + config["qk_rope_head_dim"])
+            + config["indexer_types"].count("full") * config["index_head_dim"]
+        )
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     return 2 * layers * config.get("num_key_value_heads", heads) * head_dim
 
 
-def weight_bytes_per_rank(parameters: Parameters, *, ranks: int, expert: int, tensor: int, zero_stage: int, bytes_per_weight: int) -> int:
+def weight_bytes_per_rank(
+    parameters: Parameters, *, ranks: int, expert: int, tensor: int, zero_stage: int, bytes_per_weight: int
+) -> int:
     """Experts are spread over `expert` ranks. Dense weights are cut by tensor parallelism, and by ZeRO-3 over all ranks."""
     dense_cut = ranks if zero_stage == 3 else tensor
     return -(-parameters.routed * bytes_per_weight // expert) + -(-parameters.dense * bytes_per_weight // dense_cut)

@@ -25,7 +25,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, Cache, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.models.glm_moe_dsa.modeling_glm_moe_dsa import GlmMoeDsaAttention, GlmMoeDsaIndexer, apply_rotary_pos_emb_interleave
+from transformers.models.glm_moe_dsa.modeling_glm_moe_dsa import (
+    GlmMoeDsaAttention,
+    GlmMoeDsaIndexer,
+    apply_rotary_pos_emb_interleave,
+)
 
 IMPLEMENTATION = "tracestill_latent"
 

@@ -17,19 +17,34 @@ def test_each_package_resolves_to_this_repository(name: str) -> None:
     assert module.__file__ is not None and Path(module.__file__).parent == ROOT / name
 
 
+HEAVY = ("torch", "transformers", "deepspeed", "wandb", "datasets")
+
+
+def _python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
 def _loads(statement: str) -> set[str]:
-    code = f"import sys; {statement}; print(' '.join(m for m in ('torch', 'transformers', 'deepspeed', 'wandb', 'datasets') if m in sys.modules))"
-    return set(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split())
+    return set(_python(f"import sys; {statement}; print(' '.join(m for m in {HEAVY!r} if m in sys.modules))").split())
 
 
-@pytest.mark.parametrize("module", ["tracestill", "configs.load", "configs.launch", "data.store", "data.ledger", "data.stage", "slurm.submit", "teacher.plan"])
+@pytest.mark.parametrize(
+    "module",
+    ["tracestill", "configs.load", "configs.launch", "data.store", "data.ledger", "data.stage", "slurm.submit", "teacher.plan"],
+)
 def test_planning_and_status_need_no_torch(module: str) -> None:
     assert _loads(f"import {module}") == set()
 
 
 def test_help_imports_nothing_heavy() -> None:
-    code = "import sys; sys.argv = ['tracestill', '--help']; import tracestill\ntry: tracestill.main()\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
-    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    lines = (
+        "import sys",
+        "sys.argv = ['tracestill', '--help']",
+        "import tracestill",
+        "try: tracestill.main()",
+        "except SystemExit: pass",
+    )
+    shown = _python("\n".join([*lines, "print('torch' in sys.modules)"]))
     assert "Commands" in shown and shown.strip().endswith("False")
 
 

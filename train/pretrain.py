@@ -9,7 +9,6 @@ Not a stage of the pipeline: teams bring trained models, and the embedded pair s
 
 import argparse
 import itertools
-import json
 import math
 import os
 import time

@@ -64,10 +64,10 @@ def train_rank(context: Context) -> None:
 
 
 def _plan(context: Context) -> str:
-    recipe = context.recipe
+    lora, train = context.recipe.student.lora, context.recipe.train
     return (
-        f"LoRA rank {recipe.student.lora.rank} on {recipe.student.model}, {recipe.train.epochs:g} epochs of {recipe.train.traces_per_step} traces a step, "
-        f"lr {recipe.train.lr:g}, {recipe.train.processes} ranks, ZeRO-{recipe.train.zero_stage}, {recipe.train.dtype}"
+        f"LoRA rank {lora.rank} on {context.recipe.student.model}, {train.epochs:g} epochs of {train.traces_per_step} traces "
+        f"a step, lr {train.lr:g}, {train.processes} ranks, ZeRO-{train.zero_stage}, {train.dtype}"
     )
 
 

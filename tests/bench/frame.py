@@ -34,7 +34,10 @@ class Result:
 
 def machine() -> str:
     """Processor, cores and memory, in words."""
-    model = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), platform.machine())
+    model = next(
+        (line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.machine(),
+    )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return f"{model}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB, Python {platform.python_version()}"
 
@@ -49,10 +52,10 @@ def interleave(benchmark: str, unit: str, ours: Side, theirs: Side, *, repeats: 
             if repeat >= warmup:
                 rates[name].append(amount / (time.perf_counter() - started))
     ratios = [one / other for one, other in zip(rates["ours"], rates["theirs"], strict=True)]
+    ours_rate, theirs_rate = statistics.median(rates["ours"]), statistics.median(rates["theirs"])
     return Result(
-        benchmark, unit, statistics.median(rates["ours"]), statistics.median(rates["theirs"]), statistics.median(ratios), min(ratios), max(ratios),
-        repeats, machine(),
-    )  # fmt: skip
+        benchmark, unit, ours_rate, theirs_rate, statistics.median(ratios), min(ratios), max(ratios), repeats, machine()
+    )
 
 
 def main(description: str, measure: Callable[[int], Result], default_repeats: int = 5) -> None:

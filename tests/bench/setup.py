@@ -1,4 +1,4 @@
-"""Installs the benchmarks' peers, each in an environment of its own under .bench/: their pins clash with ours and with each other."""
+"""Installs the benchmarks' peers, each in an environment of its own under .bench/, because their pins clash."""
 
 import subprocess
 import sys

@@ -69,7 +69,11 @@ def test_a_stage_that_fails_is_not_sealed_and_its_seconds_still_count(context: C
 
 
 def test_a_stage_is_run_by_one_process_at_a_time(context: Context) -> None:
-    with exclusive(context.run, "train"), pytest.raises(UnusableInput, match="already running here"), exclusive(context.run, "train"):
+    with (
+        exclusive(context.run, "train"),
+        pytest.raises(UnusableInput, match="already running here"),
+        exclusive(context.run, "train"),
+    ):
         pass
     with exclusive(context.run, "train"):
         pass

@@ -47,10 +47,24 @@ def test_the_two_dialects_share_bytes_and_nothing_else() -> None:
 
 
 def measure(folder: Path, name: str, tmp_path: Path) -> Metrics:
-    recipe = load_recipe("embedded", [f"evaluate.suites.{index}.count={count}" for index, count in enumerate((40, 40, 40, 120))]).recipe
-    items = [item for item in build_prompt_set(recipe.generate.prompts, recipe.evaluate.suites, [RECIPES]).prompts if item.split == "eval"]
+    recipe = load_recipe(
+        "embedded", [f"evaluate.suites.{index}.count={count}" for index, count in enumerate((40, 40, 40, 120))]
+    ).recipe
+    items = [
+        item
+        for item in build_prompt_set(recipe.generate.prompts, recipe.evaluate.suites, [RECIPES]).prompts
+        if item.split == "eval"
+    ]
     engine = LocalEngine(folder, dtype="fp32", batch_size=120)
-    return evaluate_model(name, engine, load_tokenizer(str(folder)), items, recipe.evaluate, RunFolder(tmp_path), model_fingerprint=weights_sha256(resolve(str(folder))))
+    return evaluate_model(
+        name,
+        engine,
+        load_tokenizer(str(folder)),
+        items,
+        recipe.evaluate,
+        RunFolder(tmp_path),
+        model_fingerprint=weights_sha256(resolve(str(folder))),
+    )
 
 
 def test_the_teacher_masters_every_family_it_claims(tmp_path: Path) -> None:
@@ -69,4 +83,8 @@ def test_the_base_is_poor_and_sure_of_itself(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("folder", [TEACHER, BASE])
 def test_weights_are_safetensors_alone(folder: Path) -> None:
-    assert not [path for path in folder.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl", ".py") and path.name not in ("__init__.py",)]
+    assert not [
+        path
+        for path in folder.rglob("*")
+        if path.suffix in (".bin", ".pt", ".pth", ".pkl", ".py") and path.name not in ("__init__.py",)
+    ]

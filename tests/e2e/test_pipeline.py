@@ -70,7 +70,11 @@ def test_a_gate_that_fails_exits_3_and_keeps_the_run(finished: RunFolder, tmp_pa
     stored = yaml.safe_load(config.read_text())
     stored["recipe"]["evaluate"]["gates"] = gate
     config.write_text(yaml.safe_dump(stored))
-    words = [*command("evaluate", "embedded", "--run-dir", "r", "--json", small=True), "-s", "evaluate.gates={accuracy: {min: 1.0}}"]
+    words = [
+        *command("evaluate", "embedded", "--run-dir", "r", "--json", small=True),
+        "-s",
+        "evaluate.gates={accuracy: {min: 1.0}}",
+    ]
     ended = subprocess.run(words, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
     assert ended.returncode == 3 and "accuracy" in ended.stderr and "expected >= 1" in ended.stderr
     assert "student" in json.loads(ended.stdout.splitlines()[-1])

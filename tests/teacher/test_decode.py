@@ -46,7 +46,12 @@ def generate_one_by_one(folder: Path, requests: Sequence[Request]) -> dict[str, 
     for request in requests:
         prompt = torch.tensor([request.prompt_ids])
         ids = model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=request.max_tokens, do_sample=False, eos_token_id=list(STOPS), pad_token_id=0
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=request.max_tokens,
+            do_sample=False,
+            eos_token_id=list(STOPS),
+            pad_token_id=0,
         )
         answers[request.request_id] = tuple(ids[0, prompt.shape[1] :].tolist())
     return answers
@@ -101,7 +106,9 @@ def test_logprobs_equal_score(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(teacher.score, "LOGITS_PER_PASS", logits_per_pass)
         for completion, sequence, scores in zip(completions, sequences, engine.score(sequences), strict=True):
             assert len(scores) == len(sequence) and scores[0] == 0.0
-            assert scores[-len(completion.token_ids) :] == pytest.approx(completion.logprobs, abs=1e-4)  # float32, other GEMM shapes
+            assert scores[-len(completion.token_ids) :] == pytest.approx(
+                completion.logprobs, abs=1e-4
+            )  # float32, other GEMM shapes
 
 
 def test_score_equals_one_plain_forward_pass(folder: Path) -> None:
@@ -143,7 +150,9 @@ def test_a_prompt_without_room_comes_back_as_abort_and_holds_nobody_up(qwen_fold
         Request("long", (7,) * 32, STOPS, max_tokens=5, temperature=0.0, top_p=1.0, seed=0),
         Request("empty", (), STOPS, max_tokens=5, temperature=0.0, top_p=1.0, seed=0),
     ]
-    completions = {c.request_id: c for c in LocalEngine(qwen_folder, max_length=32, batch_size=1).generate([*hopeless, *requests])}
+    completions = {
+        c.request_id: c for c in LocalEngine(qwen_folder, max_length=32, batch_size=1).generate([*hopeless, *requests])
+    }
     assert len(completions) == 5
     assert all(completions[name].finish_reason == "abort" and completions[name].token_ids == () for name in ("long", "empty"))
 

@@ -71,7 +71,10 @@ def test_neighbouring_seeds_do_not_share_shifted_noise() -> None:
     assert not set(first.tolist()) & set(second.tolist())
 
 
-@pytest.mark.parametrize(("top_p", "kept"), [(0.79, [True, False, True, False]), (0.81, [True, True, True, False]), (1e-9, [False, False, True, False])])
+@pytest.mark.parametrize(
+    ("top_p", "kept"),
+    [(0.79, [True, False, True, False]), (0.81, [True, True, True, False]), (1e-9, [False, False, True, False])],
+)
 def test_the_nucleus_is_the_smallest_set_that_reaches_top_p(top_p: float, kept: list[bool]) -> None:
     probabilities = torch.tensor([[0.3, 0.15, 0.5, 0.05]], dtype=torch.float64)
     assert nucleus_mask(probabilities, torch.tensor([top_p], dtype=torch.float64)).tolist() == [kept]
@@ -94,7 +97,11 @@ def test_a_batch_equals_the_slow_reference_row_by_row() -> None:
     expected = [
         sample_reference(row, temperature, top_p, uniform)
         for row, temperature, top_p, uniform in zip(
-            logits.double().tolist(), noise.temperatures_B.tolist(), noise.top_p_B.tolist(), noise.uniforms_B.tolist(), strict=True
+            logits.double().tolist(),
+            noise.temperatures_B.tolist(),
+            noise.top_p_B.tolist(),
+            noise.uniforms_B.tolist(),
+            strict=True,
         )
     ]
     assert sample(logits, noise).ids_B.tolist() == expected
