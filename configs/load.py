@@ -67,28 +67,23 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise UnusableInput(f"-s {override}: expected key=value, for example -s train.lr=2e-4")
-    *parents, last = key.split(".")
+    parts = key.split(".")
     node: Any = raw
-    for index, parent in enumerate([*parents, last]):
-        is_last = index == len(parents)
+    for index, part in enumerate(parts):
+        where = ".".join(parts[:index])
+        step: Any = part
         if isinstance(node, list):
-            if not parent.isdigit() or int(parent) >= len(node):
-                raise UnusableInput(
-                    f"-s {override}: {'.'.join(parents[:index])} is a list of {len(node)}; expected an index below that"
-                )
-            parent = int(parent)
+            if not part.isdigit() or int(part) >= len(node):
+                raise UnusableInput(f"-s {override}: {where} is a list of {len(node)}; expected an index below that")
+            step = int(part)
         elif not isinstance(node, dict):
-            raise UnusableInput(f"-s {override}: {'.'.join(parents[:index])} is a value, not a section")
-        if is_last:
-            node[parent] = yaml_value(text)
+            raise UnusableInput(f"-s {override}: {where} is a value, not a section")
+        if index == len(parts) - 1:
+            node[step] = yaml_value(text)
         elif isinstance(node, dict):
-            node = node.setdefault(parent, {})
-            if node is None:
-                raise UnusableInput(
-                    f"-s {override}: {'.'.join(parents[: index + 1])} is empty in the recipe; set the whole section"
-                )
+            node = node.setdefault(step, {})
         else:
-            node = node[parent]
+            node = node[step]
 
 
 def yaml_value(text: str) -> Any:

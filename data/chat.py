@@ -37,7 +37,7 @@ class Dialect:
     prompt_opens_think: bool
 
     def stop_ids(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-        return tuple(int(tokenizer.convert_tokens_to_ids(token)) for token in self.stop_tokens)
+        return tuple(tokenizer.convert_tokens_to_ids(list(self.stop_tokens)))  # type: ignore[arg-type]
 
 
 GLM_STOPS = ("<|user|>", "<|observation|>", "<|endoftext|>")
@@ -46,7 +46,7 @@ CHATML_STOPS = ("<|im_end|>", "<|endoftext|>")
 
 def dialect_of(tokenizer: PreTrainedTokenizerBase) -> Dialect:
     """Reads the dialect off the tokenizer: role-marker stops, a ChatML end of turn, or the plain eos token."""
-    vocabulary = tokenizer.get_added_vocab()
+    vocabulary: dict[str, int] = tokenizer.get_added_vocab()  # type: ignore[operator]  (PreTrainedTokenizerBase's __getattr__ hides it)
     if all(marker in vocabulary for marker in ("<|user|>", "<|observation|>")):
         stops = GLM_STOPS
     elif "<|im_end|>" in vocabulary:
@@ -60,7 +60,7 @@ def dialect_of(tokenizer: PreTrainedTokenizerBase) -> Dialect:
 
 
 def render(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = False
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, object]], *, add_generation_prompt: bool = False
 ) -> str:
     """The conversation as text. Messages have `role`, `content` and, on assistant turns, `reasoning_content`."""
     text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt)  # type: ignore[arg-type]
@@ -68,12 +68,12 @@ def render(
     return text
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> list[int]:
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, object]]) -> list[int]:
     """The ids a server would feed the model, generation prompt included. The template owns BOS: none is added twice."""
     return tokenizer(render(tokenizer, messages, add_generation_prompt=True), add_special_tokens=False)["input_ids"]  # type: ignore[return-value]
 
 
-def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> Encoded:
+def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, object]]) -> Encoded:
     """Ids of the whole conversation, and the mask of every assistant turn with its reasoning and its stop token.
 
     Raises:

@@ -5,14 +5,15 @@ from typing import Any
 
 from configs.progress import Count
 from data.build import build
+from data.judge import VERSIONS
 from data.stage import Context, Outcome, Stage
 from data.verify import VERIFIERS
 
 
 def _identity(context: Context) -> dict[str, Any]:
-    """The settings and every verifier's version: a raised version judges again."""
+    """The settings and every judge's version: a raised version judges again."""
     settings = context.recipe.data.model_dump(mode="json", exclude={"verify_timeout_s"})
-    return {"data": settings, "verifiers": {name: verifier.version for name, verifier in VERIFIERS.items()}}
+    return {"data": settings, "judges": VERSIONS | {name: verifier.version for name, verifier in VERIFIERS.items()}}
 
 
 def _act(context: Context, show: Callable[[Count], None]) -> Outcome:

@@ -9,7 +9,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from configs.errors import UnusableInput
 from configs.schema import JsonlSource, PromptSource, ReasoningGymSource
@@ -39,7 +39,8 @@ def build_prompt_set(training: Sequence[PromptSource], suites: Sequence[PromptSo
     """
     left_out: Counter[str] = Counter()
     sides: dict[Split, dict[str, Prompt]] = {"train": {}, "eval": {}}
-    for split, sources in (("train", training), ("eval", suites)):
+    plan: tuple[tuple[Split, Sequence[PromptSource]], ...] = (("train", training), ("eval", suites))
+    for split, sources in plan:
         for source in sources:
             for prompt in _read(source, split, folders, left_out):
                 if prompt.prompt_id in sides[split]:
@@ -203,7 +204,7 @@ def _messages(row: dict, where: str) -> tuple[Message, ...]:
             raise UnusableInput(f"{where}: empty question")
     if messages[-1]["role"] == "assistant":
         raise UnusableInput(f"{where}: the last message is the assistant's; expected the turn it must answer")
-    return tuple(messages)
+    return cast(tuple[Message, ...], tuple(messages))
 
 
 def _prompt(

@@ -38,8 +38,13 @@ def load_examples(dataset_dir: Path, tokenizer: PreTrainedTokenizerBase) -> Exam
         raise UnusableInput(f"dataset {dataset_dir}: no split or column {absent[0]!r}; rebuild with: tracestill data build")
     if not len(splits["train"]):
         raise UnusableInput(f"dataset {dataset_dir}: the train split is empty; loosen data.filters or generate more traces")
-    encoded = {name: [encode_row(row["trace_id"], row["messages"], tokenizer) for row in split] for name, split in splits.items()}
-    return Examples(encoded["train"], encoded.get("validation", []))
+    validation = _encode(splits["validation"], tokenizer) if "validation" in splits else []
+    return Examples(_encode(splits["train"], tokenizer), validation)
+
+
+def _encode(split: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    columns = zip(split["trace_id"], split["messages"], strict=True)
+    return [encode_row(trace_id, messages, tokenizer) for trace_id, messages in columns]
 
 
 def _open_splits(dataset_dir: Path) -> datasets.DatasetDict:

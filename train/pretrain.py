@@ -8,6 +8,7 @@ Not a stage of the pipeline: teams bring trained models, and the embedded pair s
 """
 
 import argparse
+import functools
 import itertools
 import math
 import os
@@ -67,10 +68,10 @@ class RouterBalance:
         self.routers = [module for module in model.modules() if hasattr(module, "e_score_correction_bias")]
         self.loads: dict[int, torch.Tensor] = {}
         for index, router in enumerate(self.routers):
-            router.register_forward_hook(lambda module, _, output, index=index: self._count(index, module.num_experts, output[2]))
+            router.register_forward_hook(functools.partial(self._count, index))
 
-    def _count(self, index: int, num_experts: int, chosen: torch.Tensor) -> None:
-        counted = torch.bincount(chosen.flatten(), minlength=num_experts).float()
+    def _count(self, index: int, router: torch.nn.Module, _: object, output: tuple[torch.Tensor, ...]) -> None:
+        counted = torch.bincount(output[2].flatten(), minlength=int(router.num_experts)).float()  # type: ignore[arg-type]
         self.loads[index] = self.loads.get(index, 0.0) + counted
 
     def step(self) -> None:
@@ -129,6 +130,8 @@ def pretrain(recipe_path: Path, output: Path) -> None:
     tokenizer = build_byte_tokenizer(
         spec["markers"], eos=spec["eos"], pad=spec["pad"], chat_template=(recipe_path.parent / "chat_template.jinja").read_text()
     )
+    pad_id = tokenizer.pad_token_id
+    assert isinstance(pad_id, int)
     config = AutoConfig.for_model(**recipe["model"], eos_token_id=tokenizer.eos_token_id, bos_token_id=None)
     model = AutoModelForCausalLM.from_config(
         config, experts_implementation="grouped_mm" if "n_routed_experts" in recipe["model"] else None
@@ -147,7 +150,7 @@ def pretrain(recipe_path: Path, output: Path) -> None:
     started, tokens = time.perf_counter(), 0
     for step in range(total_steps):
         share = min(1.0, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * step / total_steps))
-        micro_batches = [pad_batch(part, tokenizer.pad_token_id) for part in next(stream)]
+        micro_batches = [pad_batch(part, pad_id) for part in next(stream)]
         supervised = sum(int((labels_BT[:, 1:] != IGNORE_INDEX).sum()) for _, labels_BT in micro_batches)
         loss = math.fsum(train_on(model, ids_BT, labels_BT, supervised) for ids_BT, labels_BT in micro_batches)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -168,9 +171,7 @@ def pretrain(recipe_path: Path, output: Path) -> None:
             exact: dict[str, list[bool]] = {}
             for start in range(0, len(held), 100):
                 part = held[start : start + 100]
-                for (family, _), hit in zip(
-                    part, exact_traces(model, [row for _, row in part], tokenizer.pad_token_id), strict=True
-                ):
+                for (family, _), hit in zip(part, exact_traces(model, [row for _, row in part], pad_id), strict=True):
                     exact.setdefault(family, []).append(hit)
             model.train()
             print(

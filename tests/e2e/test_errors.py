@@ -17,9 +17,12 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
     def call(*words: str) -> tuple[int, str]:
         monkeypatch.setattr("sys.argv", ["tracestill", *words])
-        with pytest.raises(SystemExit) as stopped:
+        try:
             tracestill.main()
-        return int(stopped.value.code or 0), capsys.readouterr().err.strip()
+            code: object = 0
+        except SystemExit as stopped:
+            code = stopped.code
+        return int(str(code)), capsys.readouterr().err.strip()
 
     return call
 
@@ -92,7 +95,7 @@ def test_a_run_directory_of_another_configuration_is_refused_by_name(run, tmp_pa
 
 def test_a_stage_without_its_input_says_which_stage_makes_it(run, tmp_path: Path) -> None:  # noqa: ANN001
     code, line = run("data", "build", recipe(tmp_path, FINE))
-    assert code == 2 and "run the stage that makes traces/" in line
+    assert code == 2 and "run the stage that makes prompts/" in line
 
 
 def test_dry_run_touches_nothing(run, tmp_path: Path) -> None:  # noqa: ANN001

@@ -3,6 +3,7 @@ import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from wandb.proto import wandb_internal_pb2
@@ -51,7 +52,7 @@ def test_tracker_reports_after_the_row_is_written(tmp_path: Path) -> None:
     assert seen == [(1, 7, {"optim/lr": 0.5}, 1)]
 
 
-def wandb_records(path: Path) -> Iterator[wandb_internal_pb2.Record]:
+def wandb_records(path: Path) -> Iterator[Any]:
     """Records of an offline .wandb file: a 7-byte header, then LevelDB log blocks of (crc32, length, type, payload)."""
     content, position, parts = path.read_bytes(), 7, b""
     while position + 7 <= len(content):
@@ -65,7 +66,7 @@ def wandb_records(path: Path) -> Iterator[wandb_internal_pb2.Record]:
         assert zlib.crc32(payload, zlib.crc32(bytes([kind]))) == checksum
         parts += payload
         if kind in (1, 4):  # a whole record, or the last part of one
-            record = wandb_internal_pb2.Record()
+            record = wandb_internal_pb2.Record()  # pyright: ignore[reportAttributeAccessIssue]
             record.ParseFromString(parts)
             parts = b""
             yield record
