@@ -108,6 +108,7 @@ class DeepSpeedEngine:
         self.model_dir, self.parallel, self.dtype = model_dir, parallel, dtype
         self.batch_size, self.max_length, self.timeout_s = batch_size, max_length, timeout_s
         self._runner: Runner | None = None
+        self._module: nn.Module | None = None
         self._has_work = torch.zeros(1)
 
     @property
@@ -129,7 +130,7 @@ class DeepSpeedEngine:
         check_layout(self.parallel, config, dist.get_world_size())
         device = torch.device(get_accelerator().current_device_name())
         engine = shard(self.model_dir, config, self.dtype, self.parallel)
-        self._has_work = self._has_work.to(device)
+        self._module, self._has_work = engine.module, self._has_work.to(device)
         self._runner = build_runner(
             engine,
             engine.module,
@@ -140,6 +141,13 @@ class DeepSpeedEngine:
             device=device,
             any_rank_has_work=self._any_rank_has_work,
         )
+
+    @property
+    def module(self) -> nn.Module:
+        """The sharded model itself; its parameters are empty outside a forward pass under ZeRO-3."""
+        self.load()
+        assert self._module is not None
+        return self._module
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """This rank's completions. Iterate to the end: a rank that stops early leaves the others in a collective."""
@@ -155,7 +163,7 @@ class DeepSpeedEngine:
         """Collective: without the barrier and the orderly end a rank may abort at exit while another still talks to it."""
         if self._runner is not None:
             self._runner.watch.detach()
-            self._runner = None
+            self._runner = self._module = None
         if dist.is_initialized():
             dist.barrier()
             dist.destroy_process_group()

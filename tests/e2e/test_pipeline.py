@@ -127,7 +127,6 @@ def _segments(folder: Path, count: int) -> Callable[[], bool]:
 
 
 READY: dict[str, Callable[[RunFolder], Callable[[], bool]]] = {
-    "prompts": lambda run: lambda: run.config.exists(),
     "generate": lambda run: _segments(run.traces, 3),
     "data": lambda run: lambda: run.verdicts.is_dir(),
     "train": lambda run: lambda: any(run.checkpoints.glob("step-*")) if run.checkpoints.is_dir() else False,
@@ -139,19 +138,15 @@ READY: dict[str, Callable[[RunFolder], Callable[[], bool]]] = {
 
 def test_killed_in_every_stage_it_continues_to_the_same_ledger(finished: RunFolder, tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "r")
-    for stage, ready in READY.items():
-        assert kill_when(ready(run), "run", "embedded", "--run-dir", "r", cwd=tmp_path) == -signal.SIGKILL, stage
-    ended = tracestill("run", "embedded", "--run-dir", "r", cwd=tmp_path, small=True)
-    assert ended.code == 0, ended.out + ended.err
-    assert read_ledger(run) == read_ledger(finished)
-    one, other = summary(run), summary(finished)
-    assert one["ledger"] == other["ledger"]
-    assert tracestill("data", "verify", str(run.root), cwd=tmp_path).code == 0
-
-
-def test_asked_to_stop_it_exits_75_with_everything_committed(tmp_path: Path) -> None:
-    run = RunFolder(tmp_path / "r")
-    code = kill_when(_segments(run.traces, 1), "run", "embedded", "--run-dir", "r", cwd=tmp_path, number=signal.SIGTERM)
-    assert code == 75
+    words = ("run", "embedded", "--run-dir", "r")
+    code = kill_when(_segments(run.traces, 1), *words, cwd=tmp_path, number=signal.SIGTERM)
+    assert code == 75  # asked to stop: interrupted and resumable
     ledger = read_ledger(run)
     assert ledger.completed >= 8 and ledger.requested == ledger.completed + ledger.failed + ledger.pending
+    for stage, ready in READY.items():
+        assert kill_when(ready(run), *words, cwd=tmp_path) == -signal.SIGKILL, stage
+    ended = tracestill(*words, cwd=tmp_path, small=True)
+    assert ended.code == 0, ended.out + ended.err
+    assert read_ledger(run) == read_ledger(finished)
+    assert summary(run)["ledger"] == summary(finished)["ledger"]
+    assert tracestill("data", "verify", str(run.root), cwd=tmp_path).code == 0

@@ -60,9 +60,9 @@ def save_dataset(folder: Path, num_train: int = 22, num_validation: int = 3, lon
             ]
         )  # fmt: skip
 
-    splits: dict[str | datasets.NamedSplit, datasets.Dataset] = {"train": rows(0, num_train)} | (
-        {"validation": rows(1000, num_validation)} if num_validation else {}
-    )
+    splits: dict[str | datasets.NamedSplit, datasets.Dataset] = {"train": rows(0, num_train)}
+    if num_validation:
+        splits["validation"] = rows(1000, num_validation)
     datasets.DatasetDict(splits).save_to_disk(str(folder))
     return folder
 
