@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from configs.errors import UnusableInput
@@ -53,7 +54,7 @@ def load_base(model: str, dtype: Literal["fp32", "bf16", "fp16"]) -> PreTrainedM
         return AutoModelForCausalLM.from_pretrained(
             folder, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False, local_files_only=True
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UnusableInput(f"student.model {model}: not a causal language model that loads: {_first_line(error)}") from error
 
 

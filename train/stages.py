@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from configs.launch import build_extensions, run_ranks
+from configs.launch import run_ranks
 from configs.progress import Count, file_reporter, read_counts
 from data.stage import Context, Outcome, Stage
 from student.model import resolve, weights_sha256
@@ -28,7 +28,6 @@ def _progress_file(context: Context) -> Path:
 def _act(context: Context, show: Callable[[Count], None]) -> Outcome:
     run, settings = context.run, context.recipe.train
     extensions, log = run.cache / "torch_extensions", run.logs / "train.log"
-    build_extensions("train.step", extensions, log)
     progress = _progress_file(context)
     progress.unlink(missing_ok=True)
 

@@ -47,7 +47,9 @@ def run_ranks(folder: Path, task: dict[str, Any], world: int = 2) -> Found:
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={world}",
         "-m", "tests.distributed.worker", str(task_file),
     ]  # fmt: skip
-    done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    done = subprocess.run(
+        command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return Found([json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world)])
 
@@ -82,7 +84,9 @@ def local(model: Path) -> LocalEngine:
     return LocalEngine(model, batch_size=4)
 
 
-@pytest.mark.parametrize(("job", "requests"), [(0, GREEDY), (1, SAMPLED), (2, ONLY_RANK_0)], ids=["greedy", "sampled", "idle-rank"])
+@pytest.mark.parametrize(
+    ("job", "requests"), [(0, GREEDY), (1, SAMPLED), (2, ONLY_RANK_0)], ids=["greedy", "sampled", "idle-rank"]
+)
 def test_two_ranks_equal_one_process_token_for_token(found: Found, local: LocalEngine, job: int, requests: list[Request]) -> None:
     assert found.tokens(job) == {c.request_id: c.token_ids for c in local.generate(requests)}
 

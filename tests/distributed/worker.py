@@ -1,6 +1,6 @@
 """One rank of the sharded engine, for tests: does every job of a task with one engine and writes what it got.
 
-    python -m torch.distributed.run --nproc-per-node=2 -m tests.distributed.worker TASK.json
+python -m torch.distributed.run --nproc-per-node=2 -m tests.distributed.worker TASK.json
 """
 
 import json
@@ -35,7 +35,9 @@ def main(task_file: Path) -> None:
     ]
     stats = engine.expert_stats()
     scores = engine.score(task["score"][rank])
-    bias_dtypes = sorted({str(buffer.dtype) for name, buffer in engine.module.named_buffers() if "e_score_correction_bias" in name})
+    bias_dtypes = sorted(
+        {str(buffer.dtype) for name, buffer in engine.module.named_buffers() if "e_score_correction_bias" in name}
+    )
     engine.close()
     found = {"jobs": jobs, "counts": stats.counts if stats else {}, "scores": scores, "bias_dtypes": bias_dtypes}
     task_file.with_name(f"rank{rank}.json").write_text(json.dumps(found))

@@ -60,5 +60,9 @@ def test_a_moved_row_takes_all_its_state_along() -> None:
     cache.update_indexer(rows[:, 0] * 100, 0)
     cache.move_rows([(2, 0)], columns=1)
     layer = cache.slot_layers[0]
-    found = [buffer.data[:, 0].flatten(1)[:, 0].tolist() for buffer in (layer.key_buffer, layer.value_buffer, layer.indexer_buffer) if buffer.data is not None]
+    found = [
+        buffer.data[:, 0].flatten(1)[:, 0].tolist()
+        for buffer in (layer.key_buffer, layer.value_buffer, layer.indexer_buffer)
+        if buffer.data is not None
+    ]
     assert found == [[2, 1, 2], [20, 10, 20], [200, 100, 200]]

@@ -1,0 +1,66 @@
+"""Which engine and which folder a recipe means."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs import schema
+from configs.errors import UnusableInput
+from teacher.deepspeed_engine import DeepSpeedEngine
+from teacher.engines import fingerprint_model, fingerprint_teacher, open_engine, resolve_model
+from teacher.folders import EMBEDDED
+from teacher.local_engine import LocalEngine
+
+
+def test_the_recipe_names_the_engine(qwen_folder: Path) -> None:
+    teacher = schema.Teacher(model=str(qwen_folder), engine=schema.LocalEngine(dtype="fp32", batch_size=3))
+    local = open_engine(teacher)
+    assert isinstance(local, LocalEngine) and (local.model_dir, local.dtype, local.batch_size) == (qwen_folder, "fp32", 3)
+    layout = schema.Layout(expert_parallel=2, zero_stage=3)
+    sharded = open_engine(schema.Teacher(model=str(qwen_folder), engine=schema.DeepSpeedEngine(dtype="fp32"), layout=layout))
+    assert isinstance(sharded, DeepSpeedEngine) and sharded.parallel == (2, 1, 3)
+
+
+def test_a_sharded_engine_outside_torchrun_says_so(qwen_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(UnusableInput, match="not started by torchrun"):
+        open_engine(schema.Teacher(model=str(qwen_folder))).load()
+
+
+def test_http_and_local_engines_need_no_deepspeed() -> None:
+    code = "import sys, teacher.engines, teacher.http_engine, teacher.local_engine; sys.exit('deepspeed' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_embedded_is_the_shipped_teacher() -> None:
+    assert resolve_model("embedded") == EMBEDDED
+
+
+def test_a_missing_folder_names_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(UnusableInput, match="no such folder"):
+        resolve_model(str(tmp_path / "nowhere"))
+    with pytest.raises(UnusableInput, match="no config.json"):
+        resolve_model(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UnusableInput, match=r"no \*.safetensors"):
+        resolve_model(str(tmp_path))
+
+
+def test_a_fingerprint_follows_content_and_not_place(qwen_folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(qwen_folder, tmp_path / "copy"))
+    assert fingerprint_model(copy) == fingerprint_model(qwen_folder)
+    weights = copy / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert fingerprint_model(copy) != fingerprint_model(qwen_folder)
+
+
+def test_the_layout_is_no_part_of_who_the_teacher_is(qwen_folder: Path) -> None:
+    teacher = schema.Teacher(model=str(qwen_folder))
+    wider = teacher.model_copy(update={"layout": schema.Layout(expert_parallel=2)})
+    other = teacher.model_copy(update={"engine": schema.DeepSpeedEngine(dtype="fp32")})
+    assert fingerprint_teacher(teacher) == fingerprint_teacher(wider) != fingerprint_teacher(other)
