@@ -18,7 +18,8 @@ GLM = {
 }  # fmt: skip
 QWEN = {
     "model_type": "qwen3", "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256, "tie_word_embeddings": False,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
 }  # fmt: skip
 CONFIGS = {"glm": GLM, "qwen": QWEN}
 
