@@ -121,6 +121,7 @@ def run(
     if dry_run:
         _plan(_all_stages, config, overrides, run_dir)
         return
+    _check_models(config, overrides)
     context = _open(config, overrides, run_dir)
     from data.stage import run_stage
     from student.stages import gate_refusal
@@ -136,6 +137,18 @@ def run(
     _print_result(context, as_json)
     if refusal is not None:
         raise refusal
+
+
+def _check_models(config: str, overrides: list[str] | None) -> None:
+    """Both models are there before the run folder is made: a typo costs nothing."""
+    from configs.load import load_recipe
+
+    recipe = load_recipe(config, overrides or []).recipe
+    from student.model import resolve
+    from teacher.folders import model_folder, resolve_model
+
+    (model_folder if recipe.teacher.engine.type == "http" else resolve_model)(recipe.teacher.model)
+    resolve(recipe.student.model)
 
 
 def _prompts_stage() -> "Stage":

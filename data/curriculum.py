@@ -272,7 +272,7 @@ def base_lessons(seed: int) -> Iterator[Lesson]:
 
 # --- the fact file -----------------------------------------------------------------------------------------------
 
-NUM_UNKNOWN_TAUGHT, NUM_UNKNOWN_HELD_OUT = 300, 204
+NUM_UNKNOWN_TAUGHT, NUM_UNKNOWN_HELD_OUT = 800, 204
 
 
 def fact_rows() -> Iterator[dict[str, str | bool]]:

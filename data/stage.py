@@ -19,10 +19,23 @@ from configs.errors import UnusableInput
 from configs.load import Loaded, fingerprint
 from configs.progress import Count, Display
 from configs.schema import Recipe
-from data.store import ROLLUP, Rollup, RunFolder, code_revision, input_hashes, is_complete, read_rollup, seal, write_bytes
+from data.store import (
+    ROLLUP,
+    Rollup,
+    RunFolder,
+    code_revision,
+    input_hashes,
+    is_complete,
+    read_rollup,
+    seal,
+    verify_files,
+    write_bytes,
+)
 
 log = logging.getLogger(__name__)
 
+# A finished stage up to this size is hashed again before it is trusted (1.5 GB/s); above it, whoever reads a file does.
+VERIFIED_WHEN_SKIPPED_BYTES = 4 << 30
 # Sections that may change under a run folder without making another run of it: they say where and how fast, not what.
 FREE_SECTIONS = ("slurm",)
 
@@ -87,6 +100,8 @@ def run_stage(stage: Stage, context: Context) -> Rollup:
     if is_complete(run, folder, fingerprint=identity, inputs=inputs):
         rollup = read_rollup(folder)
         assert rollup is not None
+        if sum(rollup.sizes.values()) <= VERIFIED_WHEN_SKIPPED_BYTES:
+            verify_files(run, rollup)
         context.console.print(
             f"[dim]{stage.name:<9} already complete ({rollup.seconds:.0f} s when it ran): skipped[/dim]", highlight=False
         )
@@ -163,7 +178,8 @@ def _open_lock(path: Path) -> IO[str]:
 
 
 def open_run(loaded: Loaded, run_dir: Path | None) -> RunFolder:
-    """The run folder, made if need be, with config.yaml written first. A folder of another configuration is refused.
+    """The run folder, made if need be, with config.yaml written first. A folder that holds anything made by another
+    configuration is refused; one in which nothing was made yet (a typo in the first try) takes the new one.
 
     Raises:
         UnusableInput: unwritable folder, or the first difference between its configuration and this one.
@@ -171,10 +187,18 @@ def open_run(loaded: Loaded, run_dir: Path | None) -> RunFolder:
     run = RunFolder((run_dir or Path("runs") / loaded.recipe.name).resolve())
     wanted = loaded.recipe.model_dump(mode="json")
     if run.config.is_file():
-        _refuse_other_configuration(run, wanted)
         if not os.access(run.root, os.W_OK):
             raise UnusableInput(f"run directory {run.root}: not writable; choose another --run-dir or change its permissions")
-        return run
+        difference = _difference(run, wanted)
+        if difference is None:
+            return run
+        if any(run.root.glob("*/*.arrow")) or any(run.root.glob("*/manifest.json")):
+            key, was, now = difference
+            raise UnusableInput(
+                f"run directory {run.root}: was made with {key} = {was!r}, this recipe says {now!r}; "
+                f"use another --run-dir, or -s {key}={was}"
+            )
+        log.warning("%s holds nothing made with its old configuration yet; it is replaced", run.config)
     header = {"code_revision": code_revision(), "fingerprint": fingerprint(wanted)}
     text = f"# Resolved configuration of this run; written once.\n{yaml.safe_dump(header | {'recipe': wanted}, sort_keys=False)}"
     try:
@@ -186,19 +210,14 @@ def open_run(loaded: Loaded, run_dir: Path | None) -> RunFolder:
     return run
 
 
-def _refuse_other_configuration(run: RunFolder, wanted: dict[str, Any]) -> None:
+def _difference(run: RunFolder, wanted: dict[str, Any]) -> tuple[str, Any, Any] | None:
     try:
         stored = yaml.safe_load(run.config.read_text())["recipe"]
     except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise UnusableInput(f"{run.config}: not a configuration written by tracestill; use another --run-dir") from error
     ours = {key: value for key, value in wanted.items() if key not in FREE_SECTIONS}
     theirs = {key: value for key, value in stored.items() if key not in FREE_SECTIONS}
-    if (difference := first_difference(theirs, ours)) is not None:
-        key, was, now = difference
-        raise UnusableInput(
-            f"run directory {run.root}: was made with {key} = {was!r}, this recipe says {now!r}; "
-            f"use another --run-dir, or -s {key}={was}"
-        )
+    return first_difference(theirs, ours)
 
 
 def first_difference(left: Any, right: Any, path: str = "") -> tuple[str, Any, Any] | None:

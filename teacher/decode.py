@@ -189,7 +189,9 @@ class Batch:
 
     def _retire(self, columns: int) -> list[Completion]:
         """Finished rows leave; the last live rows move into their places."""
-        reasons = {slot: reason for slot, row in enumerate(self.rows) if (reason := row.finish_reason(self.limits.max_length))}
+        reasons: dict[int, FinishReason] = {
+            slot: reason for slot, row in enumerate(self.rows) if (reason := row.finish_reason(self.limits.max_length))
+        }
         if not reasons:
             return []
         done = [self._complete(slot, reason) for slot, reason in reasons.items()]

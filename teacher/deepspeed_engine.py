@@ -21,19 +21,20 @@ import torch
 import torch.distributed as dist
 import transformers
 from deepspeed.accelerator import get_accelerator
+from deepspeed.accelerator.abstract_accelerator import DeepSpeedAccelerator
 from deepspeed.moe.ep_router import TokenChoiceTopKRouter
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.integrations import HfDeepSpeedConfig
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from configs.errors import UnusableInput
 from data.engine import Completion, ExpertStats, Request
-from teacher.runner import DTYPES, Dtype, Runner, build_runner, read_config
-from teacher.sparse_attention import attention_for, install
+from teacher.runner import Runner, build_runner, read_config, read_model
 
 log = logging.getLogger(__name__)
 
 COLLECTIVE_TIMEOUT_S = 1800.0
+Dtype = Literal["fp32", "bf16"]
 
 _COLUMN = (r".*\.self_attn\.(q_b_proj|kv_b_proj)\.weight$", r".*\.(mlp|shared_experts)\.(gate_proj|up_proj)\.weight$")
 _ROW = (r".*\.self_attn\.o_proj\.weight$", r".*\.(mlp|shared_experts)\.down_proj\.weight$")
@@ -70,11 +71,13 @@ def zero_config(dtype: Dtype, parallel: Parallel) -> dict[str, Any]:
     }
 
 
-def parallel_config(parallel: Parallel) -> dict[str, Any]:
-    """The sections that only `deepspeed.initialize` gets."""
+def parallel_config(parallel: Parallel, model_type: str) -> dict[str, Any]:
+    """The sections that only `deepspeed.initialize` gets. AutoEP knows GLM's experts under DeepSeek-V3's name, and finds
+    the layers of the architectures it was made for by itself."""
     sections: dict[str, Any] = {}
     if parallel.expert > 1:
-        sections["expert_parallel"] = {"enabled": True, "autoep_size": parallel.expert, "preset_model": "deepseek_v3"}
+        preset = {"preset_model": "deepseek_v3"} if model_type == "glm_moe_dsa" else {}
+        sections["expert_parallel"] = {"enabled": True, "autoep_size": parallel.expert} | preset
     if parallel.tensor > 1:
         column = {"patterns": list(_COLUMN), "partition_type": "column"}
         head = {"patterns": [r".*lm_head\.weight$"], "partition_type": "column", "gather_output": True}
@@ -105,7 +108,8 @@ class DeepSpeedEngine:
         max_length: int | None = None,
         timeout_s: float = COLLECTIVE_TIMEOUT_S,
     ) -> None:
-        self.model_dir, self.parallel, self.dtype = model_dir, parallel, dtype
+        self.model_dir, self.parallel = model_dir, parallel
+        self.dtype: Dtype = dtype
         self.batch_size, self.max_length, self.timeout_s = batch_size, max_length, timeout_s
         self._runner: Runner | None = None
         self._module: nn.Module | None = None
@@ -127,8 +131,8 @@ class DeepSpeedEngine:
             return
         config = read_config(self.model_dir)
         start_process_group(self.timeout_s)
-        check_layout(self.parallel, config, dist.get_world_size())
-        device = torch.device(get_accelerator().current_device_name())
+        check_layout(self.parallel, self.dtype, config, dist.get_world_size())
+        device = torch.device(accelerator().current_device_name())
         engine = shard(self.model_dir, config, self.dtype, self.parallel)
         self._module, self._has_work = engine.module, self._has_work.to(device)
         self._runner = build_runner(
@@ -141,6 +145,13 @@ class DeepSpeedEngine:
             device=device,
             any_rank_has_work=self._any_rank_has_work,
         )
+
+    @property
+    def replica(self) -> tuple[int, int]:
+        """(index, number) of the groups of ranks that work on requests of their own. Ranks of one tensor-parallel group
+        must be given the same requests; with tensor_parallel 1 this is rank and world size."""
+        self.load()
+        return dist.get_rank() // self.parallel.tensor, dist.get_world_size() // self.parallel.tensor
 
     @property
     def module(self) -> nn.Module:
@@ -174,6 +185,12 @@ class DeepSpeedEngine:
         return bool(self._has_work.item())
 
 
+def accelerator() -> DeepSpeedAccelerator:
+    found = get_accelerator()
+    assert found is not None
+    return found
+
+
 def start_process_group(timeout_s: float) -> None:
     """gloo on CPU, nccl on GPUs, through DeepSpeed, which keeps a communicator of its own.
 
@@ -188,35 +205,35 @@ def start_process_group(timeout_s: float) -> None:
     if dist.is_initialized():
         return
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    accelerator = get_accelerator()
-    if accelerator.device_name() != "cpu":
-        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
-    backend = "gloo" if accelerator.device_name() == "cpu" else accelerator.communication_backend_name()
+    backend = "gloo"
+    if accelerator().device_name() != "cpu":
+        accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+        backend = accelerator().communication_backend_name()
     deepspeed.init_distributed(backend, timeout=timedelta(seconds=timeout_s), dist_init_required=True)
 
 
-def check_layout(parallel: Parallel, config: PretrainedConfig, world: int) -> None:
-    """Raises UnusableInput when the degrees do not fit the ranks or the experts."""
+def check_layout(parallel: Parallel, dtype: Dtype, config: PretrainedConfig, world: int) -> None:
+    """Raises UnusableInput when the degrees do not fit the ranks, the experts or what DeepSpeed can do."""
     num_experts = int(getattr(config, "n_routed_experts", 0) or 0)
     for name, degree in (("expert_parallel", parallel.expert), ("tensor_parallel", parallel.tensor)):
         if world % degree:
             raise UnusableInput(f"layout.{name} {degree}: does not divide the {world} ranks; expected a divisor of {world}")
     if parallel.expert > 1 and (num_experts == 0 or num_experts % parallel.expert):
         raise UnusableInput(f"layout.expert_parallel {parallel.expert}: does not divide the model's {num_experts} experts")
+    if parallel.expert > 1 and parallel.zero_stage == 0 and dtype == "bf16":
+        raise UnusableInput("layout.zero_stage 0: DeepSpeed runs expert parallelism in bf16 only with zero_stage 3; set it to 3")
 
 
 def shard(model_dir: Path, config: PretrainedConfig, dtype: Dtype, parallel: Parallel) -> deepspeed.DeepSpeedEngine:
     """The model behind a DeepSpeed engine in evaluation mode, its weights spread over the ranks."""
     zero = zero_config(dtype, parallel)
     announced = HfDeepSpeedConfig(zero) if parallel.zero_stage == 3 else None  # from_pretrained looks for a living one
-    model = AutoModelForCausalLM.from_pretrained(
-        model_dir, dtype=DTYPES[dtype], attn_implementation=attention_for(config.model_type)
-    )
-    install(model)
+    model = read_model(model_dir, config, dtype)
     del announced
     if parallel.zero_stage == 3:
         gather_by_layer(model)
-    engine, *_ = deepspeed.initialize(model=model, config=zero | parallel_config(parallel))
+    engine, *_ = deepspeed.initialize(model=model, config=zero | parallel_config(parallel, config.model_type))
+    assert isinstance(engine, deepspeed.DeepSpeedEngine) and isinstance(engine.module, nn.Module)
     route_in_float32(engine.module)
     drop_backward_hooks(engine)
     engine.eval()
@@ -245,8 +262,8 @@ def route_in_float32(module: nn.Module) -> None:
         if isinstance(router, TokenChoiceTopKRouter):
             gate = router.gate
 
-            def forward(x: Tensor, gate: nn.Linear = gate) -> Tensor:
+            def forward(input: Tensor, gate: nn.Linear = gate) -> Tensor:  # the weight is read late: ZeRO-3 gathers it
                 bias = None if gate.bias is None else gate.bias.float()
-                return torch.nn.functional.linear(x.float(), gate.weight.float(), bias)
+                return torch.nn.functional.linear(input.float(), gate.weight.float(), bias)
 
             gate.forward = forward

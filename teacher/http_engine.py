@@ -29,6 +29,7 @@ from data.records import FinishReason
 
 ATTEMPTS = 5
 FIRST_WAIT_S = 1.0
+KEEP_ALIVE_S = 300.0  # httpx's 5 s is shorter than one reasoning trace: every answer would open a connection
 BUSY = {408, 429, 500, 502, 503, 504}
 
 
@@ -57,7 +58,7 @@ class HttpEngine:
                 base_url=self.engine.base_url.rstrip("/") + "/",
                 headers={"Authorization": f"Bearer {key}"} if key else {},
                 timeout=httpx.Timeout(self.engine.timeout_s, connect=min(30.0, self.engine.timeout_s)),
-                limits=httpx.Limits(max_connections=self.engine.concurrency, max_keepalive_connections=self.engine.concurrency),
+                limits=httpx.Limits(max_connections=self.engine.concurrency, keepalive_expiry=KEEP_ALIVE_S),
             )
         return self._client
 

@@ -10,8 +10,7 @@ select, and scores every column even when all of them will be selected. Here a d
   sum p (Wv c) = Wv (sum p c) the numbers are the same up to rounding.
 
 For the embedded teacher, 64 slots and histories of about 120 columns, that is 1,427 output tokens per CPU second against
-774. Prefill keeps the expanded form, which is cheaper where many queries share one
-expansion.
+774. Prefill keeps the expanded form, which is cheaper where many queries share one expansion.
 
 Two seams of transformers carry it: a registered attention function, and the attention module's `expand_kv`, which here
 hands the latents over as they are. Under ZeRO-3 kv_b_proj is read outside its own forward pass, so whole decoder layers

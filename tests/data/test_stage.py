@@ -92,8 +92,23 @@ def test_a_folder_that_is_no_run_of_ours_is_refused(tmp_path: Path) -> None:
         open_run(load_recipe("embedded"), tmp_path / "run")
 
 
+def test_a_byte_changed_in_a_finished_stage_is_named_and_not_skipped_over(context: Context) -> None:
+    run_stage(stage([]), context)
+    made = context.run.root / "one" / "made.txt"
+    made.write_text("2")
+    with pytest.raises(UnusableInput, match=r"made\.txt: sha256 .* expected"):
+        run_stage(stage([]), context)
+
+
+def test_a_folder_in_which_nothing_was_made_takes_another_configuration(tmp_path: Path) -> None:
+    open_run(load_recipe("embedded", ["train.lr=0.1"]), tmp_path / "run")
+    assert "lr: 0.003" in open_run(load_recipe("embedded"), tmp_path / "run").config.read_text()
+
+
 def test_opening_twice_keeps_the_first_configuration(tmp_path: Path) -> None:
     first = open_run(load_recipe("embedded"), tmp_path / "run")
+    (first.root / "prompts").mkdir()
+    (first.root / "prompts" / "manifest.json").write_text("{}")
     text = first.config.read_text()
     assert open_run(load_recipe("embedded"), tmp_path / "run") == RunFolder(tmp_path / "run") and first.config.read_text() == text
     with pytest.raises(UnusableInput, match=r"train\.lr = 0\.003, this recipe says 0\.1"):

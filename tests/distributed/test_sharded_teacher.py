@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from deepspeed.moe.ep_router import TokenChoiceTopKRouter
-from transformers import AutoConfig
+from transformers import AutoConfig, GlmMoeDsaConfig
 from transformers.models.glm_moe_dsa.modeling_glm_moe_dsa import GlmMoeDsaTopkRouter
 
 from configs.errors import UnusableInput
@@ -118,6 +118,13 @@ def test_the_selection_bias_stays_float32(found: Found) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.parametrize(("expert", "zero_stage"), [(1, 3), (2, 0)])
+def test_other_layouts_equal_one_process(model: Path, local: LocalEngine, tmp_path: Path, expert: int, zero_stage: int) -> None:
+    task = as_task(model, [[GREEDY[:9], GREEDY[9:]]], parallel={"expert": expert, "tensor": 1, "zero_stage": zero_stage})
+    assert run_ranks(tmp_path, task).tokens(0) == {c.request_id: c.token_ids for c in local.generate(GREEDY)}
+
+
+@pytest.mark.long
 def test_tensor_parallel_ranks_equal_one_process(model: Path, local: LocalEngine, tmp_path: Path) -> None:
     """EP 2 folded with TP 2 on two ranks: both work on the same requests."""
     task = as_task(model, [[GREEDY, GREEDY]], parallel={"expert": 2, "tensor": 2, "zero_stage": 3})
@@ -136,12 +143,15 @@ def test_autoep_routes_bf16_tokens_as_transformers_does() -> None:
     """Without the float32 product, 0.3 % of tokens go elsewhere: 4,000 tokens see it."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(**GLM)
+    assert isinstance(config, GlmMoeDsaConfig)
     reference = GlmMoeDsaTopkRouter(config).bfloat16()
     reference.weight.data.normal_(0, 0.2)
-    reference.e_score_correction_bias = torch.empty(8).uniform_(-0.1, 0.1)
+    bias = torch.empty(8).uniform_(-0.1, 0.1)
+    reference.register_buffer("e_score_correction_bias", bias)
     router = TokenChoiceTopKRouter(32, 8, None, None, 2, "sigmoid", True, config.routed_scaling_factor, False).bfloat16()
     router.gate.weight.data.copy_(reference.weight.data)
-    router.e_score_correction_bias = reference.e_score_correction_bias
+    del router.e_score_correction_bias
+    router.register_buffer("e_score_correction_bias", bias)
     tokens = torch.randn(4000, 32, dtype=torch.bfloat16)
     _, expected_weights, expected = reference(tokens)
     assert (router(tokens)[1].sort(-1).values != expected.sort(-1).values).any(), "AutoEP is exact by itself now: drop the patch"
@@ -154,6 +164,7 @@ def test_autoep_routes_bf16_tokens_as_transformers_does() -> None:
 @pytest.mark.parametrize(
     ("parallel", "world", "said"),
     [
+        (Parallel(expert=2, zero_stage=0), 2, "layout.zero_stage 0: .* only with zero_stage 3"),
         (Parallel(expert=3), 2, "layout.expert_parallel 3: does not divide the 2 ranks"),
         (Parallel(tensor=4), 2, "layout.tensor_parallel 4: does not divide the 2 ranks"),
         (Parallel(expert=3), 3, "layout.expert_parallel 3: does not divide the model's 8 experts"),
@@ -161,4 +172,4 @@ def test_autoep_routes_bf16_tokens_as_transformers_does() -> None:
 )
 def test_a_layout_that_does_not_fit_is_refused_with_its_sum(parallel: Parallel, world: int, said: str) -> None:
     with pytest.raises(UnusableInput, match=said):
-        check_layout(parallel, AutoConfig.for_model(**GLM), world)
+        check_layout(parallel, "bf16", AutoConfig.for_model(**GLM), world)

@@ -17,7 +17,8 @@ from teacher.deepspeed_engine import DeepSpeedEngine, Parallel
 
 
 def to_request(fields: dict[str, Any]) -> Request:
-    return Request(**fields | {name: tuple(fields[name]) for name in ("prompt_ids", "stop_ids", "messages")})
+    fields |= {name: tuple(fields[name]) for name in ("prompt_ids", "stop_ids", "messages")}
+    return Request(**fields)
 
 
 def main(task_file: Path) -> None:

@@ -1,7 +1,6 @@
 """Bad input through the front door: one line, exit code 2, nothing half-written."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -46,6 +45,8 @@ FINE = {"question": "What?", "split": "train"}
         (["run", "embedded", "-s", "train.lr=0"], "train.lr: input should be greater than 0"),
         (["run", "embedded", "-s", "train.lr"], "expected key=value"),
         (["run", "embedded", "--nonsense"], "No such option: --nonsense"),
+        (["run", "embedded", "-s", "teacher.model=weights/none"], "teacher.model weights/none: no such folder"),
+        (["run", "embedded", "-s", "student.model=weights/none"], "student.model weights/none: no such folder"),
         (["report", "nowhere"], "nowhere: not a run folder"),
         (["data", "stats", "nowhere"], "nowhere: not a run folder"),
         (["submit", "embedded"], "--dry-run"),
@@ -76,7 +77,6 @@ def test_a_missing_model_folder_is_named(run, tmp_path: Path, command: str) -> N
     assert code == 2 and "\n" not in line and ("weights/none" in line or "run the stage that makes" in line)
 
 
-@pytest.mark.skipif(os.geteuid() == 0 and not hasattr(os, "chroot"), reason="needs a folder nobody can write")
 def test_an_unwritable_run_directory_is_refused(run, tmp_path: Path) -> None:  # noqa: ANN001
     (tmp_path / "file").write_text("not a folder")
     code, line = run("prompts", "embedded", "--run-dir", "file/run")  # root writes everywhere, but not below a file

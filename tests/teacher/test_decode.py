@@ -45,7 +45,7 @@ def generate_one_by_one(folder: Path, requests: Sequence[Request]) -> dict[str, 
     answers = {}
     for request in requests:
         prompt = torch.tensor([request.prompt_ids])
-        ids = model.generate(
+        ids = model.generate(  # type: ignore[attr-defined]
             prompt,
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=request.max_tokens,

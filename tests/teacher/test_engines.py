@@ -42,7 +42,7 @@ def test_embedded_is_the_shipped_teacher() -> None:
 def test_a_missing_folder_names_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(UnusableInput, match="no such folder"):
         resolve_model(str(tmp_path / "nowhere"))
-    with pytest.raises(UnusableInput, match="no config.json"):
+    with pytest.raises(UnusableInput, match=r"no config\.json"):
         resolve_model(str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UnusableInput, match=r"no \*.safetensors"):

@@ -97,7 +97,7 @@ def request(index: int = 0) -> Request:
 
 def test_a_completion_holds_the_ids_of_reasoning_answer_and_stop(server: Server, tokenizer: PreTrainedTokenizerBase) -> None:
     (completion,) = engine_for(server, tokenizer).generate([request()])
-    assert tokenizer.decode(completion.token_ids) == "2+2</think>4<|user|>"
+    assert tokenizer.decode(list(completion.token_ids)) == "2+2</think>4<|user|>"
     assert (completion.request_id, completion.finish_reason, completion.logprobs) == ("r0", "stop", ())
 
 
@@ -140,10 +140,10 @@ def test_a_server_that_stays_busy_aborts_the_request_and_not_the_run(server: Ser
 
 def test_a_refused_request_is_one_clear_line(server: Server, tokenizer: PreTrainedTokenizerBase) -> None:
     server.reply = lambda body: (400, {"error": "max_tokens is too large"})
-    with pytest.raises(UnusableInput, match="HTTP 400: .*max_tokens is too large"):
+    with pytest.raises(UnusableInput, match=r"HTTP 400: .*max_tokens is too large"):
         list(engine_for(server, tokenizer).generate([request()]))
     server.reply = lambda body: (401, {"error": "no key"})
-    with pytest.raises(UnusableInput, match="HTTP 401: .*set OPENAI_API_KEY"):
+    with pytest.raises(UnusableInput, match=r"HTTP 401: .*set OPENAI_API_KEY"):
         list(engine_for(server, tokenizer).generate([request()]))
 
 

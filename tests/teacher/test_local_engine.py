@@ -32,7 +32,7 @@ def test_an_adapter_is_merged_in_memory(qwen_folder: Path, tmp_path: Path) -> No
     torch.manual_seed(1)
     config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(qwen_folder, dtype=torch.float32), config)
-    adapted.save_pretrained(tmp_path)
+    adapted.save_pretrained(str(tmp_path))
     sequence = tuple(range(6, 30))
     ids = torch.tensor([sequence])
     with torch.no_grad():
@@ -57,14 +57,14 @@ def test_vocabulary_rows_above_the_tokenizer_are_banned(tmp_path: Path) -> None:
 
 
 def test_folders_without_a_model_are_refused_in_one_line(tmp_path: Path, qwen_folder: Path) -> None:
-    with pytest.raises(UnusableInput, match="no config.json"):
+    with pytest.raises(UnusableInput, match=r"no config\.json"):
         LocalEngine(tmp_path).load()
     (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
     with pytest.raises(UnusableInput, match=r"no \*.safetensors"):
         LocalEngine(tmp_path).load()
     (tmp_path / "config.json").write_text('{"model_type": "no_such_architecture"}')
     (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(UnusableInput, match="config.json is not usable") as raised:
+    with pytest.raises(UnusableInput, match=r"config\.json is not usable") as raised:
         LocalEngine(tmp_path).load()
     assert "\n" not in str(raised.value)
 
