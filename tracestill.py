@@ -4,7 +4,6 @@ gates, an export. Try it: tracestill run embedded"""
 # The front door. It parses the command line and opens the run folder; whatever is heavy is imported by the command that
 # needs it, so that `--help` answers without torch.
 
-import functools
 import importlib
 import json
 import os
@@ -426,58 +425,22 @@ def _target(context: "Context", name: str) -> Any:
 
 
 def _evaluate_stage() -> "Stage":
-    from data.stage import Stage
-    from student import stages
-    from student.model import resolve, weights_sha256
+    from generate.stages import teacher_fingerprint
+    from student.stages import evaluate_stage
 
-    def identity(context: "Context") -> dict[str, Any]:
-        from generate.stages import teacher_fingerprint
-
-        settings = context.recipe.evaluate.model_dump(mode="json", exclude={"gates"})
-        return {
-            "teacher": teacher_fingerprint(context),
-            "base": weights_sha256(resolve(context.recipe.student.model)),
-            "evaluate": settings,
-        }
-
-    def plan_text(context: "Context") -> str:
-        settings = context.recipe.evaluate
-        return f"{', '.join(stages.COMPARED)} on {len(settings.suites)} suites; gates: {', '.join(settings.gates) or 'none'}"
-
-    return Stage(
-        "evaluate", "items", lambda run: run.evaluation, ("prompts", "checkpoints"), identity,
-        lambda context, show: stages.evaluate(context, functools.partial(_target, context), show), plan_text,
-    )  # fmt: skip
+    return evaluate_stage(_target, teacher_fingerprint)
 
 
 def _export_stage() -> "Stage":
-    from data.stage import Stage
-    from student import stages
+    from student.stages import export_stage
 
-    return Stage(
-        "export", "items", lambda run: run.export, ("checkpoints", "evaluation"),
-        lambda context: context.recipe.model_dump(mode="json", include={"export": True, "evaluate": {"gates"}}),
-        lambda context, show: stages.export(context, functools.partial(_target, context), show),
-        lambda context: f"{', '.join(context.recipe.export.formats)} in {context.recipe.export.dtype}, reloaded and compared",
-    )  # fmt: skip
+    return export_stage(_target)
 
 
 def _report_stage() -> "Stage":
-    from data.report import write_report
-    from data.stage import Outcome, Stage
-    from data.store import input_hashes
+    from data.stages import REPORT
 
-    def identity(context: "Context") -> dict[str, Any]:
-        """Any stage's new manifest makes a new page."""
-        manifests = sorted(path for path in context.run.root.glob("*/manifest.json") if path.parent != context.run.report)
-        return {"manifests": input_hashes(context.run, manifests)}
-
-    def act(context: "Context", show: Any) -> Outcome:
-        return Outcome([write_report(context.run)], {}, "report/index.html")
-
-    return Stage(
-        "report", "pages", lambda run: run.report, ("prompts",), identity, act, lambda context: "one self-contained HTML page"
-    )
+    return REPORT
 
 
 if __name__ == "__main__":

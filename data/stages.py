@@ -1,4 +1,4 @@
-"""The data stage: traces in, verdicts and a dataset out."""
+"""The stages of this package: traces in, verdicts and a dataset out; and, last of all, the page about the run."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,6 +7,7 @@ from configs.progress import Count
 from data.build import build
 from data.judge import VERSIONS
 from data.stage import Context, Outcome, Stage
+from data.store import input_hashes
 from data.verify import VERIFIERS
 
 
@@ -33,3 +34,22 @@ def _plan(context: Context) -> str:
 
 
 DATA = Stage("data", "traces", lambda run: run.dataset, ("prompts", "traces"), _identity, _act, _plan)
+
+
+def _report_identity(context: Context) -> dict[str, Any]:
+    """Any stage's new manifest makes a new page."""
+    run = context.run
+    return {
+        "manifests": input_hashes(run, sorted(path for path in run.root.glob("*/manifest.json") if path.parent != run.report))
+    }
+
+
+def _report(context: Context, show: Callable[[Count], None]) -> Outcome:
+    from data.report import write_report  # matplotlib, which no other stage needs
+
+    return Outcome([write_report(context.run)], {}, "report/index.html")
+
+
+REPORT = Stage(
+    "report", "pages", lambda run: run.report, ("prompts",), _report_identity, _report, lambda _: "one self-contained HTML page"
+)

@@ -11,11 +11,12 @@ from data.dataset import load_dataset
 from data.engine import Engine
 from data.prompt_set import read_prompts
 from data.records import Message
-from data.stage import Context, Outcome
+from data.stage import Context, Outcome, Stage
 from student.card import gather, render_card
 from student.evaluate import evaluate_model, evaluation_files, read_metrics, write_gates
 from student.export import export_merged, exported_files
 from student.gates import GateRow, judge, require
+from student.model import resolve, weights_sha256
 from student.scoring import Metrics
 
 COMPARED = ("teacher", "base", "student")
@@ -31,7 +32,7 @@ class Target(NamedTuple):
     fingerprint: str
 
 
-OpenTarget = Callable[[str], Target]
+OpenTarget = Callable[[Context, str], Target]
 """Opens `teacher`, `base`, `student` or `export`. The front door supplies it: engines live in teacher/, which this
 package never imports."""
 
@@ -45,7 +46,7 @@ def evaluate_models(
         raise UnusableInput("evaluate.suites: no evaluation item in the prompt set; expected at least one suite")
     measured: dict[str, Metrics] = {}
     for position, name in enumerate(names):
-        target = open_target(name)
+        target = open_target(context, name)
 
         def progress(done: int, total: int, name: str = name, position: int = position) -> None:
             show(Count(position * total + done, len(names) * total, name))
@@ -114,3 +115,39 @@ def _conversations(context: Context) -> list[list[Message]]:
         [{key: value for key, value in message.items() if value is not None} for message in messages]  # type: ignore[misc]
         for messages in rows[:NUM_TWINS]["messages"]
     ]
+
+
+def evaluate_stage(open_target: OpenTarget, teacher_fingerprint: Callable[[Context], str]) -> Stage:
+    """Teacher, base and student on the items of the prompt set. Gates are no part of it: they judge its figures."""
+
+    def identity(context: Context) -> dict[str, Any]:
+        return {
+            "teacher": teacher_fingerprint(context),
+            "base": weights_sha256(resolve(context.recipe.student.model)),
+            "evaluate": context.recipe.evaluate.model_dump(mode="json", exclude={"gates"}),
+        }
+
+    def plan(context: Context) -> str:
+        settings = context.recipe.evaluate
+        return f"{', '.join(COMPARED)} on {len(settings.suites)} suites; gates: {', '.join(settings.gates) or 'none'}"
+
+    def act(context: Context, show: Callable[[Count], None]) -> Outcome:
+        return evaluate(context, open_target, show)
+
+    return Stage("evaluate", "items", lambda run: run.evaluation, ("prompts", "checkpoints"), identity, act, plan)
+
+
+def export_stage(open_target: OpenTarget) -> Stage:
+    """What a server loads. Its card states the gates, so a change of gates makes it anew."""
+
+    def identity(context: Context) -> dict[str, Any]:
+        return context.recipe.model_dump(mode="json", include={"export": True, "evaluate": {"gates"}})
+
+    def plan(context: Context) -> str:
+        settings = context.recipe.export
+        return f"{', '.join(settings.formats)} in {settings.dtype}, reloaded and compared"
+
+    def act(context: Context, show: Callable[[Count], None]) -> Outcome:
+        return export(context, open_target, show)
+
+    return Stage("export", "items", lambda run: run.export, ("checkpoints", "evaluation"), identity, act, plan)

@@ -11,7 +11,7 @@ Legend: B slots, L sparse layers, E experts, S tokens of a row, K experts per to
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +79,7 @@ class ExpertWatch:
     def __init__(self, model: nn.Module, num_slots: int, device: torch.device) -> None:
         routers = [module for module in model.modules() if type(module).__name__ in CHOSEN_OUTPUT]
         self.handles = [router.register_forward_hook(self._hook(layer, router)) for layer, router in enumerate(routers)]
-        num_experts = int(routers[0].num_experts) if routers else 0
+        num_experts = cast(int, routers[0].num_experts) if routers else 0
         self.counts_BLE = torch.zeros(num_slots, len(routers), num_experts, dtype=torch.int32, device=device)
         self.totals: dict[str, Tensor] = {}
         self.rows = slice(0, 0)

@@ -79,7 +79,7 @@ class HttpEngine:
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Completions as they arrive. A request that stays unanswered after the retries comes back as `abort`."""
-        source = iter(requests)
+        source, _ = iter(requests), self.client  # made here once: threads that make it at once would each have a pool
         with ThreadPoolExecutor(self.engine.concurrency, thread_name_prefix="http-teacher") as pool:
             flying: set[Future[Completion]] = {
                 pool.submit(self._ask, request) for request in itertools.islice(source, self.engine.concurrency)

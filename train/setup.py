@@ -59,11 +59,6 @@ class Corpus:
 def load_corpus(recipe: Recipe, dataset_dir: Path, tokenizer: PreTrainedTokenizerBase) -> Corpus:
     """Raises UnusableInput when the dataset cannot be used or no trace is short enough."""
     config = recipe.train
-    if config.max_tokens_per_row > config.tokens_per_micro_batch:
-        raise UnusableInput(
-            f"train.max_tokens_per_row {config.max_tokens_per_row} is above train.tokens_per_micro_batch "
-            f"{config.tokens_per_micro_batch}; a row is never split: raise the latter"
-        )
     examples = load_examples(dataset_dir, tokenizer)
     admitted, validation = admit(examples.train, config.max_tokens_per_row), admit(examples.validation, config.max_tokens_per_row)
     if not admitted.examples:
