@@ -143,7 +143,7 @@ def _check_models(config: str, overrides: list[str] | None) -> None:
     from configs.load import load_recipe
 
     recipe = load_recipe(config, overrides or []).recipe
-    from student.model import resolve
+    from student.folders import resolve
     from teacher.folders import model_folder, resolve_model
 
     (model_folder if recipe.teacher.engine.type == "http" else resolve_model)(recipe.teacher.model)
@@ -400,8 +400,8 @@ def _as_rank(module: str, function: str, config: str, overrides: list[str] | Non
 def _target(context: "Context", name: str) -> Any:
     """An evaluation target: the teacher through its recipe's engine, students through the local one."""
     from data.store import sha256_file
+    from student.folders import resolve, weights_sha256
     from student.model import load_tokenizer as load_student_tokenizer
-    from student.model import resolve, weights_sha256
     from student.stages import Target
     from teacher.engines import load_tokenizer as load_teacher_tokenizer
     from teacher.engines import open_evaluation_engine, open_local_engine

@@ -52,7 +52,7 @@ def _prompts_identity(context: Context) -> dict[str, Any]:
 
 def teacher_fingerprint(context: Context) -> str:
     """Identity of what answers: the weights' hash and the compute dtype (for a server, its address and model name)."""
-    from teacher.engines import fingerprint_teacher
+    from teacher.folders import fingerprint_teacher
 
     return fingerprint_teacher(context.recipe.teacher)
 

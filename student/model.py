@@ -1,7 +1,5 @@
-"""The base student: where it lives, and how it is loaded. Safetensors only; no code from a checkpoint is ever run."""
+"""The base student, loaded. Safetensors only; no code from a checkpoint is ever run."""
 
-import hashlib
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -9,30 +7,9 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from configs.errors import UnusableInput
+from student.folders import resolve
 
-EMBEDDED = Path(__file__).parent / "embedded"
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def resolve(model: str) -> Path:
-    """The checkpoint folder that `student.model` means; `embedded` is the shipped base.
-
-    Raises:
-        UnusableInput: when it is not a folder with a config.json and safetensors weights.
-    """
-    folder = EMBEDDED if model == "embedded" else Path(model)
-    if not folder.is_dir():
-        raise UnusableInput(f"student.model {model}: no such folder; expected a Hugging Face checkpoint folder, or `embedded`")
-    if not (folder / "config.json").is_file():
-        raise UnusableInput(f"student.model {model}: no config.json in the folder; expected a Hugging Face checkpoint")
-    if not any(folder.glob("*.safetensors")):
-        remedy = (
-            "rebuild it with: python -m train.pretrain student/embedded/recipe.yaml"
-            if model == "embedded"
-            else "convert the weights"
-        )
-        raise UnusableInput(f"student.model {model}: no *.safetensors in the folder (pickled weights are never loaded); {remedy}")
-    return folder
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
@@ -56,18 +33,6 @@ def load_base(model: str, dtype: Literal["fp32", "bf16", "fp16"]) -> PreTrainedM
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise UnusableInput(f"student.model {model}: not a causal language model that loads: {_first_line(error)}") from error
-
-
-def weights_sha256(folder: Path) -> str:
-    """Hex sha256 over config.json and every safetensors file, name and bytes: the identity of a checkpoint.
-
-    Reads all of it (about 1.5 GB/s), which also warms the page cache for the load that follows.
-    """
-    digest = hashlib.sha256()
-    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
-        with path.open("rb") as file:
-            digest.update(f"{path.name}:{hashlib.file_digest(file, 'sha256').hexdigest()};".encode())
-    return digest.hexdigest()
 
 
 def _first_line(error: Exception) -> str:

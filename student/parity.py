@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from configs.errors import UnusableInput
@@ -93,11 +92,7 @@ def check(
     if not reference:
         raise UnusableInput("export: no prompt to check the exported folder with; expected at least one evaluation item")
     twins = check_twins(folder, tokenizer, prompts, conversations)
-    try:
-        model = load_base(str(folder), "fp32")
-    except SafetensorError as error:
-        raise UnusableInput(f"export: {folder.name}: the weights file is damaged ({error}); export again") from error
-    return dataclasses.replace(compare(model, reference, dtype=dtype), twins=twins)
+    return dataclasses.replace(compare(load_base(str(folder), "fp32"), reference, dtype=dtype), twins=twins)
 
 
 @torch.no_grad()

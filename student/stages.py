@@ -1,9 +1,7 @@
 """The two stages of this package: every model on the same held-out items, and the folder a server loads."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from configs.errors import Refused, UnusableInput
 from configs.progress import Count
@@ -12,12 +10,15 @@ from data.engine import Engine
 from data.prompt_set import read_prompts
 from data.records import Message
 from data.stage import Context, Outcome, Stage
-from student.card import gather, render_card
-from student.evaluate import evaluate_model, evaluation_files, read_metrics, write_gates
-from student.export import export_merged, exported_files
+from student.folders import resolve, weights_sha256
 from student.gates import GateRow, judge, require
-from student.model import resolve, weights_sha256
+from student.results import evaluation_files, read_metrics, write_gates
 from student.scoring import Metrics
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# What loads torch is imported by the functions that need it: a finished stage is passed over without.
 
 COMPARED = ("teacher", "base", "student")
 NUM_RELOAD_PROMPTS = 24
@@ -28,7 +29,7 @@ class Target(NamedTuple):
     """A model to evaluate: its engine (not loaded yet), its tokenizer and the hash of its weights."""
 
     engine: Engine
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: "PreTrainedTokenizerBase"
     fingerprint: str
 
 
@@ -41,6 +42,8 @@ def evaluate_models(
     context: Context, names: Sequence[str], open_target: OpenTarget, show: Callable[[Count], None]
 ) -> dict[str, Metrics]:
     """Metrics of each named model on the run's held-out items; what an earlier attempt committed is not asked again."""
+    from student.evaluate import evaluate_model
+
     items = read_prompts(context.run, "eval")
     if not items:
         raise UnusableInput("evaluate.suites: no evaluation item in the prompt set; expected at least one suite")
@@ -88,6 +91,9 @@ def gate_refusal(context: Context) -> Refused | None:
 
 def export(context: Context, open_target: OpenTarget, show: Callable[[Count], None]) -> Outcome:
     """The merged folder, reloaded and compared with base + adapter, then evaluated like the others."""
+    from student.card import gather, render_card
+    from student.export import export_merged, exported_files
+
     run, recipe = context.run, context.recipe
     metrics = {name: found for name in COMPARED if (found := read_metrics(run, name)) is not None}
     items = read_prompts(run, "eval")

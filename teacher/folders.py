@@ -1,9 +1,11 @@
-"""Where a model lies, and what its configuration file says. No torch: `tracestill plan` answers before one is installed."""
+"""Where a model lies, what its configuration file says and which model it is. No torch: plans and finished stages need none."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
+from configs import schema
 from configs.errors import UnusableInput
 
 EMBEDDED = Path(__file__).parent / "embedded"
@@ -47,3 +49,38 @@ def read_config_json(folder: Path) -> dict[str, Any]:
         raise UnusableInput(
             f"{folder / 'config.json'}: not valid JSON at line {error.lineno}; expected a Hugging Face configuration"
         ) from error
+
+
+def fingerprint_model(folder: Path) -> str:
+    """Hex digest (16 characters) over config.json, tokenizer, template and every safetensors file: what a trace depends on."""
+    digest = hashlib.sha256()
+    named = ("config.json", "tokenizer.json", "chat_template.jinja")
+    for path in sorted([*(folder / name for name in named if (folder / name).is_file()), *folder.glob("*.safetensors")]):
+        with path.open("rb") as file:
+            digest.update(f"{path.name}:{hashlib.file_digest(file, 'sha256').hexdigest()};".encode())
+    return digest.hexdigest()[:16]
+
+
+def fingerprint_teacher(teacher: schema.Teacher) -> str:
+    """Identity of what answers: weights, tokenizer and compute dtype; for a server, its address and model name, and the
+    tokenizer that counts its tokens. Layout and rank count are not in it: they must not change a token."""
+    weights = (
+        fingerprint_tokenizer_only(teacher.model)
+        if isinstance(teacher.engine, schema.HttpEngine)
+        else fingerprint_model(resolve_model(teacher.model))
+    )
+    if isinstance(teacher.engine, schema.HttpEngine):
+        how = f"{teacher.engine.base_url} {teacher.engine.model or teacher.model}"
+    else:
+        how = teacher.engine.dtype
+    return hashlib.sha256(f"{weights} {how}".encode()).hexdigest()[:16]
+
+
+def fingerprint_tokenizer_only(model: str) -> str:
+    folder = EMBEDDED if model == "embedded" else Path(model)
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise UnusableInput(
+            f"teacher.model {model}: no tokenizer.json; the http engine needs the teacher's tokenizer folder to count tokens"
+        )
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from configs.errors import UnusableInput
 from configs.schema import Recipe
 from data.chat import Encoded, pad_batch
+from student.folders import resolve, weights_sha256
 from student.lora import attach, fold_small_layers
-from student.model import load_base, resolve, weights_sha256
+from student.model import load_base
 from train.batches import Example, TokenLedger, admit
 from train.checkpoint import Checkpoint, Identity, remove_leftovers
 from train.dataset import examples_sha256, load_examples

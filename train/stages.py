@@ -9,7 +9,7 @@ from typing import Any
 from configs.launch import run_ranks
 from configs.progress import Count, file_reporter, read_counts
 from data.stage import Context, Outcome, Stage
-from student.model import resolve, weights_sha256
+from student.folders import resolve, weights_sha256
 
 
 def _identity(context: Context) -> dict[str, Any]:

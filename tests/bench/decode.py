@@ -15,7 +15,8 @@ from configs.schema import Teacher
 from data.chat import dialect_of, encode_prompt
 from data.curriculum import teacher_lessons
 from data.engine import Request
-from teacher.engines import EMBEDDED, load_tokenizer
+from teacher.engines import load_tokenizer
+from teacher.folders import EMBEDDED
 from teacher.local_engine import LocalEngine
 from tests.bench.frame import Result, interleave, main
 

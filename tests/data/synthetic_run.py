@@ -1,5 +1,6 @@
 """A run folder as the stages leave it, made without a model: enough for the report, and fast."""
 
+import dataclasses
 import json
 import math
 import random
@@ -15,8 +16,9 @@ from data.records import FinishReason, Message, Prompt, Trace, Turn, prompt_iden
 from data.schema import to_table
 from data.select import VIEW
 from data.store import RunFolder, commit_segment, seal, table_bytes, write_bytes, write_json
-from student.evaluate import Harness, ItemResult, write_gates, write_results
+from student.evaluate import Harness
 from student.gates import GateRow
+from student.results import ItemResult, write_gates, write_results
 from student.scoring import Grade, GradedItem, measure
 
 EVIL = "<script>alert('trace')</script>"
@@ -179,7 +181,7 @@ def evaluate(run: RunFolder, items: list[Prompt], rng: random.Random) -> None:
             GradedItem(row.task, row.known, Grade(row.grade), row.reasoning_tokens, row.output_tokens, row.finish_reason)
             for row in results
         ]
-        write_results(run, name, results, measure(graded), harness)
+        write_results(run, name, results, measure(graded), dataclasses.asdict(harness) | {"key": harness.key})
     write_gates(
         run,
         [GateRow("accuracy_of_teacher", 0.93, 0.8, None, True), GateRow("hallucination_above_teacher", 0.05, None, 0.1, True)],

@@ -10,7 +10,8 @@ from configs.load import RECIPES, load_recipe
 from data.store import RunFolder
 from generate.prompts import build_prompt_set
 from student.evaluate import evaluate_model
-from student.model import load_tokenizer, resolve, weights_sha256
+from student.folders import resolve, weights_sha256
+from student.model import load_tokenizer
 from student.scoring import Metrics
 from teacher.local_engine import LocalEngine
 

@@ -16,7 +16,7 @@ import yaml
 
 from data.ledger import read_ledger
 from data.store import RunFolder
-from student.evaluate import read_results
+from student.results import read_results
 from tests.e2e.commands import command, environment, kill_when, tracestill
 
 KEYS = {"accuracy", "by_family", "hallucination_rate", "abstention_rate", "omniscience_index", "reasoning_tokens_per_correct"}

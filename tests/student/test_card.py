@@ -7,9 +7,9 @@ import yaml
 from configs.schema import Gate, Recipe
 from data.store import sha256_file
 from student.card import CardFacts, PromptSource, cell, gather, render_card
-from student.evaluate import read_metrics
 from student.gates import judge
 from student.parity import Parity
+from student.results import read_metrics
 from student.scoring import Metrics
 from tests.data.synthetic_run import make_run
 

@@ -19,7 +19,8 @@ from data.chat import dialect_of
 from data.engine import Completion, ExpertStats, Request
 from data.records import FinishReason, Prompt, prompt_identity
 from data.store import RunFolder, segments
-from student.evaluate import evaluate_model, evaluation_files, read_metrics, read_results
+from student.evaluate import evaluate_model
+from student.results import evaluation_files, read_metrics, read_results
 from student.scoring import Metrics
 
 CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]

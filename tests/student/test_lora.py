@@ -6,8 +6,9 @@ from safetensors.torch import load_file, save_file
 
 from configs.errors import UnusableInput
 from configs.schema import Lora
+from student.folders import resolve, weights_sha256
 from student.lora import ADAPTER_WEIGHTS, attach, fold_small_layers, linear_names, load_adapter, save_adapter, trainable
-from student.model import load_base, load_tokenizer, resolve, weights_sha256
+from student.model import load_base, load_tokenizer
 from tests.train.fixtures import save_tiny_base, tiny_tokenizer
 
 

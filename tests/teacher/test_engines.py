@@ -10,8 +10,8 @@ import pytest
 from configs import schema
 from configs.errors import UnusableInput
 from teacher.deepspeed_engine import DeepSpeedEngine
-from teacher.engines import fingerprint_model, fingerprint_teacher, open_engine, resolve_model
-from teacher.folders import EMBEDDED
+from teacher.engines import open_engine
+from teacher.folders import EMBEDDED, fingerprint_model, fingerprint_teacher, resolve_model
 from teacher.local_engine import LocalEngine
 
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 
 from configs.schema import Recipe
 from data.byte_tokenizer import build_byte_tokenizer
-from student.model import EMBEDDED
+from student.folders import EMBEDDED
 
 REPOSITORY = Path(__file__).parents[2]
 MARKERS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")

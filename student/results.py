@@ -1,0 +1,92 @@
+"""What an evaluation leaves in the run folder: figures, one row an item, and the gates' verdicts. No torch: a finished
+run is read in a second."""
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+
+from configs.errors import UnusableInput
+from data.records import FinishReason, digest
+from data.store import RunFolder, read_json, read_table, segments, table_bytes, write_bytes, write_json
+from student.gates import GateRow
+from student.scoring import Interval, Metrics
+
+
+@dataclass(frozen=True, slots=True)
+class ItemResult:
+    """One row of MODEL.arrow: the item, what came back, and its grade. problem: why there is no answer, or ""."""
+
+    prompt_id: str
+    task: str
+    known: bool | None
+    question: str
+    reference: str
+    reasoning: str
+    answer: str
+    problem: str
+    grade: str
+    reasoning_tokens: int
+    output_tokens: int
+    finish_reason: FinishReason
+
+
+_RESULT_TYPES = {"known": pa.bool_(), "reasoning_tokens": pa.int32(), "output_tokens": pa.int32()}
+RESULT = pa.schema([(field.name, _RESULT_TYPES.get(field.name, pa.string())) for field in dataclasses.fields(ItemResult)])
+
+
+def write_results(
+    run: RunFolder, name: str, results: Sequence[ItemResult], metrics: Metrics, harness: Mapping[str, object]
+) -> None:
+    """NAME.arrow first, then NAME.json with its sha256: whoever finds the figures can check the rows they stand on.
+    harness: what the figures depend on besides the items (sampling, template, model), as JSON values."""
+    rows = table_bytes(pa.Table.from_pylist([dataclasses.asdict(result) for result in results], schema=RESULT))
+    write_bytes(run.evaluation / f"{name}.arrow", rows)
+    record = {
+        "name": name,
+        "metrics": dataclasses.asdict(metrics),
+        "harness": dict(harness),
+        "items": {"num": len(results), "digest": digest(sorted(result.prompt_id for result in results))},
+        "rows_sha256": hashlib.sha256(rows).hexdigest(),
+    }
+    write_json(run.evaluation / f"{name}.json", record)
+
+
+def evaluation_files(run: RunFolder, name: str) -> list[Path]:
+    """What the stage's manifest hashes for one model: figures, rows, and the committed completions they come from."""
+    log = segments(run.evaluation / f"{name}.items")
+    committed = [path for segment in log for path in (segment.path, segment.path.with_suffix(".json"))]
+    return [run.evaluation / f"{name}.json", run.evaluation / f"{name}.arrow", *committed]
+
+
+def write_gates(run: RunFolder, rows: Sequence[GateRow]) -> Path:
+    """evaluation/gates.json: the verdicts as the report and the card show them; an empty list says `ungated`."""
+    path = run.evaluation / "gates.json"
+    write_json(path, {"gates": [row._asdict() for row in rows], "passed": all(row.passed for row in rows)})
+    return path
+
+
+def read_metrics(run: RunFolder, name: str) -> Metrics | None:
+    """The figures of an evaluated model; None when it was not evaluated. Raises UnusableInput for a damaged file."""
+    path = run.evaluation / f"{name}.json"
+    if not path.is_file():
+        return None
+    try:
+        values = read_json(path)["metrics"]
+        intervals = {
+            key: Interval(*values[key]) if values[key] else None for key in ("accuracy_interval", "hallucination_interval")
+        }
+        return Metrics(**values | intervals)
+    except (KeyError, TypeError) as error:
+        raise UnusableInput(
+            f"{path}: not an evaluation of this version ({error}); delete it and run: tracestill evaluate"
+        ) from error
+
+
+def read_results(run: RunFolder, name: str) -> list[ItemResult]:
+    """The per-item rows of an evaluated model, verified against the hash in its figures. Raises UnusableInput."""
+    table = read_table(run.evaluation / f"{name}.arrow", sha256=read_json(run.evaluation / f"{name}.json")["rows_sha256"])
+    return [ItemResult(**row) for row in table.to_pylist()]
