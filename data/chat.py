@@ -5,6 +5,7 @@ from character offsets of the rendered text; nothing ever searches for an answer
 occurrence, which may stand in the prompt).
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -44,8 +45,9 @@ GLM_STOPS = ("<|user|>", "<|observation|>", "<|endoftext|>")
 CHATML_STOPS = ("<|im_end|>", "<|endoftext|>")
 
 
+@functools.cache
 def dialect_of(tokenizer: PreTrainedTokenizerBase) -> Dialect:
-    """Reads the dialect off the tokenizer: role-marker stops, a ChatML end of turn, or the plain eos token."""
+    """Reads the dialect off the tokenizer, once: role-marker stops, a ChatML end of turn, or the plain eos token."""
     vocabulary: dict[str, int] = tokenizer.get_added_vocab()  # type: ignore[operator]  (PreTrainedTokenizerBase's __getattr__ hides it)
     if all(marker in vocabulary for marker in ("<|user|>", "<|observation|>")):
         stops = GLM_STOPS

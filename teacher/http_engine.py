@@ -7,8 +7,8 @@ asked, not what they say.
 
 To try it against a real server on this machine:
 
-    transformers serve --port 8000 &
-    tracestill generate RECIPE -s teacher.engine='{type: http, base_url: http://localhost:8000/v1, model: /path/to/model}'
+    transformers serve "$PWD/teacher/embedded" --device cpu --port 8000 &
+    tracestill generate embedded -s "teacher.engine={type: http, model: $PWD/teacher/embedded}"
 """
 
 import itertools
@@ -106,7 +106,7 @@ class HttpEngine:
 
     def _ask(self, request: Request) -> Completion:
         started_at, started = time.time(), time.perf_counter()
-        answer = self._post(chat_request(request, self.model))
+        answer = self._post(chat_request(request, self.model, self.dialect.stop_tokens))
         seconds = time.perf_counter() - started
         if answer is None:
             return Completion(request.request_id, (), (), "abort", started_at, seconds)
@@ -143,8 +143,10 @@ class HttpEngine:
         return UnusableInput(f"teacher.engine.base_url {self.engine.base_url}: HTTP {answer.status_code}: {said}; {remedy}")
 
 
-def chat_request(request: Request, model: str) -> dict[str, Any]:
-    """The JSON body of one chat completion. Seeds are cut to 31 bits: some servers read a C int."""
+def chat_request(request: Request, model: str, stop_tokens: Sequence[str]) -> dict[str, Any]:
+    """The JSON body of one chat completion. The stops are sent because a server knows only what generation_config.json
+    tells it, where role markers are often missing; the protocol takes four. Seeds are cut to 31 bits: some servers read
+    a C int."""
     return {
         "model": model,
         "messages": [dict(message) for message in request.messages],
@@ -152,6 +154,7 @@ def chat_request(request: Request, model: str) -> dict[str, Any]:
         "temperature": request.temperature,
         "top_p": request.top_p,
         "seed": request.seed % (1 << 31),
+        "stop": list(stop_tokens[:4]),
         "stream": False,
     }
 
@@ -159,9 +162,10 @@ def chat_request(request: Request, model: str) -> dict[str, Any]:
 def read_choice(answer: Mapping[str, Any], prompt_opens_think: bool) -> tuple[FinishReason, str]:
     """Finish reason and the text as the model wrote it, think tags included.
 
-    Servers hand the reasoning over as `reasoning_content`, as `reasoning`, or inside the content; where a parser cut the
-    tags off they are put back. Reasoning without content that ended by length never closed its tag. An answer without
-    choices, or that ended for a reason of the server's own, is an abort.
+    Servers hand the reasoning over as `reasoning_content`, as `reasoning`, or inside the content. Where a parser cut it
+    out, the tag between reasoning and answer is put back; no tag is invented for text that came without one, so that
+    reasoning which never closed stays open. An answer without choices, or that ended for a reason of the server's own,
+    is an abort.
     """
     choices = answer.get("choices") or []
     reasons: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
@@ -171,10 +175,5 @@ def read_choice(answer: Mapping[str, Any], prompt_opens_think: bool) -> tuple[Fi
     message = choices[0]["message"]
     content = message.get("content") or ""
     reasoning = message.get("reasoning_content") or message.get("reasoning") or ""
-    opening = "" if prompt_opens_think else "<think>"
-    if reasoning:
-        is_open = not content and reason == "length"
-        return reason, opening + reasoning + ("" if is_open else "</think>") + content
-    if "</think>" in content:
-        return reason, content.removeprefix("<think>") if prompt_opens_think else content
-    return reason, ("</think>" if prompt_opens_think and reason == "stop" else "") + content
+    text = f"<think>{reasoning}" + (f"</think>{content}" if content else "") if reasoning else content
+    return reason, text.removeprefix("<think>") if prompt_opens_think else text

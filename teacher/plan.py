@@ -148,17 +148,15 @@ def plan_teacher(teacher: Teacher) -> Plan:
 
 
 def plan_table(plan: Plan) -> Table:
-    table = Table("teacher", "parameters", "active", "ranks", "weights per rank", "left", "cache per token", "fits")
-    table.add_row(
-        plan.model,
-        _human(plan.total_parameters, ""),
-        _human(plan.active_parameters, ""),
-        str(plan.ranks),
-        _human(plan.weight_bytes, "B"),
-        "unknown" if plan.left_bytes is None else _human(plan.left_bytes, "B"),
-        _human(plan.cache_bytes_per_token, "B"),
-        {None: "unknown", True: "yes", False: "no"}[plan.fits],
-    )
+    """One figure a row: it fits a terminal of 80 columns."""
+    table = Table("teacher", plan.model, show_edge=False)
+    table.add_row("parameters", _human(plan.total_parameters, ""))
+    table.add_row("active per token", _human(plan.active_parameters, ""))
+    table.add_row("ranks", str(plan.ranks))
+    table.add_row("weights per rank", _human(plan.weight_bytes, "B"))
+    table.add_row("left per rank", "unknown" if plan.left_bytes is None else _human(plan.left_bytes, "B"))
+    table.add_row("cache per token", _human(plan.cache_bytes_per_token, "B"))
+    table.add_row("fits", {None: "unknown", True: "yes", False: "no"}[plan.fits])
     return table
 
 

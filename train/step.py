@@ -100,10 +100,6 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def build_ops() -> None:
-    """Compiles what training's ranks need before they start: nothing (see the module's docstring)."""
-
-
 def loss_scale(world_size: int, tokens_in_step: int) -> float:
     """What a micro-batch's summed loss is multiplied with, so that the step's gradient is that of the mean over its tokens.
 

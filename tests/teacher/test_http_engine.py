@@ -106,7 +106,7 @@ def test_the_body_says_what_the_recipe_asks(server: Server, tokenizer: PreTraine
     assert server.bodies == [
         {
             "model": "tiny", "messages": [{"role": "user", "content": "question 5"}], "max_tokens": 50, "temperature": 0.5,
-            "top_p": 0.9, "seed": (2**40 + 5) % 2**31, "stream": False,
+            "top_p": 0.9, "seed": (2**40 + 5) % 2**31, "stop": ["<|user|>", "<|observation|>", "<|endoftext|>"], "stream": False,
         }
     ]  # fmt: skip
 
@@ -162,7 +162,8 @@ def test_load_tells_a_wrong_address_before_anything_is_asked(server: Server, tok
         (said(content="4", reasoning="2+2"), False, ("stop", "<think>2+2</think>4")),
         (said(content="<think>2+2</think>4"), True, ("stop", "2+2</think>4")),
         (said(content="<think>2+2</think>4"), False, ("stop", "<think>2+2</think>4")),
-        (said(content="4"), True, ("stop", "</think>4")),
+        (said(content="2+2 and on"), True, ("stop", "2+2 and on")),
+        (said(content=None, reasoning="2+2 and on"), True, ("stop", "2+2 and on")),
         (said(content="4"), False, ("stop", "4")),
         (said("length", content=None, reasoning="2+"), True, ("length", "2+")),
         (said("length", content="2+"), True, ("length", "2+")),
