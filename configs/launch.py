@@ -3,7 +3,6 @@
 import ctypes
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -28,8 +27,9 @@ def die_with_parent() -> None:
 
 
 def rank_environment(extensions: Path) -> dict[str, str]:
-    """The environment of a rank. A private TORCH_EXTENSIONS_DIR: a killed build leaves a lock there that would make the
-    ranks of every later run wait for ever without a word."""
+    """The environment of a rank. Nothing is compiled today (DeepSpeed's shared-memory collective is turned off in both
+    modules that import it); should a release compile something after all, a private TORCH_EXTENSIONS_DIR keeps the
+    lock of a killed build from making the ranks of every later run wait for ever without a word."""
     environment = os.environ | {
         "TORCH_EXTENSIONS_DIR": str(extensions),
         "TOKENIZERS_PARALLELISM": "false",
@@ -44,21 +44,6 @@ def rank_environment(extensions: Path) -> dict[str, str]:
         environment.setdefault("OMP_NUM_THREADS", "1")  # two ranks on two cores; more threads only fight
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
     return environment
-
-
-def build_extensions(module: str, extensions: Path, log: Path) -> None:
-    """Runs `module.build_ops()` in a process of its own, before any rank starts. A half-built folder is thrown away."""
-    done = extensions / ".built"
-    if done.exists():
-        return
-    if shutil.which("g++") is None:
-        raise UnusableInput(
-            "g++: not found; DeepSpeed builds its shared-memory collective with it; install it (apt-get install g++)"
-        )
-    shutil.rmtree(extensions, ignore_errors=True)
-    extensions.mkdir(parents=True)
-    _run([sys.executable, "-c", f"from {module} import build_ops; build_ops()"], rank_environment(extensions), log, lambda: None)
-    done.touch()
 
 
 def run_ranks(arguments: Sequence[str], *, processes: int, extensions: Path, log: Path, poll: Callable[[], None]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from configs.errors import UnusableInput
-from configs.launch import StageFailed, build_extensions, run_ranks
+from configs.launch import StageFailed, run_ranks
 from configs.progress import Count, file_reporter, read_counts
 from configs.schema import DeepSpeedEngine
 from data.ledger import read_ledger
@@ -94,10 +94,9 @@ def _after(count: Count, already: int) -> Count:
 
 
 def _generate_on_ranks(context: Context, engine: DeepSpeedEngine, show: Callable[[Count], None], already: int) -> None:
-    """Builds DeepSpeed's collective once, then runs this same command on every rank."""
+    """Runs this same command on every rank."""
     extensions = context.run.cache / "torch_extensions"
     log = context.run.logs / "generate.log"
-    build_extensions("teacher.deepspeed_engine", extensions, log)
     progress = [_progress_file(context, rank) for rank in range(engine.processes)]
     for path in progress:
         path.unlink(missing_ok=True)
@@ -116,17 +115,23 @@ def _progress_file(context: Context, rank: int) -> Any:
 def generate_rank(context: Context) -> None:
     """One rank, started by torchrun: RANK and WORLD_SIZE say which part is ours."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    generate_here(context, file_reporter(_progress_file(context, rank)), rank=rank, world=world)
+    # Ranks of one tensor-parallel group (neighbours) hold slices of one layer: they answer the same requests together,
+    # and the first of them writes.
+    group = context.recipe.teacher.layout.tensor_parallel
+    report = file_reporter(_progress_file(context, rank // group)) if rank % group == 0 else lambda count: None
+    generate_here(context, report, rank=rank // group, world=world // group, writes=rank % group == 0)
 
 
-def generate_here(context: Context, report: Callable[[Count], None], *, rank: int = 0, world: int = 1) -> None:
+def generate_here(
+    context: Context, report: Callable[[Count], None], *, rank: int = 0, world: int = 1, writes: bool = True
+) -> None:
     from generate.worker import generate_share
     from teacher.engines import load_tokenizer, open_engine
 
     recipe = context.recipe
     engine = open_engine(recipe.teacher)
     tokenizer, fingerprint = load_tokenizer(recipe.teacher), teacher_fingerprint(context)
-    generate_share(recipe, context.run, engine, tokenizer, fingerprint, rank=rank, world=world, report=report)
+    generate_share(recipe, context.run, engine, tokenizer, fingerprint, rank=rank, world=world, writes=writes, report=report)
     # Only after success: closing is collective, and a rank that failed must end at once, not wait for the others.
     engine.close()
 

@@ -142,9 +142,10 @@ def observed_means(run: RunFolder) -> dict[str, float]:
 
 def generate_share(
     recipe: Recipe, run: RunFolder, engine: Engine, tokenizer: PreTrainedTokenizerBase, teacher_fingerprint: str,
-    *, rank: int, world: int, report: Report,
+    *, rank: int, world: int, report: Report, writes: bool = True,
 ) -> int:  # fmt: skip
-    """This rank's pending requests are answered and committed; returns how many.
+    """This rank's pending requests are answered and committed; returns how many. With writes=False another rank, which
+    answers the same requests together with this one (tensor parallelism), commits them.
 
     The pending list is read before `engine.load`, which is collective: no rank can commit before every rank has read,
     so all ranks share out one and the same list.
@@ -168,11 +169,13 @@ def generate_share(
     report(Count(0, len(mine)))
     for completion in engine.generate([request for _, request in asked.values()]):
         ask, request = asked[completion.request_id]
-        writer.add(ask, request, completion)
+        if writes:
+            writer.add(ask, request, completion)
         finished, tokens = finished + 1, tokens + len(completion.token_ids)
         report(Count(finished, len(mine), f"{tokens * world / (time.perf_counter() - started):.0f} tokens/s"))
     writer.commit()
-    save_expert_stats(run, engine, rank)
+    if writes:
+        save_expert_stats(run, engine, rank)
     log.info("rank %d: %d traces, %d tokens in %.1f s", rank, finished, tokens, time.perf_counter() - started)
     return finished
 

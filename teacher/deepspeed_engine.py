@@ -54,11 +54,6 @@ class Parallel(NamedTuple):
     zero_stage: Literal[0, 3] = 3
 
 
-def build_ops() -> None:
-    """Compiles what the ranks need before they start: nothing. DeepSpeed's only op for CPU inference, a shared-memory
-    all-reduce, is turned off in `start_process_group`, which says why."""
-
-
 def zero_config(dtype: Dtype, parallel: Parallel) -> dict[str, Any]:
     """The part of DeepSpeed's configuration that HfDeepSpeedConfig may see. It would misread the parallel sections, and
     no torch dtype object may stand in it. Threshold 0: the default keeps small parameters whole on each rank, which

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from data import curriculum
 from data.byte_tokenizer import build_byte_tokenizer
-from data.chat import IGNORE_INDEX, Encoded, encode_conversation, pad_batch
+from data.chat import IGNORE_INDEX, Encoded, dialect_of, encode_conversation, pad_batch
 
 LESSONS = {"teacher": curriculum.teacher_lessons, "base": curriculum.base_lessons}
 MICRO_BATCHES = 4
@@ -185,6 +185,8 @@ def pretrain(recipe_path: Path, output: Path) -> None:
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
     """bf16 on disk (half the repository's bytes); every loader of the embedded pair casts back to float32."""
     output.mkdir(parents=True, exist_ok=True)
+    assert model.generation_config is not None
+    model.generation_config.eos_token_id = list(dialect_of(tokenizer).stop_ids(tokenizer))  # servers stop at these
     state = {
         name: tensor.to(torch.bfloat16) if tensor.dtype == torch.float32 and "bias" not in name else tensor
         for name, tensor in model.state_dict().items()

@@ -67,8 +67,19 @@ def run(tmp_path: Path) -> RunFolder:
     return run
 
 
-def work(recipe: Recipe, run: RunFolder, engine: Scripted, *, rank: int = 0, world: int = 1, teacher: str = "teacher") -> int:
-    return generate_share(recipe, run, engine, TOKENIZER, teacher, rank=rank, world=world, report=lambda count: None)
+def work(
+    recipe: Recipe,
+    run: RunFolder,
+    engine: Scripted,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    teacher: str = "teacher",
+    writes: bool = True,
+) -> int:
+    return generate_share(
+        recipe, run, engine, TOKENIZER, teacher, rank=rank, world=world, report=lambda count: None, writes=writes
+    )
 
 
 def traces(run: RunFolder) -> list[Trace]:
@@ -140,3 +151,9 @@ def test_expert_counts_of_all_launches_add_up(recipe: Recipe, run: RunFolder) ->
     path = merge_expert_stats(run)
     assert path is not None and '"t"' in path.read_text()
     assert json.loads(path.read_text())["counts"]["t"] == [[2, 4], [6, 8]]
+
+
+def test_a_tensor_parallel_helper_answers_and_leaves_the_writing_to_its_first_rank(recipe: Recipe, run: RunFolder) -> None:
+    helper = Scripted()
+    assert work(recipe, run, helper, writes=False) == 10 and len(helper.asked) == 10
+    assert read_ledger(run).completed == 0 and merge_expert_stats(run) is None
