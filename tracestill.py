@@ -146,6 +146,10 @@ def _check_models(config: str, overrides: list[str] | None) -> None:
     from student.folders import resolve
     from teacher.folders import model_folder, resolve_model
 
+    if not recipe.evaluate.suites:
+        raise UnusableInput(
+            "evaluate.suites: none given, so nothing could be measured; add at least one, or run the stages one by one"
+        )
     (model_folder if recipe.teacher.engine.type == "http" else resolve_model)(recipe.teacher.model)
     resolve(recipe.student.model)
 
@@ -264,9 +268,11 @@ def report(run_dir: RunFolderArgument, as_json: AsJson = False) -> None:
     """One self-contained HTML page of a run."""
     from data.report import write_report
     from data.report_summary import report_json
+    from data.stages import reseal_report
 
     folder = _existing_run(run_dir)
     page = write_report(folder)
+    reseal_report(folder)
     if as_json:
         print(json.dumps(report_json(folder)))
     else:

@@ -84,7 +84,10 @@ def _run(command: list[str], environment: dict[str, str], log: Path, poll: Calla
 
 
 _MARK = re.compile(r"^error\[(\d+)\]: (.*)$")
-_KINDS: dict[int, type[TracestillError]] = {kind.exit_code: kind for kind in (UnusableInput, Refused, Interrupted)}
+_SIGNAL = re.compile(r"Signal \d+ \((SIG\w+)\) received by PID \d+|exitcode\s*: (-\d+ \(pid: \d+\))")
+# Not 75: torchrun ends the other ranks with SIGTERM when one has failed, and they call that an interruption. A launcher
+# that was itself asked to stop never comes here.
+_KINDS: dict[int, type[TracestillError]] = {kind.exit_code: kind for kind in (UnusableInput, Refused)}
 
 
 def rank_error_line(error: TracestillError) -> str:
@@ -93,12 +96,17 @@ def rank_error_line(error: TracestillError) -> str:
 
 
 def _failure(log: Path, start: int, code: int) -> TracestillError:
-    """The error a rank reported of itself, else the first exception in its part of the log."""
+    """The error a rank reported of itself, else the signal that ended one, else the first exception in its part of the log."""
     with log.open("rb") as file:
         file.seek(start)
         lines = file.read().decode(errors="replace").splitlines()
-    for line in lines:
-        if (found := _MARK.match(line)) is not None:
-            return _KINDS.get(int(found[1]), StageFailed)(found[2])
-    raised = [line.strip() for line in lines if "Error:" in line and "ChildFailedError" not in line]
-    return StageFailed(f"ranks ended with exit code {code}: {raised[0][-300:] if raised else 'no message'}; see {log}")
+    marks = [found for line in lines if (found := _MARK.match(line)) is not None]
+    for mark in marks:
+        if (kind := _KINDS.get(int(mark[1]))) is not None:
+            return kind(mark[2])
+    raised = [line.strip()[-300:] for line in lines if "Error:" in line and "ChildFailedError" not in line]
+    signals = [found[1] or found[2] for line in lines if (found := _SIGNAL.search(line)) is not None]
+    ended = [f"a rank was ended by {name}" for name in signals if "SIGTERM" not in name and not name.startswith("-15")]
+    reported = [mark[2] for mark in marks if int(mark[1]) != Interrupted.exit_code]
+    why = next(iter([*reported, *ended, *raised]), "no message")
+    return StageFailed(f"ranks ended with exit code {code}: {why}; see {log}; the same command continues from what is committed")

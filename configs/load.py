@@ -3,12 +3,14 @@
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from configs.errors import UnusableInput
 from configs.schema import Recipe
@@ -79,19 +81,19 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
         elif not isinstance(node, dict):
             raise UnusableInput(f"-s {override}: {where} is a value, not a section")
         if index == len(parts) - 1:
-            node[step] = yaml_value(text)
+            node[step] = yaml_value(text, override)
         elif isinstance(node, dict):
             node = node.setdefault(step, {})
         else:
             node = node[step]
 
 
-def yaml_value(text: str) -> Any:
+def yaml_value(text: str, override: str) -> Any:
     """YAML's reading, except that `2e-4` is a number here (YAML 1.1 wants `2.0e-4` and silently gives a string)."""
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UnusableInput(f"-s ...={text}: not a YAML value") from error
+        raise UnusableInput(f"-s {override}: not a YAML value") from error
     if isinstance(value, str):
         try:
             return float(value)
@@ -108,14 +110,25 @@ def parse(raw: dict[str, Any], where: str) -> Recipe:
         raise UnusableInput(f"{where}: {describe(error)}") from error
 
 
+# pydantic puts the tag of a union into the location; no recipe has it there.
+_UNION_TAGS = ("deepspeed", "local", "http", "reasoning_gym", "jsonl")
+
+
 def describe(error: ValidationError) -> str:
     first = error.errors()[0]
-    location = ".".join(str(part) for part in first["loc"])
+    location = ".".join(str(part) for part in first["loc"] if part not in _UNION_TAGS)
     if first["type"] == "extra_forbidden":
         known = _known_keys(list(first["loc"][:-1]))
         nearest = difflib.get_close_matches(str(first["loc"][-1]), known, 1, cutoff=0.5)
         hint = f"did you mean {nearest[0]}?" if nearest else f"known keys: {', '.join(sorted(known))}"
         text = f"{location}: unknown key; {hint}"
+    elif allowed := re.findall(
+        r"'([^']+)'", str(first.get("ctx", {}).get("expected") or first.get("ctx", {}).get("expected_tags") or "")
+    ):
+        found = first["loc"][-2] if first["loc"][-1] == "[key]" else _tag(first)
+        nearest = difflib.get_close_matches(str(found), allowed, 1, cutoff=0.5)
+        hint = f"did you mean {nearest[0]}?" if nearest else f"expected one of {', '.join(allowed)}"
+        text = f"{location.removesuffix('.[key]')}: unknown value {found!r}; {hint}"
     else:
         message = first["msg"].removeprefix("Value error, ")
         text = f"{location}: {message[:1].lower()}{message[1:]}" + (
@@ -123,6 +136,12 @@ def describe(error: ValidationError) -> str:
         )
     rest = len(error.errors()) - 1
     return text + (f" (and {rest} more)" if rest else "")
+
+
+def _tag(error: ErrorDetails) -> object:
+    """The value that was refused: a wrong `type` of a union comes with the whole section as its input."""
+    given = error["input"]
+    return given.get("type") if isinstance(given, dict) else given
 
 
 def _known_keys(location: list[int | str]) -> list[str]:

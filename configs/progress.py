@@ -42,14 +42,14 @@ def file_reporter(path: Path) -> Report:
 
 
 def read_counts(paths: list[Path]) -> Count | None:
-    """The sum over workers, with the first one's note; None before any has reported."""
+    """The sum over workers, with the first one's note; None before all have reported."""
     counts = []
     for path in paths:
         try:
             counts.append(Count(*json.loads(path.read_text())))
         except (OSError, ValueError):
             continue
-    if not counts:
+    if len(counts) < len(paths):
         return None
     return Count(sum(count.done for count in counts), sum(count.total for count in counts), counts[0].note)
 

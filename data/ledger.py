@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from configs.errors import UnusableInput
-from data.store import RunFolder, read_rollup, segments
+from data.store import RunFolder, Segment, read_rollup, segments
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +51,21 @@ class GenerationState:
         self.finish_reasons: dict[str, str] = {}
         self.superseded = 0
         for segment in segments(run.traces) if run.traces.is_dir() else ():
-            for trace_id, reason in zip(segment.facts["trace_ids"], segment.facts["finish_reasons"], strict=True):
+            for trace_id, reason in zip(*_fates(segment), strict=True):
                 if trace_id in self.finish_reasons:
                     self.superseded += 1
                 else:
                     self.finish_reasons[trace_id] = reason
+
+
+def _fates(segment: Segment) -> tuple[list[str], list[str]]:
+    trace_ids, reasons = segment.facts.get("trace_ids"), segment.facts.get("finish_reasons")
+    if not (isinstance(trace_ids, list) and isinstance(reasons, list) and len(trace_ids) == len(reasons) == segment.rows):
+        raise UnusableInput(
+            f"segment {segment.path.stem}: its manifest does not name {segment.rows} traces and their finish reasons; "
+            "restore it, or delete it with its .arrow file and generate again"
+        )
+    return trace_ids, reasons
 
 
 def generation_ledger(state: GenerationState, requested: int) -> Ledger:

@@ -34,8 +34,9 @@ from data.store import (
 
 log = logging.getLogger(__name__)
 
-# A finished stage up to this size is hashed again before it is trusted (1.5 GB/s); above it, whoever reads a file does.
-VERIFIED_WHEN_SKIPPED_BYTES = 4 << 30
+# What a stage made or reads is hashed again before it is trusted, up to this size (1.5 GB/s); above it, whoever reads a
+# file does.
+VERIFIED_AT_ONCE_BYTES = 4 << 30
 # Sections that may change under a run folder without making another run of it: they say where and how fast, not what.
 FREE_SECTIONS = ("slurm",)
 
@@ -96,12 +97,13 @@ def run_stage(stage: Stage, context: Context) -> Rollup:
     """
     run, folder = context.run, stage.folder(context.run)
     inputs = input_hashes(run, [_input(run, name, stage) for name in stage.depends])
+    for name in stage.depends:
+        _verify_if_small(run, read_rollup(run.root / name))
     identity = fingerprint(stage.identity(context))
     if is_complete(run, folder, fingerprint=identity, inputs=inputs):
         rollup = read_rollup(folder)
         assert rollup is not None
-        if sum(rollup.sizes.values()) <= VERIFIED_WHEN_SKIPPED_BYTES:
-            verify_files(run, rollup)
+        _verify_if_small(run, rollup)
         context.console.print(
             f"[dim]{stage.name:<9} already complete ({rollup.seconds:.0f} s when it ran): skipped[/dim]", highlight=False
         )
@@ -111,14 +113,21 @@ def run_stage(stage: Stage, context: Context) -> Rollup:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             outcome = stage.act(context, display.show)
-        finally:
+        except BaseException:
             _note_seconds(run, stage.name, identity, time.perf_counter() - started)
+            raise
     rollup = seal(
         run, folder, stage=stage.name, fingerprint=identity, inputs=inputs, files=outcome.files, counts=outcome.counts,
         seconds=time.perf_counter() - started,
     )  # fmt: skip
+    _seconds_file(run, stage.name).unlink(missing_ok=True)
     context.console.print(f"[bold]{stage.name:<9}[/bold] {rollup.seconds:6.1f} s  {outcome.summary}", highlight=False)
     return rollup
+
+
+def _verify_if_small(run: RunFolder, rollup: Rollup | None) -> None:
+    if rollup is not None and sum(rollup.sizes.values()) <= VERIFIED_AT_ONCE_BYTES:
+        verify_files(run, rollup)
 
 
 def _input(run: RunFolder, name: str, stage: Stage) -> Path:
@@ -130,7 +139,7 @@ def _input(run: RunFolder, name: str, stage: Stage) -> Path:
     return path
 
 
-# --- seconds of a stage that was interrupted count too ------------------------------------------------------------
+# --- seconds of a stage that failed or was asked to stop count too (those before a SIGKILL are not known) -----------
 
 
 def _seconds_file(run: RunFolder, stage: str) -> Path:
@@ -184,8 +193,15 @@ def open_run(loaded: Loaded, run_dir: Path | None) -> RunFolder:
     Raises:
         UnusableInput: unwritable folder, or the first difference between its configuration and this one.
     """
+    if run_dir is not None and str(run_dir) in ("", "."):
+        raise UnusableInput("--run-dir is empty or the working directory itself; name a folder of its own, for example runs/mine")
     run = RunFolder((run_dir or Path("runs") / loaded.recipe.name).resolve())
     wanted = loaded.recipe.model_dump(mode="json")
+    if not run.config.is_file() and run.root.is_dir() and any(run.root.iterdir()):
+        raise UnusableInput(
+            f"run directory {run.root}: not empty, and without the config.yaml of a run; "
+            "choose an empty or new --run-dir, or restore config.yaml"
+        )
     if run.config.is_file():
         if not os.access(run.root, os.W_OK):
             raise UnusableInput(f"run directory {run.root}: not writable; choose another --run-dir or change its permissions")
@@ -212,8 +228,8 @@ def open_run(loaded: Loaded, run_dir: Path | None) -> RunFolder:
 
 def _difference(run: RunFolder, wanted: dict[str, Any]) -> tuple[str, Any, Any] | None:
     try:
-        stored = yaml.safe_load(run.config.read_text())["recipe"]
-    except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
+        stored = dict(yaml.safe_load(run.config.read_text())["recipe"])
+    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise UnusableInput(f"{run.config}: not a configuration written by tracestill; use another --run-dir") from error
     ours = {key: value for key, value in wanted.items() if key not in FREE_SECTIONS}
     theirs = {key: value for key, value in stored.items() if key not in FREE_SECTIONS}

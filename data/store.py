@@ -333,10 +333,25 @@ def read_rollup(folder: Path) -> Rollup | None:
     path = folder / ROLLUP
     if not path.is_file():
         return None
-    try:
-        return Rollup(**read_json(path))
-    except TypeError as error:
-        raise UnusableInput(f"{path}: not a manifest of this version ({error}); use the release that wrote it") from error
+    value = read_json(path)
+    for field in dataclasses.fields(Rollup):
+        kind = _JSON_KINDS.get(field.name, dict)
+        if not isinstance(value.get(field.name), kind):
+            raise UnusableInput(
+                f"{path}: {field.name} is missing or damaged; restore the manifest, or delete it and run its stage again"
+            )
+    return Rollup(**{field.name: value[field.name] for field in dataclasses.fields(Rollup)})
+
+
+_NUMBER = (int, float)
+_JSON_KINDS: dict[str, type | tuple[type, ...]] = {
+    "stage": str,
+    "fingerprint": str,
+    "code_revision": str,
+    "seconds": _NUMBER,
+    "created_at": _NUMBER,
+    "schema_version": int,
+}
 
 
 def is_complete(run: RunFolder, folder: Path, *, fingerprint: str, inputs: Mapping[str, str]) -> bool:
@@ -355,11 +370,17 @@ def verify_files(run: RunFolder, rollup: Rollup) -> None:
     for path, expected in rollup.files.items():
         file = run.root / path
         if not file.is_file():
-            raise UnusableInput(
-                f"{file}: missing, though the {rollup.stage} stage sealed it; restore it or run that stage in another --run-dir"
-            )
+            raise UnusableInput(f"{file}: missing, though the {rollup.stage} stage sealed it; {_remedy(run, path)}")
         if (found := sha256_file(file)) != expected:
             raise UnusableInput(
-                f"{file}: sha256 {found[:12]}, expected {expected[:12]} by the {rollup.stage} manifest; "
-                f"restore it, or delete {rollup.stage}'s {ROLLUP} and run the stage again"
+                f"{file}: sha256 {found[:12]}, expected {expected[:12]} by the {rollup.stage} stage; {_remedy(run, path)}"
             )
+
+
+def _remedy(run: RunFolder, path: str) -> str:
+    """How to get a sealed file back. A damaged segment has to go with its sidecar, or it would be taken for committed."""
+    folder = Path(path).parts[0]
+    if (run.root / folder) == run.traces:
+        stem = (run.root / path).with_suffix("")
+        return f"restore it, or delete {stem}.arrow and .json with {run.traces / ROLLUP} and run tracestill generate again"
+    return f"restore it, or delete {run.root / folder / ROLLUP} and run the stage again"

@@ -89,6 +89,7 @@ def _read_reasoning_gym(source: ReasoningGymSource, split: Split, left_out: Coun
         raise UnusableInput(f"{where}: {error}; see the task's parameters in reasoning-gym") from error
     version = f"{where}@{digest(source.params, size=4)}"
     seen: set[str] = set()
+    num_given = 0
     for entry in dataset:
         question = entry["question"]
         if question in seen or is_held_out(question) != (split == "eval"):
@@ -113,7 +114,8 @@ def _read_reasoning_gym(source: ReasoningGymSource, split: Split, left_out: Coun
             left_out["fails_self_check"] += 1
             continue
         yield prompt
-        if len(seen) - left_out["fails_self_check"] >= source.count:
+        num_given += 1
+        if num_given == source.count:
             return
     raise UnusableInput(
         f"{where}: only {len(seen)} distinct {split} items in {limit} draws, expected count {source.count}; "
@@ -123,6 +125,7 @@ def _read_reasoning_gym(source: ReasoningGymSource, split: Split, left_out: Coun
 
 # --- JSONL -------------------------------------------------------------------------------------------------------
 
+_ROLES = ("system", "user", "assistant", "tool")
 _JSONL_KEYS = {"question", "messages", "answer", "task", "verifier", "split", "known", "domain"}
 
 
@@ -162,6 +165,12 @@ def _parse_row(line: bytes, where: str, path: Path, source: JsonlSource) -> Prom
         raise UnusableInput(f"{where}: not valid JSON ({error}); expected one object a line") from error
     if not isinstance(row, dict):
         raise UnusableInput(f"{where}: expected a JSON object, found {type(row).__name__}")
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise UnusableInput(
+            f"{where}: text that is no valid Unicode ({error.reason}); expected UTF-8 without lone surrogates"
+        ) from error
     if unknown := row.keys() - _JSONL_KEYS:
         raise UnusableInput(f"{where}: unknown key {sorted(unknown)[0]!r}; known keys: {', '.join(sorted(_JSONL_KEYS))}")
     messages = _messages(row, where)
@@ -169,8 +178,9 @@ def _parse_row(line: bytes, where: str, path: Path, source: JsonlSource) -> Prom
     if not isinstance(answer, str):
         raise UnusableInput(f"{where}: answer is {type(answer).__name__}, expected a string")
     verifier = row.get("verifier", "exact" if answer else "")
-    if verifier and verifier not in VERIFIERS:
-        raise UnusableInput(f"{where}: unknown verifier {verifier!r}; known: {', '.join(VERIFIERS)}")
+    known_verifiers = [name for name in VERIFIERS if name != "reasoning_gym"]  # that one needs the generator's own entry
+    if verifier and verifier not in known_verifiers:
+        raise UnusableInput(f"{where}: unknown verifier {verifier!r}; known: {', '.join(known_verifiers)}")
     text = " ".join(message.get("content", "") for message in messages)
     split = row.get("split", "eval" if is_held_out(text) else "train")
     if split not in ("train", "eval"):
@@ -178,7 +188,9 @@ def _parse_row(line: bytes, where: str, path: Path, source: JsonlSource) -> Prom
     known = row.get("known")
     if known is not None and not isinstance(known, bool):
         raise UnusableInput(f"{where}: known is {known!r}, expected true or false")
-    task = str(row.get("task", path.stem))
+    task = row.get("task", path.stem)
+    if not isinstance(task, str):
+        raise UnusableInput(f"{where}: task is {type(task).__name__}, expected a string")
     return _prompt(
         path.name, task, f"jsonl@{digest('plain', size=4)}", messages, answer, verifier, split, known, "", source.licence
     )
@@ -200,6 +212,8 @@ def _messages(row: dict, where: str) -> tuple[Message, ...]:
             or not isinstance(message.get("content"), str)
         ):
             raise UnusableInput(f"{where}: each message needs a role and a content, both strings")
+        if message["role"] not in _ROLES:
+            raise UnusableInput(f"{where}: role {message['role']!r}, expected one of {', '.join(_ROLES)}")
         if message["role"] == "user" and not message["content"].strip():
             raise UnusableInput(f"{where}: empty question")
     if messages[-1]["role"] == "assistant":

@@ -12,7 +12,7 @@ from configs.schema import DeepSpeedEngine
 from data.ledger import read_ledger
 from data.prompt_set import write_prompts
 from data.stage import Context, Outcome, Stage
-from data.store import segments
+from data.store import read_segment, segments
 
 
 def _prompts(context: Context, show: Callable[[Count], None]) -> Outcome:
@@ -74,14 +74,17 @@ def _generate(context: Context, show: Callable[[Count], None]) -> Outcome:
         raise StageFailed(
             f"{context.run.traces}: {ledger.pending} of {ledger.requested} requests are still pending; run the command again"
         )
-    files = [path for segment in segments(context.run.traces) for path in (segment.path, segment.path.with_suffix(".json"))]
+    committed = segments(context.run.traces)
+    for segment in committed:
+        read_segment(segment)  # a damaged one is never sealed as what the teacher said
+    files = [path for segment in committed for path in (segment.path, segment.path.with_suffix(".json"))]
     counts = {
         "requested": ledger.requested,
         "completed": ledger.completed,
         "failed_by_reason": ledger.failed_by_reason,
         "superseded": ledger.superseded,
     }
-    tokens = sum(sum(segment.facts["output_tokens"]) for segment in segments(context.run.traces))
+    tokens = sum(sum(segment.facts["output_tokens"]) for segment in committed)
     return Outcome(
         [*files, *([experts] if experts else [])],
         counts | {"output_tokens": tokens},

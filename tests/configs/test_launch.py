@@ -17,11 +17,23 @@ def run(code: str, tmp_path: Path) -> None:
     _run([sys.executable, "-c", code], dict(os.environ), tmp_path / "log", lambda: None)
 
 
-@pytest.mark.parametrize("kind", [UnusableInput, Refused, Interrupted])
+@pytest.mark.parametrize("kind", [UnusableInput, Refused])
 def test_a_rank_that_knows_what_is_wrong_keeps_its_kind_through_torchrun(tmp_path: Path, kind: type) -> None:
     line = rank_error_line(kind("weights/none: no such folder"))
     with pytest.raises(kind, match="weights/none: no such folder"):
         run(f"import sys; print({line!r}); sys.exit(1)", tmp_path)  # torchrun turns every exit code into 1
+
+
+def test_a_killed_rank_is_not_mistaken_for_an_interruption(tmp_path: Path) -> None:
+    """torchrun ends the others with SIGTERM, and they report 75; requeueing on that would loop for ever."""
+    lines = [
+        "error[75]: stopped by SIGTERM; the same command continues",
+        "  error_file: x",
+        "  traceback : Signal 9 (SIGKILL) received by PID 7",
+    ]
+    with pytest.raises(StageFailed, match="a rank was ended by SIGKILL") as raised:
+        run(f"import sys; print({chr(10).join(lines)!r}); sys.exit(1)", tmp_path)
+    assert raised.value.exit_code == 1
 
 
 def test_an_unexpected_exception_is_quoted_with_the_log(tmp_path: Path) -> None:

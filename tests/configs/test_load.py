@@ -24,9 +24,18 @@ def write(folder: Path, text: str) -> str:
     ("text", "message"),
     [
         ("name: x\ntrain: {lrr: 1}", "recipe.yaml: train.lrr: unknown key; did you mean lr?"),
-        ("name: x\nteacher: {engine: {type: deepspeed, batch_sise: 1}}", "batch_sise: unknown key; did you mean batch_size?"),
+        (
+            "name: x\nteacher: {engine: {type: deepspeed, batch_sise: 1}}",
+            "teacher.engine.batch_sise: unknown key; did you mean batch_size?",
+        ),
+        ("name: x\nteacher: {engine: {type: deepsped}}", "teacher.engine: unknown value 'deepsped'; did you mean deepspeed?"),
+        ("name: x\ndata: {filters: [lenght]}", "data.filters.0: unknown value 'lenght'; did you mean length?"),
+        ("name: x\ntrain: {lr: .inf}", "train.lr: input should be a finite number"),
         ("name: x\ngenerate: {prompts: [{type: jsonl, path: a, cuont: 3}]}", "cuont: unknown key; did you mean count?"),
-        ("name: x\nevaluate: {gates: {acuracy: {min: 0.5}}}", "acuracy"),
+        (
+            "name: x\nevaluate: {gates: {acuracy: {min: 0.5}}}",
+            "evaluate.gates.acuracy: unknown value 'acuracy'; did you mean accuracy?",
+        ),
         ("name: x\ntrain: {lr: -1}", "train.lr: input should be greater than 0, found -1"),
         (
             "name: x\ngenerate: {sampling: {top_p: 1.5}}",

@@ -173,7 +173,7 @@ def test_verification_names_the_file_whose_bytes_changed_or_that_is_gone(run: Ru
 
 def test_a_manifest_of_another_shape_is_named(run: RunFolder) -> None:
     write_json(run.verdicts / "manifest.json", {"stage": "data"})
-    with pytest.raises(UnusableInput, match="not a manifest of this version"):
+    with pytest.raises(UnusableInput, match="fingerprint is missing or damaged"):
         read_rollup(run.verdicts)
 
 
