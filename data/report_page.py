@@ -6,6 +6,7 @@ from pathlib import Path
 
 import yaml
 
+from configs.errors import UnusableInput
 from data import plots
 from data.report_items import COMPARED, Comparison, GradeBar, comparisons, failures, grade_bars, item_rows
 from data.report_summary import ModelFigures, Summary, percent
@@ -149,9 +150,11 @@ def read_gates(run: RunFolder) -> tuple[GateLine, ...]:
     path = run.evaluation / "gates.json"
     if not path.is_file():
         return ()
-    return tuple(
-        GateLine(row["metric"], row["value"], _bound(row["min"], row["max"]), row["passed"]) for row in read_json(path)["gates"]
-    )
+    try:
+        rows = read_json(path)["gates"]
+        return tuple(GateLine(row["metric"], row["value"], _bound(row["min"], row["max"]), row["passed"]) for row in rows)
+    except (KeyError, TypeError) as error:
+        raise UnusableInput(f"{path}: damaged ({error} is missing); delete it and run: tracestill evaluate") from error
 
 
 def _bound(low: float | None, high: float | None) -> str:
