@@ -221,7 +221,7 @@ def test_a_truncated_dataset_folder_is_detected(run: RunFolder, file: str) -> No
     build_and_seal(run)
     damaged = run.dataset / "train" / file
     damaged.write_bytes(damaged.read_bytes()[:-8])
-    with pytest.raises(UnusableInput, match=f"{file}: sha256 .* expected .* by the data manifest"):
+    with pytest.raises(UnusableInput, match=f"{file}: sha256 .* expected .* by the data stage"):
         load_dataset(run)
 
 

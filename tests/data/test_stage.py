@@ -113,3 +113,22 @@ def test_opening_twice_keeps_the_first_configuration(tmp_path: Path) -> None:
     assert open_run(load_recipe("embedded"), tmp_path / "run") == RunFolder(tmp_path / "run") and first.config.read_text() == text
     with pytest.raises(UnusableInput, match=r"train\.lr = 0\.003, this recipe says 0\.1"):
         open_run(load_recipe("embedded", ["train.lr=0.1"]), tmp_path / "run")
+
+
+def test_a_folder_that_holds_something_else_is_refused_and_left_alone(tmp_path: Path) -> None:
+    mine = tmp_path / "run" / "dataset" / "mine.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("keep me")
+    with pytest.raises(UnusableInput, match=r"not empty, and without the config\.yaml of a run"):
+        open_run(load_recipe("embedded"), tmp_path / "run")
+    assert mine.read_text() == "keep me" and not (tmp_path / "run" / "config.yaml").exists()
+    with pytest.raises(UnusableInput, match="--run-dir is empty"):
+        open_run(load_recipe("embedded"), Path(""))
+
+
+def test_a_damaged_input_stops_the_stage_that_would_read_it(context: Context) -> None:
+    run_stage(stage([]), context)
+    run_stage(stage([], depends=("one",), name="two"), context)
+    (context.run.root / "one" / "made.txt").write_text("2")
+    with pytest.raises(UnusableInput, match=r"made\.txt: sha256"):
+        run_stage(stage([], depends=("one",), name="two"), context)
