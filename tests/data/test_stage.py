@@ -123,7 +123,7 @@ def test_a_folder_that_holds_something_else_is_refused_and_left_alone(tmp_path: 
         open_run(load_recipe("embedded"), tmp_path / "run")
     assert mine.read_text() == "keep me" and not (tmp_path / "run" / "config.yaml").exists()
     with pytest.raises(UnusableInput, match="--run-dir is empty"):
-        open_run(load_recipe("embedded"), Path(""))
+        open_run(load_recipe("embedded"), Path())
 
 
 def test_a_damaged_input_stops_the_stage_that_would_read_it(context: Context) -> None:
