@@ -197,7 +197,7 @@ def open_run(loaded: Loaded, run_dir: Path | None) -> RunFolder:
         raise UnusableInput("--run-dir is empty or the working directory itself; name a folder of its own, for example runs/mine")
     run = RunFolder((run_dir or Path("runs") / loaded.recipe.name).resolve())
     wanted = loaded.recipe.model_dump(mode="json")
-    if not run.config.is_file() and run.root.is_dir() and any(run.root.iterdir()):
+    if not run.config.is_file() and _holds_something(run.root):
         raise UnusableInput(
             f"run directory {run.root}: not empty, and without the config.yaml of a run; "
             "choose an empty or new --run-dir, or restore config.yaml"
@@ -224,6 +224,11 @@ def open_run(loaded: Loaded, run_dir: Path | None) -> RunFolder:
             f"run directory {run.root}: cannot be written ({error.strerror}); choose another --run-dir"
         ) from error
     return run
+
+
+def _holds_something(folder: Path) -> bool:
+    """Whether anything but a killed attempt's half-written config.yaml lies there."""
+    return folder.is_dir() and any(not path.name.startswith(".config.yaml.") for path in folder.iterdir())
 
 
 def _difference(run: RunFolder, wanted: dict[str, Any]) -> tuple[str, Any, Any] | None:

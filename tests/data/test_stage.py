@@ -126,6 +126,12 @@ def test_a_folder_that_holds_something_else_is_refused_and_left_alone(tmp_path: 
         open_run(load_recipe("embedded"), Path())
 
 
+def test_a_kill_before_the_configuration_was_whole_does_not_spoil_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".config.yaml.0123.tmp").write_text("half of it")
+    assert open_run(load_recipe("embedded"), tmp_path / "run").config.is_file()
+
+
 def test_a_damaged_input_stops_the_stage_that_would_read_it(context: Context) -> None:
     run_stage(stage([]), context)
     run_stage(stage([], depends=("one",), name="two"), context)
