@@ -4,6 +4,7 @@ gates, an export. Try it: tracestill run embedded"""
 # The front door. It parses the command line and opens the run folder; whatever is heavy is imported by the command that
 # needs it, so that `--help` answers without torch.
 
+import errno
 import importlib
 import json
 import os
@@ -46,6 +47,14 @@ def main() -> None:
         _fail(error)
     except KeyboardInterrupt:
         _fail(Interrupted("interrupted; everything committed so far is kept, the same command continues"))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        _fail(
+            UnusableInput(
+                f"{error.filename or 'run directory'}: {error.strerror}; make room or restore it, then give the same command"
+            )
+        )
     except typer.Abort:
         sys.exit(Interrupted.exit_code)
     except typer.Exit as stop:

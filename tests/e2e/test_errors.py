@@ -1,5 +1,6 @@
 """Bad input through the front door: one line, exit code 2, nothing half-written."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -105,3 +106,14 @@ def test_dry_run_touches_nothing(run, tmp_path: Path) -> None:  # noqa: ANN001
 
 def test_recipes_are_found_where_they_ship() -> None:
     assert (RECIPES / "embedded.yaml").is_file()
+
+
+def test_a_full_disk_is_one_line_and_nothing_is_half_written(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN001
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "prompts.arrow")
+
+    path = recipe(tmp_path, FINE)
+    monkeypatch.setattr("generate.stages.write_prompts", full)
+    code, line = run("prompts", path)
+    assert code == 2 and "No space left on device" in line and "\n" not in line
+    monkeypatch.undo()
