@@ -3,7 +3,6 @@ the ones marked smoke."""
 
 import json
 import random
-import resource
 import signal
 import subprocess
 import time
@@ -16,21 +15,13 @@ from data.store import RunFolder
 from tests.e2e.commands import command, environment, tracestill
 
 MINUTES_ALLOWED = 12
-NUM_CORES = 2
 NUM_KILLS = 12
-
-
-def _cpu_seconds() -> float:
-    """User and system time of this process's ended children, and of theirs."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 @pytest.mark.long
 @pytest.mark.smoke
 @pytest.mark.timeout(1500)
 def test_the_embedded_run_reaches_what_it_promises(tmp_path: Path) -> None:
-    cpu_before = _cpu_seconds()
     ended = tracestill("run", "embedded", "--json", cwd=tmp_path, timeout_s=1150)
     assert ended.code == 0, ended.out + ended.err
     found = json.loads(ended.out.splitlines()[-1])
@@ -40,9 +31,7 @@ def test_the_embedded_run_reaches_what_it_promises(tmp_path: Path) -> None:
     assert student["accuracy"] >= 0.80 * teacher["accuracy"]
     assert student["hallucination_rate"] <= teacher["hallucination_rate"] + 0.10
     assert export["accuracy"] == pytest.approx(student["accuracy"], abs=0.01)  # a near tie may fall either way after a merge
-    # What two cores can do in the minutes allowed: a neighbour on a shared machine stretches the clock, not the work. (Wall
-    # time, measured alone: docs/figures.md. Here it is bounded by the timeout.)
-    assert _cpu_seconds() - cpu_before <= NUM_CORES * MINUTES_ALLOWED * 60, found["seconds"]
+    assert sum(found["seconds"].values()) <= MINUTES_ALLOWED * 60, found["seconds"]
     started = time.monotonic()
     again = tracestill("run", "embedded", cwd=tmp_path)
     assert again.code == 0 and again.out.count("already complete") == 7 and time.monotonic() - started <= 10
