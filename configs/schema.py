@@ -21,12 +21,16 @@ class DeepSpeedEngine(Section):
     """The teacher sharded by DeepSpeed over torchrun processes: the default."""
 
     type: Literal["deepspeed"] = "deepspeed"
-    processes: PositiveInt = 2
-    """Ranks on this node (CPU processes, or GPUs). Multi-node launches multiply by hardware.nodes."""
+    processes: PositiveInt | None = None
+    """Ranks on each node (CPU processes, or GPUs); absent: hardware.gpus_per_node. Teacher.world multiplies by hardware.nodes."""
     dtype: Literal["fp32", "bf16"] = "bf16"
     """Compute dtype. float32 is exact against the oracle; bf16 is what a 744 B teacher fits in."""
+    kv_dtype: Literal["fp32", "bf16", "fp8"] | None = None
+    """Dtype of the cache; absent: the compute dtype, which is what this engine keeps. Another one is for planning only."""
     batch_size: PositiveInt = 64
     """Decode slots per rank. More slots share the fixed cost of a step; the cache grows linearly with them."""
+    cache_bytes: PositiveInt | None = None
+    """Most that the cache may take on a rank; absent: what the plan leaves free of the GPU, and no bound on a CPU."""
 
 
 class LocalEngine(Section):
@@ -35,6 +39,8 @@ class LocalEngine(Section):
     type: Literal["local"] = "local"
     dtype: Literal["fp32", "bf16"] = "bf16"
     batch_size: PositiveInt = 64
+    cache_bytes: PositiveInt | None = None
+    """As for the deepspeed engine."""
 
 
 class HttpEngine(Section):
@@ -46,6 +52,10 @@ class HttpEngine(Section):
     """Model name to ask the server for; empty asks for teacher.model."""
     concurrency: PositiveInt = 32
     timeout_s: PositiveFloat = 600.0
+    dtype: Literal["bf16", "fp8", "int4"] = "bf16"
+    """What the server loads: the plan's business, the engine never looks. int4 is weight-only: it computes in bf16."""
+    kv_dtype: Literal["bf16", "fp8"] | None = None
+    """What the server keeps in its cache; absent: bf16."""
     api_key_env: str = "OPENAI_API_KEY"
     """Name of the environment variable that holds the key. The key itself is never written anywhere."""
 
@@ -54,14 +64,23 @@ class Hardware(Section):
     gpu: Literal["cpu", "h100", "h200", "b200"] = "cpu"
     gpus_per_node: PositiveInt = 8
     nodes: PositiveInt = 1
+    network_gb_per_s: PositiveFloat = 50.0
+    """Gigabytes a second, one way, that each GPU can send to other nodes. 50 is one 400 Gb/s port for every GPU; a node that
+    shares one such port has 50 / gpus_per_node. Links inside a node are known from the GPU's kind."""
 
 
 class Layout(Section):
-    expert_parallel: PositiveInt = 1
-    """Ranks over which routed experts are spread; must divide the expert count and the world size."""
+    expert_parallel: PositiveInt | Literal["all"] = 1
+    """Ranks over which routed experts are spread; must divide the expert count and the world size. `all`: every rank of the
+    launch, so that one recipe serves any number of nodes."""
     tensor_parallel: PositiveInt = 1
+    """Ranks that cut one layer's dense matrices and answer the same requests. 1 is data-parallel attention: each rank
+    answers requests of its own."""
     zero_stage: Literal[0, 3] = 3
     """ZeRO stage of the dense weights. 3 shards them over all ranks and gathers them layer by layer."""
+    kv_cache: Literal["replicated", "sharded"] = "replicated"
+    """`replicated`: each rank holds the whole cache of the requests it answers. `sharded`: the tokens of a request are
+    spread over the ranks of a node, as servers with context parallelism do; for planning only, no engine here does it."""
 
 
 class Teacher(Section):
@@ -73,15 +92,35 @@ class Teacher(Section):
     hardware: Hardware = Hardware()
     layout: Layout = Layout()
 
+    @property
+    def ranks_per_node(self) -> int:
+        """Processes on each node: of the DeepSpeed launch, or GPUs behind the server; one for the local engine."""
+        match self.engine:
+            case DeepSpeedEngine(processes=int(processes)):
+                return processes
+            case LocalEngine():
+                return 1
+            case _:
+                return self.hardware.gpus_per_node
+
+    @property
+    def world(self) -> int:
+        """Ranks of the whole launch."""
+        return 1 if isinstance(self.engine, LocalEngine) else self.ranks_per_node * self.hardware.nodes
+
+    @property
+    def expert_parallel(self) -> int:
+        """`layout.expert_parallel` as a number."""
+        return self.world if self.layout.expert_parallel == "all" else self.layout.expert_parallel
+
     @model_validator(mode="after")
     def _ranks_fit_layout(self) -> "Teacher":
-        if isinstance(self.engine, DeepSpeedEngine):
-            world = self.engine.processes * self.hardware.nodes
-            for name in ("expert_parallel", "tensor_parallel"):
-                if world % getattr(self.layout, name):
+        if not isinstance(self.engine, LocalEngine):
+            for name, degree in (("expert_parallel", self.expert_parallel), ("tensor_parallel", self.layout.tensor_parallel)):
+                if self.world % degree:
                     raise ValueError(
-                        f"layout.{name} {getattr(self.layout, name)} does not divide the {world} ranks "
-                        f"(engine.processes {self.engine.processes} x hardware.nodes {self.hardware.nodes})"
+                        f"layout.{name} {degree} does not divide the {self.world} ranks "
+                        f"({self.ranks_per_node} on each of hardware.nodes {self.hardware.nodes})"
                     )
         return self
 
@@ -115,12 +154,35 @@ class JsonlSource(Section):
 PromptSource = Annotated[ReasoningGymSource | JsonlSource, Field(discriminator="type")]
 
 
+class LoopGuard(Section):
+    """What counts as a loop: the output's end is one cycle of at most longest_period tokens, `repeats` times over."""
+
+    longest_period: PositiveInt = 128
+    repeats: Annotated[int, Field(ge=3)] = 16
+
+
 class Sampling(Section):
     temperature: NonNegativeFloat = 1.0
     """0 is greedy."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95
     max_tokens: PositiveInt = 65536
     """Output tokens, reasoning included. A trace that reaches it ends with finish_reason `length`."""
+    top_k: NonNegativeInt = 0
+    """Only this many of the likeliest tokens; 0 is off. Applied before top_p, and both before min_p."""
+    min_p: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Only tokens at least this many times as likely as the likeliest; 0 is off."""
+    min_tokens: NonNegativeInt = 0
+    """Nothing ends an output before it has this many tokens."""
+    stop_strings: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """An output also ends where one of these is complete in its text. The chat template's own stops need no mention."""
+    loop_guard: LoopGuard | None = None
+    """Ends an output that repeats itself, with finish_reason `loop`; absent, it runs into max_tokens."""
+
+    @model_validator(mode="after")
+    def _min_below_max(self) -> "Sampling":
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens {self.min_tokens} is above max_tokens {self.max_tokens}")
+        return self
 
 
 class Generate(Section):
@@ -253,6 +315,59 @@ class Slurm(Section):
     """Shell lines before each stage: module loads, container, virtual environment."""
 
 
+# --- planning ----------------------------------------------------------------------------------------------------
+
+
+class ApiPrices(Section):
+    """List price of the same model behind somebody else's API, in dollars per million tokens."""
+
+    input: NonNegativeFloat = 1.40
+    cached_input: NonNegativeFloat = 0.26
+    """A prompt's second and later samples."""
+    output: PositiveFloat = 4.40
+
+
+class Workload(Section):
+    """What the launch is to produce; lengths of outputs are log-normal, cut at generate.sampling.max_tokens."""
+
+    traces: PositiveInt = 10_000
+    prompt_tokens: PositiveInt = 4_000
+    """Mean; a request of this prompt and an output of p99 length must fit."""
+    output_tokens_median: PositiveInt = 4_000
+    output_tokens_p99: PositiveInt = 32_000
+    """Eight times the median: reasoning traces have a long tail."""
+
+    @model_validator(mode="after")
+    def _tail_is_long(self) -> "Workload":
+        if self.output_tokens_p99 <= self.output_tokens_median:
+            raise ValueError(
+                f"output_tokens_p99 {self.output_tokens_p99} is not above output_tokens_median {self.output_tokens_median}"
+            )
+        return self
+
+
+class Planning(Section):
+    """What `tracestill plan` assumes; no other command reads it."""
+
+    context_lengths: tuple[PositiveInt, ...] = (8_192, 32_768, 131_072, 1_048_576)
+    """Rows of the table; those above the model's positions are left out."""
+    context_tokens: PositiveInt | None = None
+    """Prompt and output of the longest request that has to fit; absent: the workload's prompt and its p99 output."""
+    concurrency: PositiveInt | None = None
+    """Requests in flight over the whole launch, which then have to fit; absent: as many as fit and the engine takes."""
+    efficiency: Annotated[float, Field(gt=0.0, le=1.0)] = 0.15
+    """Expected decode rate over the bound. A public server reaches 0.16 of its weights-only bound: GLM-5.2 FP8 on 8 x H200,
+    256 requests, 267 output tokens/s per GPU."""
+    prefill_efficiency: Annotated[float, Field(gt=0.0, le=1.0)] = 0.4
+    """Share of the peak arithmetic that prefill reaches: large matrix products with their attention, in practice 0.3 to 0.5."""
+    prefill_chunk_tokens: PositiveInt = 8_192
+    """Prompt tokens of one prefill pass: its activations and score buffers grow with it, its reads of the weights shrink."""
+    price_per_gpu_hour: PositiveFloat = 3.0
+    """Dollars. Put your own: rented H200s cost 2 to 4 an hour."""
+    api: ApiPrices = ApiPrices()
+    workload: Workload = Workload()
+
+
 class Recipe(Section):
     """A whole run. `name` is also the default run folder, runs/NAME."""
 
@@ -265,3 +380,4 @@ class Recipe(Section):
     evaluate: Evaluate = Evaluate()
     export: Export = Export()
     slurm: Slurm = Slurm()
+    plan: Planning = Planning()

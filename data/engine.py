@@ -1,19 +1,34 @@
 """The seam between whoever needs text (generation, evaluation, judges) and whatever model writes it."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+import numpy as np
+
+from configs.schema import Sampling
 from data.records import FinishReason, Message
+
+
+class LoopGuard(NamedTuple):
+    """Ends an output whose last `repeats` x period tokens are one cycle of at most `longest_period` tokens."""
+
+    longest_period: int = 128
+    repeats: int = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
     """One completion asked for.
 
-    prompt_ids: the rendered prompt, generation prompt included. stop_ids: any of them ends the output. seed: 63 bits;
-    noise at output position i depends on (seed, i) alone. temperature 0 is greedy. messages: the same prompt as chat
+    prompt_ids: the rendered prompt, generation prompt included. stop_ids: any of them ends the output; stop_strings: so
+    does any of these in its text; neither before min_tokens output tokens. seed: 63 bits; noise at output position i
+    depends on (seed, i) alone. temperature 0 is greedy; top_k 0 and min_p 0 are off. messages: the same prompt as chat
     turns, for engines that own the template (http). task: label under which expert load is counted.
+
+    prefix_ids, prefix_logprobs: output of an earlier attempt that was handed out. It counts against max_tokens, the
+    noise goes on at its end, and the completion holds it. top_logits: keep that many best logits of every new token,
+    with log Z at each of log_z_temperatures.
     """
 
     request_id: str
@@ -25,6 +40,45 @@ class Request:
     seed: int
     messages: tuple[Message, ...] = ()
     task: str = ""
+    top_k: int = 0
+    min_p: float = 0.0
+    min_tokens: int = 0
+    stop_strings: tuple[str, ...] = ()
+    loop_guard: LoopGuard | None = None
+    prefix_ids: tuple[int, ...] = ()
+    prefix_logprobs: tuple[float, ...] = ()
+    top_logits: int = 0
+    log_z_temperatures: tuple[float, ...] = (1.0,)
+
+
+def request_under(
+    sampling: Sampling,
+    *,
+    request_id: str,
+    prompt_ids: Sequence[int],
+    stop_ids: tuple[int, ...],
+    seed: int,
+    messages: tuple[Message, ...] = (),
+    task: str = "",
+) -> Request:
+    """A request under a recipe's sampling section, all of it."""
+    guard = sampling.loop_guard
+    return Request(
+        request_id=request_id,
+        prompt_ids=tuple(prompt_ids),
+        stop_ids=stop_ids,
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        seed=seed,
+        messages=messages,
+        task=task,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        min_tokens=sampling.min_tokens,
+        stop_strings=sampling.stop_strings,
+        loop_guard=None if guard is None else LoopGuard(guard.longest_period, guard.repeats),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +93,21 @@ class ExpertLoad:
     hottest: tuple[tuple[int, int], ...]
 
 
+class TopLogits(NamedTuple):
+    """The best logits of T tokens, for distillation. ids_TK: int32, likeliest first. logits_TK: float32, as the model
+    gave them. log_z_TC: float64, log sum exp(logits / temperature) over the whole vocabulary, a column for each of the
+    request's temperatures: log p = logit / temperature - log z."""
+
+    ids_TK: np.ndarray
+    logits_TK: np.ndarray
+    log_z_TC: np.ndarray
+
+
 @dataclass(frozen=True, slots=True)
 class Completion:
     """What came back. token_ids end with the stop token when finish_reason is `stop`; logprobs has one natural log
-    per id, under the unmodified (temperature 1, no top-p) distribution. seconds: admission to last token."""
+    per id, under the unmodified (temperature 1, no top-p) distribution. seconds: admission to last token. top: of the
+    tokens after the request's prefix."""
 
     request_id: str
     token_ids: tuple[int, ...]
@@ -51,6 +116,41 @@ class Completion:
     started_at: float
     seconds: float
     expert_load: ExpertLoad | None = None
+    top: TopLogits | None = None
+
+
+class Partial(NamedTuple):
+    """The output of a request so far; prefix_ids and prefix_logprobs of one that continues it."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+
+def _nobody(partial: Partial) -> None: ...
+
+
+def _never() -> bool:
+    return False
+
+
+@dataclass(frozen=True, slots=True)
+class Handout:
+    """How a caller gets at outputs that are not finished. take: called with each live output every `every_tokens` of
+    its tokens (0: never), and once more when `stop` first answers True: then `generate` ends on all ranks, after the
+    same forward pass, with nothing more than its partial outputs lost. take and stop run in the loop: keep them short."""
+
+    every_tokens: int = 0
+    take: Callable[[Partial], None] = _nobody
+    stop: Callable[[], bool] = _never
+
+
+class Scores(NamedTuple):
+    """Of one given sequence: the natural-log probability of each token after those before it (0.0 for the first, which
+    nothing predicts), and the logits that predicted tokens 1, 2, ... when they were asked for."""
+
+    logprobs: tuple[float, ...]
+    top: TopLogits | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +168,11 @@ class Engine(Protocol):
 
     def load(self) -> None: ...
 
-    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]: ...
+    def generate(self, requests: Iterable[Request], handout: Handout | None = None) -> Iterator[Completion]: ...
 
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Per-token natural-log probabilities; the first token of a sequence has no prediction and gets 0.0."""
-        ...
+    def score(
+        self, sequences: Sequence[Sequence[int]], top_logits: int = 0, log_z_temperatures: Sequence[float] = (1.0,)
+    ) -> list[Scores]: ...
 
     def expert_stats(self) -> ExpertStats | None: ...
 

@@ -7,7 +7,8 @@ from typing import Literal, TypedDict
 
 Role = Literal["system", "user", "assistant", "tool"]
 Origin = Literal["given", "generated", "observation"]
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "loop", "abort"]
+"""stop: the model ended. length: max_tokens or the context. loop: the guard against repetition. abort: no answer."""
 Split = Literal["train", "eval"]
 
 

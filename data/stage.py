@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 # file does.
 VERIFIED_AT_ONCE_BYTES = 4 << 30
 # Sections that may change under a run folder without making another run of it: they say where and how fast, not what.
-FREE_SECTIONS = ("slurm",)
+FREE_SECTIONS = ("slurm", "plan")
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,7 +100,7 @@ def _generate_on_ranks(context: Context, engine: DeepSpeedEngine, show: Callable
     """Runs this same command on every rank."""
     extensions = context.run.cache / "torch_extensions"
     log = context.run.logs / "generate.log"
-    progress = [_progress_file(context, rank) for rank in range(engine.processes)]
+    progress = [_progress_file(context, rank) for rank in range(context.recipe.teacher.ranks_per_node)]
     for path in progress:
         path.unlink(missing_ok=True)
 
@@ -108,7 +108,9 @@ def _generate_on_ranks(context: Context, engine: DeepSpeedEngine, show: Callable
         if (count := read_counts(progress)) is not None:
             show(_after(count, already))
 
-    run_ranks(context.words("generate"), processes=engine.processes, extensions=extensions, log=log, poll=poll)
+    run_ranks(
+        context.words("generate"), processes=context.recipe.teacher.ranks_per_node, extensions=extensions, log=log, poll=poll
+    )
 
 
 def _progress_file(context: Context, rank: int) -> Any:
@@ -144,7 +146,7 @@ def _generate_plan(context: Context) -> str:
     where = f"{teacher.model} through the {teacher.engine.type} engine"
     if isinstance(teacher.engine, DeepSpeedEngine):
         layout = teacher.layout
-        where += f" over {teacher.engine.processes} ranks, expert parallel {layout.expert_parallel}, ZeRO-{layout.zero_stage}"
+        where += f" over {teacher.world} ranks, expert parallel {teacher.expert_parallel}, ZeRO-{layout.zero_stage}"
     sampling = settings.sampling
     return (
         f"{where}; {settings.samples_per_prompt} samples a prompt, temperature {sampling.temperature:g}, "

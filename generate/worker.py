@@ -20,7 +20,7 @@ from configs.errors import UnusableInput
 from configs.progress import Count, Report
 from configs.schema import Recipe
 from data.chat import Dialect, dialect_of, encode_prompt
-from data.engine import Completion, Engine, Request
+from data.engine import Completion, Engine, Request, request_under
 from data.ledger import GenerationState
 from data.prompt_set import read_prompts
 from data.records import Message, Trace, Turn, request_seed
@@ -117,14 +117,11 @@ class Writer:
 
 
 def to_request(ask: Ask, tokenizer: PreTrainedTokenizerBase, stop_ids: tuple[int, ...], recipe: Recipe) -> Request:
-    sampling = recipe.generate.sampling
-    return Request(
+    return request_under(
+        recipe.generate.sampling,
         request_id=ask.trace_id,
-        prompt_ids=tuple(encode_prompt(tokenizer, ask.prompt.messages)),
+        prompt_ids=encode_prompt(tokenizer, ask.prompt.messages),
         stop_ids=stop_ids,
-        max_tokens=sampling.max_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
         seed=request_seed(ask.trace_id, recipe.generate.seed),
         messages=ask.prompt.messages,
         task=ask.prompt.task,

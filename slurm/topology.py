@@ -20,7 +20,7 @@ def stage_shape(recipe: Recipe, stage: str) -> Shape:
     engine = recipe.teacher.engine
     match stage:
         case "generate" if isinstance(engine, DeepSpeedEngine):
-            return Shape(recipe.teacher.hardware.nodes, engine.processes, gpus)
+            return Shape(recipe.teacher.hardware.nodes, recipe.teacher.ranks_per_node, gpus)
         case "generate":
             return Shape(1, 0, gpus)
         case "train":

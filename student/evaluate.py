@@ -16,9 +16,9 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from configs.errors import UnusableInput
-from configs.schema import Evaluate
+from configs.schema import Evaluate, Sampling
 from data.chat import dialect_of, encode_prompt
-from data.engine import Completion, Engine, Request
+from data.engine import Completion, Engine, Request, request_under
 from data.records import FinishReason, Prompt, digest, request_seed
 from data.store import (
     RunFolder,
@@ -59,6 +59,8 @@ class Harness:
     top_p: float
     max_tokens: int
     seed: int
+    sampling: str = ""
+    """The rest of the sampling section as JSON, "" when none of it is set."""
 
     @property
     def key(self) -> str:
@@ -77,6 +79,10 @@ class Output:
 
 def harness_of(engine: Engine, tokenizer: PreTrainedTokenizerBase, settings: Evaluate, model_fingerprint: str) -> Harness:
     dialect = dialect_of(tokenizer)
+    plain = Sampling()
+    rest = settings.sampling.model_copy(
+        update={"temperature": plain.temperature, "top_p": plain.top_p, "max_tokens": plain.max_tokens}
+    )
     return Harness(
         model_fingerprint=model_fingerprint,
         engine=engine.name,
@@ -88,6 +94,7 @@ def harness_of(engine: Engine, tokenizer: PreTrainedTokenizerBase, settings: Eva
         top_p=settings.sampling.top_p,
         max_tokens=settings.sampling.max_tokens,
         seed=settings.seed,
+        sampling=rest.model_dump_json(exclude_defaults=True) if rest != Sampling() else "",
     )
 
 
@@ -116,7 +123,7 @@ def evaluate_model(
     outputs = read_outputs(folder, harness)
     if missing := [item for item in items if item.prompt_id not in outputs]:
         engine.load()
-        requests = requests_for(missing, tokenizer, harness)
+        requests = requests_for(missing, tokenizer, settings.sampling, settings.seed)
         done = len(items) - len(missing)
         for batch in committed_batches(engine.generate(requests), folder, harness, name, settings.batch_size):
             done += batch
@@ -150,18 +157,16 @@ def item_identity(prompt_id: str, harness: Harness) -> str:
     return digest(prompt_id, harness.key)
 
 
-def requests_for(items: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, harness: Harness) -> list[Request]:
+def requests_for(items: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, sampling: Sampling, seed: int) -> list[Request]:
     """One request an item, longest prompt first so that prefill batches are of like length. Its seed is its identity's."""
     stop_ids = dialect_of(tokenizer).stop_ids(tokenizer)
     requests = [
-        Request(
+        request_under(
+            sampling,
             request_id=item.prompt_id,
-            prompt_ids=tuple(encode_prompt(tokenizer, item.messages)),  # type: ignore[arg-type]
+            prompt_ids=encode_prompt(tokenizer, item.messages),  # type: ignore[arg-type]
             stop_ids=stop_ids,
-            max_tokens=harness.max_tokens,
-            temperature=harness.temperature,
-            top_p=harness.top_p,
-            seed=request_seed(item.prompt_id, harness.seed),
+            seed=request_seed(item.prompt_id, seed),
             messages=item.messages,
         )
         for item in items
@@ -235,7 +240,7 @@ def parse_output(output: Output, tokenizer: PreTrainedTokenizerBase, harness: Ha
     assert isinstance(text, str)
     split = split_reasoning(text, prompt_opens_think=harness.prompt_opens_think)
     reasoning_tokens = count_reasoning_tokens(spoken, tokenizer, prompt_opens_think=harness.prompt_opens_think)
-    problem = split.problem or {"stop": "", "length": "truncated", "abort": "aborted"}[output.finish_reason]
+    problem = split.problem or {"stop": "", "length": "truncated", "loop": "looped", "abort": "aborted"}[output.finish_reason]
     return Parsed(split.reasoning, "" if problem else split.answer.strip(), problem, reasoning_tokens)
 
 

@@ -11,22 +11,25 @@ layers with an indexer) and plain grouped-query attention.
 Legend: B rows of this forward pass, S new tokens, T columns, H key-value heads, D head dim.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-FIRST_COLUMNS = 128
+from teacher.admission import Rectangle, rectangle
 
 
 @dataclass(slots=True)
 class Cursor:
     """Where the current forward pass writes: `rows` of the buffers, at `positions_BS`, and how many columns it reads.
 
-    start: set when every row writes the same span of columns (prefill), which is a copy; otherwise a scatter.
+    shape: slots and columns that every buffer has when it is next written. start: set when every row writes the same span
+    of columns (prefill), which is a copy; otherwise a scatter.
     """
 
+    shape: Rectangle
     rows: slice = field(default_factory=lambda: slice(0, 0))
     positions_BS: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.long))
     row_index_B1: Tensor = field(default_factory=lambda: torch.empty(0, 1, dtype=torch.long))
@@ -40,8 +43,8 @@ class SlotBuffer:
     Zeroed, never `empty`: masked columns get probability 0, and 0 times an uninitialised NaN is NaN.
     """
 
-    def __init__(self, num_slots: int, cursor: Cursor) -> None:
-        self.num_slots, self.cursor = num_slots, cursor
+    def __init__(self, cursor: Cursor) -> None:
+        self.cursor = cursor
         self.data: Tensor | None = None
 
     def write(self, new_BSX: Tensor) -> Tensor:
@@ -55,17 +58,17 @@ class SlotBuffer:
         return data[cursor.rows, : cursor.columns]
 
     def _reserve(self, like_BSX: Tensor) -> Tensor:
-        """Columns double when they run out: a run that stays short never pays for max_length."""
-        columns = 0 if self.data is None else self.data.shape[1]
-        if self.data is None or columns < self.cursor.columns:
-            columns = max(self.cursor.columns, 2 * columns, FIRST_COLUMNS)
-            grown = like_BSX.new_zeros(self.num_slots, columns, *like_BSX.shape[2:])
+        """Takes the cursor's shape, keeping what fits it. One buffer of one layer exists twice at a time."""
+        if self.data is None or self.data.shape[:2] != self.cursor.shape:
+            shaped = like_BSX.new_zeros(*self.cursor.shape, *like_BSX.shape[2:])
             if self.data is not None:
-                grown[:, : self.data.shape[1]] = self.data
-            self.data = grown
+                slots, columns = (min(extents) for extents in zip(self.cursor.shape, self.data.shape, strict=False))
+                shaped[:slots, :columns] = self.data[:slots, :columns]
+            self.data = shaped
         return self.data
 
     def copy_rows(self, source: Tensor, target: Tensor, columns: int) -> None:
+        """Copies as if at once: a row may be a source and a target."""
         if self.data is not None:
             self.data[target, :columns] = self.data[source, :columns]
 
@@ -75,11 +78,11 @@ class SlotLayer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, num_slots: int, cursor: Cursor) -> None:
+    def __init__(self, cursor: Cursor) -> None:
         super().__init__()
         self.is_initialized = True
         self.cursor = cursor
-        self.key_buffer, self.value_buffer, self.indexer_buffer = (SlotBuffer(num_slots, cursor) for _ in range(3))
+        self.key_buffer, self.value_buffer, self.indexer_buffer = (SlotBuffer(cursor) for _ in range(3))
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: a buffer takes its shape from what is first written."""
@@ -107,30 +110,57 @@ class SlotLayer(CacheLayerMixin):
 class SlotCache(Cache):
     """`num_slots` rows for `num_layers` attention layers. Rows are chosen per forward pass by `select_*`.
 
+    Columns grow by themselves when a pass needs more; a loop that keeps to a budget calls `reserve` before it does.
     get_seq_length and get_mask_sizes answer with the columns in view; callers pass their own 4-D mask and position ids.
     """
 
     def __init__(self, num_slots: int, num_layers: int, device: torch.device) -> None:
-        self.cursor = Cursor()
+        self.cursor = Cursor(Rectangle(num_slots, 0))
         self.device = device
-        self.slot_layers = [SlotLayer(num_slots, self.cursor) for _ in range(num_layers)]
+        self.slot_layers = [SlotLayer(self.cursor) for _ in range(num_layers)]
         super().__init__(layers=list(self.slot_layers))
+
+    @property
+    def num_slots(self) -> int:
+        return self.cursor.shape.slots
+
+    @property
+    def num_columns(self) -> int:
+        return self.cursor.shape.columns
+
+    def reserve(self, shape: Rectangle) -> None:
+        """Buffers take this shape when they are next written; rows and columns beyond it are lost."""
+        self.cursor.shape = shape
 
     def select_span(self, rows: slice, start: int, stop: int) -> None:
         """The next forward pass writes columns [start, stop) of each row and reads [0, stop)."""
+        self._grow(stop)
         self.cursor.rows, self.cursor.start, self.cursor.columns = rows, start, stop
 
     def select_next(self, positions_B1: Tensor, columns: int) -> None:
         """The next forward pass writes one token a row, for rows 0..B-1, at each row's own position; reads [0, columns)."""
+        self._grow(columns)
         num_rows = positions_B1.shape[0]
         self.cursor.rows, self.cursor.start, self.cursor.columns = slice(0, num_rows), None, columns
         self.cursor.positions_BS = positions_B1
         self.cursor.row_index_B1 = torch.arange(num_rows, device=self.device)[:, None]
 
     def move_rows(self, moves: list[tuple[int, int]], columns: int) -> None:
-        """Copies rows (source, target) over one another; sources and targets do not overlap. columns: how many hold
-        anything."""
+        """Copies rows (source, target) over one another, as if all at once. columns: how many hold anything."""
         source, target = torch.tensor(moves, device=self.device).T
+        for buffer in self.buffers():
+            buffer.copy_rows(source, target, columns)
+
+    def buffers(self) -> Iterator[SlotBuffer]:
         for layer in self.slot_layers:
-            for buffer in (layer.key_buffer, layer.value_buffer, layer.indexer_buffer):
-                buffer.copy_rows(source, target, columns)
+            yield from (layer.key_buffer, layer.value_buffer, layer.indexer_buffer)
+
+    def num_bytes(self) -> int:
+        """What the buffers take now."""
+        return sum(buffer.data.nbytes for buffer in self.buffers() if buffer.data is not None)
+
+    def _grow(self, columns: int) -> None:
+        if columns > self.num_columns:
+            shape = rectangle(self.num_slots, columns, num_slots=self.num_slots, cache_tokens=None)
+            assert shape is not None
+            self.reserve(shape)

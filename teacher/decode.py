@@ -1,30 +1,37 @@
 """The decode loop: slots, refill, lockstep.
 
-A row of the batch is a slot. Rows 0..n-1 are live; a row that finishes is overwritten by the last live one, and new
-requests join at the end. Two kinds of forward pass alternate. *Prefill* feeds new rows all but the last token of their
-prompts (many tokens a row, right-padded, no result wanted). *Advance* feeds every row one token, first the prompt's
-last one, then what it said, and samples the next. So sampling happens in one place.
+A row of the batch is a slot. Ready rows stand first, rows that still load their prompts behind them; a row that finishes
+is overwritten by the last of its kind, and new requests join at the end. Two kinds of forward pass alternate. *Prefill*
+feeds the loading rows the next chunk of all but the last token of their prompts (right-padded, no result wanted).
+*Advance* feeds every ready row one token, first the prompt's last one, then what it said, and samples the next. So
+sampling happens in one place, and a long prompt never holds up rows that are already speaking.
+
+When the cache's budget is short, rows go back to the queue with what they have said and are read in again later: noise
+knows only (request seed, output position), so they go on as they would have.
 
 Several ranks that share one model (ZeRO-3 gathers, expert all-to-alls) must make the same number of top-level forward
-passes, whatever each has to do: `any_rank_has_work` is asked before every pass, and a rank without rows of its own
+passes, whatever each has to do: they agree before every pass on whether to go on, and a rank without rows of its own
 feeds one dummy token until nobody has any left. Otherwise the first rank to finish leaves the others waiting for ever.
 
 Legend: B rows of a pass, S new tokens a row, T cache columns, V vocabulary.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from enum import IntEnum
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from data.engine import Completion, Request
+from data.engine import Completion, Handout, Request
 from data.records import FinishReason
+from teacher.admission import rectangle
 from teacher.cache import SlotCache
 from teacher.experts import ExpertWatch
-from teacher.sampling import Noise, sample, uniforms
+from teacher.row import Detokenize, Row
+from teacher.sampling import Best, Forbidden, Noise, Truncation, best_logits, sample, uniforms
 
 PADDING_ID = 0  # any valid id: padding stands after a row's tokens, where causality hides it, and is overwritten later
 
@@ -37,15 +44,26 @@ class Forward(Protocol):
 
 
 class Limits(NamedTuple):
-    """num_slots: rows that decode together. max_length: prompt and output tokens a row may hold. refill_slots: free
-    rows worth a prefill pass; 1 refills at once. A pass has a fixed price (all of ZeRO-3's gathers), so leaving a
-    handful of rows idle for a few steps saves most prefill passes. prefill_tokens: most tokens, padding included, of
-    one prefill pass; longer prompts go in several, because the indexer's scores grow with S x T."""
+    """num_slots: rows that decode together. max_length: prompt and output tokens a row may hold. cache_tokens: slots x
+    columns that the cache may take, None for as much as it likes. refill_slots: free rows worth a prefill pass; 1 refills
+    at once. A pass has a fixed price (all of ZeRO-3's gathers), so leaving a handful of rows idle for a few steps saves
+    most prefill passes. prefill_tokens, prefill_pairs: most tokens, and most (token, column) pairs, of one prefill pass,
+    padding included: its mask has a byte for each pair, and its activations grow with the tokens."""
 
     num_slots: int
     max_length: int
+    cache_tokens: int | None = None
     refill_slots: int = 1
     prefill_tokens: int = 8192
+    prefill_pairs: int = 1 << 30
+
+
+class Agreed(IntEnum):
+    """What a rank would do next, and what all do: the largest of what they say."""
+
+    DONE = 0
+    WORK = 1
+    STOP = 2
 
 
 def decode(
@@ -56,21 +74,30 @@ def decode(
     limits: Limits,
     *,
     banned_V: Tensor | None = None,
-    any_rank_has_work: Callable[[bool], bool] = bool,
+    detokenize: Detokenize | None = None,
+    handout: Handout | None = None,
+    agree: Callable[[int], int] = int,
 ) -> Iterator[Completion]:
     """Completions as they finish, one per request. Requests are taken in the order given, as slots fall free.
 
-    What a request gets does not depend on that order, on the number of slots or on what other ranks do. A prompt that is
-    empty or leaves no room for one output token comes back with finish_reason `abort` and no tokens. banned_V: ids never
-    emitted. any_rank_has_work: collective, told whether this rank has work; one process is its own answer.
+    What a request gets does not depend on that order, on the number of slots, on the cache's budget or on what other
+    ranks do. A prompt that is empty or leaves no room for one output token comes back with finish_reason `abort` and no
+    tokens. banned_V: ids never emitted. detokenize: for stop strings. handout: unfinished outputs, and the wish to stop.
+    agree: collective, gives all ranks the largest of their answers; one process is its own answer.
     """
-    batch, source = Batch(forward, watch, cache, limits, banned_V), iter(requests)
+    handout = handout or Handout()
+    batch = Batch(forward, requests, watch, cache, limits, banned_V, detokenize, handout)
     while True:
         if batch.wants_requests:
-            yield from batch.admit(source)
-        if not any_rank_has_work(bool(batch.rows)):
-            return
-        if batch.is_loading:
+            yield from batch.admit()
+        match agree(Agreed.STOP if handout.stop() else Agreed.WORK if batch.rows else Agreed.DONE):
+            case Agreed.DONE:
+                return
+            case Agreed.STOP:
+                batch.hand_out()
+                return
+        batch.settle()
+        if batch.loads_next:
             batch.prefill()
         elif batch.rows:
             yield from batch.advance()
@@ -78,94 +105,115 @@ def decode(
             batch.idle()
 
 
-@dataclass(slots=True)
-class Row:
-    """A live request. `length` counts its tokens whose keys and values are in the cache."""
-
-    request: Request
-    length: int
-    started_at: float = field(default_factory=time.time)
-    started: float = field(default_factory=time.perf_counter)
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-
-    @property
-    def next_input(self) -> int:
-        return self.token_ids[-1] if self.token_ids else self.request.prompt_ids[-1]
-
-    def finish_reason(self, max_length: int) -> FinishReason | None:
-        if self.token_ids[-1] in self.request.stop_ids:
-            return "stop"
-        is_full = len(self.token_ids) >= self.request.max_tokens or self.length + 1 >= max_length
-        return "length" if is_full else None
-
-
 class Batch:
-    """The live rows and the passes over them. Rows [0, num_ready) decode; the rest still load their prompts."""
+    """The live rows and the passes over them. Rows [0, num_ready) decode; the rest load their prompts, all at the same
+    column."""
 
-    def __init__(self, forward: Forward, watch: ExpertWatch, cache: SlotCache, limits: Limits, banned_V: Tensor | None) -> None:
-        self.forward, self.watch, self.cache, self.limits, self.banned_V = forward, watch, cache, limits, banned_V
+    def __init__(
+        self, forward: Forward, requests: Iterable[Request], watch: ExpertWatch, cache: SlotCache, limits: Limits,
+        banned_V: Tensor | None, detokenize: Detokenize | None, handout: Handout,
+    ) -> None:  # fmt: skip
+        self.forward, self.watch, self.cache = forward, watch, cache
+        self.limits, self.banned_V, self.detokenize, self.handout = limits, banned_V, detokenize, handout
+        self.max_length = min(limits.max_length, limits.cache_tokens or limits.max_length)
         self.device = cache.device
+        self.source = map(Row.of, requests)
+        self.waiting: deque[Row] = deque()
         self.rows: list[Row] = []
         self.num_ready = 0
-        self.loaded_columns = 0
+        self.has_just_loaded = False
 
-    @property
-    def is_loading(self) -> bool:
-        return self.num_ready < len(self.rows)
+    # --- who is in ---
 
     @property
     def wants_requests(self) -> bool:
         free = self.limits.num_slots - len(self.rows)
-        return not self.rows or (free >= self.limits.refill_slots and not self.is_loading)
+        return not self.rows or (free >= self.limits.refill_slots and self.num_ready == len(self.rows))
 
-    def admit(self, source: Iterator[Request]) -> list[Completion]:
-        """Takes requests until the slots are full or there are none left; returns those that cannot be answered."""
-        refused: list[Completion] = []
-        while len(self.rows) < self.limits.num_slots and (request := next(source, None)) is not None:
-            if not 0 < len(request.prompt_ids) < self.limits.max_length or request.max_tokens < 1:
-                refused.append(Completion(request.request_id, (), (), "abort", time.time(), 0.0))
+    def admit(self) -> list[Completion]:
+        """Takes rows until the slots or the budget are full or there are none left; returns those that need no pass."""
+        done: list[Completion] = []
+        first = len(self.rows)
+        while len(self.rows) < self.limits.num_slots and (row := self._next_row()) is not None:
+            if (completion := self._answer_at_once(row)) is not None:
+                done.append(completion)
+            elif self._make_room([*self.rows, row], max(one.reach(self.max_length) for one in [*self.rows, row])):
+                self.rows.append(row)
             else:
-                self.rows.append(Row(request, length=len(request.prompt_ids) - 1))
-        self.watch.start(slice(self.num_ready, len(self.rows)))
-        if max((row.length for row in self.rows[self.num_ready :]), default=0) == 0:
-            self.num_ready = len(self.rows)
-        return refused
+                self.waiting.appendleft(row)
+                break
+        self.watch.start(slice(first, len(self.rows)))
+        self._put_ready_first()
+        return done
+
+    def _next_row(self) -> Row | None:
+        return self.waiting.popleft() if self.waiting else next(self.source, None)
+
+    def _answer_at_once(self, row: Row) -> Completion | None:
+        """Of a request that cannot be answered, or whose prefix is already all of the answer."""
+        request = row.request
+        if not 0 < len(request.prompt_ids) < self.max_length or request.max_tokens < 1:
+            return Completion(request.request_id, (), (), "abort", time.time(), 0.0)
+        reason = row.finish_reason(self.max_length, self.detokenize)
+        return None if reason is None else row.complete(reason)
+
+    def _make_room(self, rows: Sequence[Row], columns: int) -> bool:
+        """The cache holds `columns` of as many rows, or, when the budget cannot, nothing has changed."""
+        if len(rows) > self.cache.num_slots or columns > self.cache.num_columns:
+            shape = rectangle(len(rows), columns, num_slots=self.limits.num_slots, cache_tokens=self.limits.cache_tokens)
+            if shape is None:
+                return False
+            self.cache.reserve(shape)
+        return True
+
+    def settle(self) -> None:
+        """Sends rows back until the cache can take the next pass."""
+        while self.rows and not self._make_room(self.rows, max(max(row.length, row.to_load) for row in self.rows) + 1):
+            self._send_back()
+
+    # --- the three passes ---
+
+    @property
+    def loads_next(self) -> bool:
+        """Chunks of prompts and decode steps take turns."""
+        return self.num_ready < len(self.rows) and not (self.has_just_loaded and self.num_ready > 0)
 
     def prefill(self) -> None:
         """One pass over the next columns of the loading rows' prompts, the last token of each left out."""
         loading = self.rows[self.num_ready :]
-        longest = max(row.length for row in loading)
-        start = self.loaded_columns
-        stop = min(longest, start + max(1, self.limits.prefill_tokens // len(loading)))
-        prompts = [row.request.prompt_ids[start : min(stop, row.length)] for row in loading]
+        start, longest = loading[0].length, max(row.to_load for row in loading)
+        chunk = min(self.limits.prefill_tokens, self.limits.prefill_pairs // longest) // len(loading)
+        stop = min(longest, start + max(1, chunk))
+        prompts = [row.context[start : min(stop, row.to_load)] for row in loading]
         ids_BS = torch.tensor([prompt + (PADDING_ID,) * (stop - start - len(prompt)) for prompt in prompts], device=self.device)
         positions_S = torch.arange(start, stop, device=self.device)
         mask_ST = torch.arange(stop, device=self.device) <= positions_S[:, None]
         rows = slice(self.num_ready, len(self.rows))
-        self.watch.watch(rows, positions_S < torch.tensor([[row.length] for row in loading], device=self.device))
+        self.watch.watch(rows, positions_S < self._column([row.to_load for row in loading]))
         self.cache.select_span(rows, start, stop)
         self.forward(ids_BS, positions_S.expand_as(ids_BS), mask_ST.expand(len(loading), 1, -1, -1), self.cache, keep=1)
-        self.loaded_columns = stop
-        if stop == longest:
-            self.num_ready, self.loaded_columns = len(self.rows), 0
+        for row in loading:
+            row.length = min(stop, row.to_load)
+        self._put_ready_first()
+        self.has_just_loaded = True
 
     def advance(self) -> list[Completion]:
-        """One pass that gives every row one more token; returns the rows that it finished."""
-        rows = self.rows
-        columns = max(row.length for row in rows) + 1
+        """One pass that gives every ready row one more token; returns the rows that it finished."""
+        rows = self.rows[: self.num_ready]
         ids_B1, positions_B1 = self._column([row.next_input for row in rows]), self._column([row.length for row in rows])
+        columns = max(row.length for row in rows) + 1
         mask_BT = torch.arange(columns, device=self.device) <= positions_B1
         self.watch.watch(slice(0, len(rows)), torch.ones_like(ids_B1, dtype=torch.bool))
         self.cache.select_next(positions_B1, columns)
         logits_BV = self.forward(ids_B1, positions_B1, mask_BT[:, None, None], self.cache, keep=1)[:, -1]
-        sampled = sample(logits_BV, self._noise(), self.banned_V)
+        sampled = sample(logits_BV, self._noise(rows), self.banned_V, self._forbidden(rows))
         ids, logprobs = torch.stack([sampled.ids_B.double(), sampled.logprobs_B]).tolist()  # one transfer a step
         for row, token_id, logprob in zip(rows, ids, logprobs, strict=True):
-            row.token_ids.append(int(token_id))
-            row.logprobs.append(logprob)
-            row.length += 1
-        return self._retire(columns)
+            row.say(int(token_id), logprob)
+        self._keep_best(rows, logits_BV)
+        self._hand_out_some(rows)
+        self.has_just_loaded = False
+        return self._retire()
 
     def idle(self) -> None:
         """One dummy token, so that other ranks' collectives find this rank present."""
@@ -173,44 +221,101 @@ class Batch:
         zero_11 = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         self.forward(zero_11, zero_11, (zero_11 == 0)[None, None], None, keep=1)
 
+    # --- what the rows ask of the sampler ---
+
     def _column(self, values: list[int]) -> Tensor:
         return torch.tensor(values, device=self.device)[:, None]
 
-    def _noise(self) -> Noise | None:
-        requests = [row.request for row in self.rows]
+    def _noise(self, rows: Sequence[Row]) -> Noise | None:
+        requests = [row.request for row in rows]
         if all(request.temperature == 0 for request in requests):
             return None
-        temperatures_B, top_p_B = torch.tensor(
-            [(r.temperature, r.top_p) for r in requests], dtype=torch.float64, device=self.device
+        temperatures_B, top_p_B, min_p_B = torch.tensor(
+            [(r.temperature, r.top_p, r.min_p) for r in requests], dtype=torch.float64, device=self.device
         ).T
-        seeds_B, positions_B = torch.tensor([(row.request.seed, len(row.token_ids)) for row in self.rows], device=self.device).T
-        takes_all = all(request.top_p >= 1 for request in requests)
-        return Noise(temperatures_B, None if takes_all else top_p_B, uniforms(seeds_B, positions_B))
+        seeds_B, positions_B, top_k_B = torch.tensor(
+            [(row.request.seed, len(row.token_ids), row.request.top_k) for row in rows], device=self.device
+        ).T
+        takes_all = all(r.top_p >= 1 and r.top_k == 0 and r.min_p == 0 for r in requests)
+        truncation = None if takes_all else Truncation(top_p_B, top_k_B, min_p_B)
+        return Noise(temperatures_B, truncation, uniforms(seeds_B, positions_B))
 
-    def _retire(self, columns: int) -> list[Completion]:
-        """Finished rows leave; the last live rows move into their places."""
+    def _forbidden(self, rows: Sequence[Row]) -> Forbidden | None:
+        """Stop ids of the rows that have not said min_tokens yet."""
+        young = [(slot, row.request) for slot, row in enumerate(rows) if len(row.token_ids) + 1 < row.request.min_tokens]
+        pairs = [(slot, token_id) for slot, request in young for token_id in request.stop_ids]
+        return Forbidden(*torch.tensor(pairs, device=self.device).T) if pairs else None
+
+    def _keep_best(self, rows: Sequence[Row], logits_BV: Tensor) -> None:
+        asking = [(slot, row) for slot, row in enumerate(rows) if row.request.top_logits]
+        if not asking:
+            return
+        temperatures = sorted({temperature for _, row in asking for temperature in row.request.log_z_temperatures})
+        most = max(row.request.top_logits for _, row in asking)
+        best = Best(*(column.cpu() for column in best_logits(logits_BV, most, temperatures)))
+        for slot, row in asking:
+            count, wanted = row.request.top_logits, [temperatures.index(one) for one in row.request.log_z_temperatures]
+            one = slice(slot, slot + 1)
+            row.best.append(Best(best.ids_BK[one, :count], best.logits_BK[one, :count], best.log_z_BC[one, wanted]))
+
+    # --- who is out ---
+
+    def hand_out(self) -> None:
+        """Every output that is begun and not finished."""
+        for row in [*self.rows, *self.waiting]:
+            self.handout.take(row.partial())
+
+    def _hand_out_some(self, rows: Sequence[Row]) -> None:
+        every = self.handout.every_tokens
+        for row in rows if every else ():
+            if len(row.token_ids) % every == 0:
+                self.handout.take(row.partial())
+
+    def _retire(self) -> list[Completion]:
+        """Finished rows leave; others move into their places."""
         reasons: dict[int, FinishReason] = {
-            slot: reason for slot, row in enumerate(self.rows) if (reason := row.finish_reason(self.limits.max_length))
+            slot: reason
+            for slot, row in enumerate(self.rows[: self.num_ready])
+            if (reason := row.finish_reason(self.max_length, self.detokenize))
         }
-        if not reasons:
-            return []
-        done = [self._complete(slot, reason) for slot, reason in reasons.items()]
-        num_left = len(self.rows) - len(reasons)
-        holes = (slot for slot in reasons if slot < num_left)
-        moves = [(slot, next(holes)) for slot in range(num_left, len(self.rows)) if slot not in reasons]
-        for source, target in moves:
-            self.rows[target] = self.rows[source]
-        if moves:
-            self.cache.move_rows(moves, columns)
-            self.watch.move_rows(moves)
-        del self.rows[num_left:]
-        self.num_ready = num_left
+        tasks = [row.request.task for row in self.rows]
+        done = [self.rows[slot].complete(reason, self.watch.finish(slot, tasks[slot])) for slot, reason in reasons.items()]
+        self._keep([slot for slot in range(len(self.rows)) if slot not in reasons])
         return done
 
-    def _complete(self, slot: int, reason: FinishReason) -> Completion:
+    def _send_back(self) -> None:
+        """The row that is quickest to read in again leaves; it will be the first to come back."""
+        slot = min(range(len(self.rows)), key=lambda slot: self.rows[slot].length)
         row = self.rows[slot]
-        seconds = time.perf_counter() - row.started
-        load = self.watch.finish(slot, row.request.task)
-        return Completion(
-            row.request.request_id, tuple(row.token_ids), tuple(row.logprobs), reason, row.started_at, seconds, load
-        )
+        self._keep([other for other in range(len(self.rows)) if other != slot])
+        self.waiting.appendleft(row.start_over())
+
+    def _keep(self, slots: Sequence[int]) -> None:
+        ready = [slot for slot in slots if slot < self.num_ready]
+        loading = [slot for slot in slots if slot >= self.num_ready]
+        self._arrange(compacted(ready, 0) + compacted(loading, len(ready)), len(ready))
+
+    def _put_ready_first(self) -> None:
+        joined = range(self.num_ready, len(self.rows))
+        ready = [slot for slot in joined if self.rows[slot].is_ready]
+        loading = [slot for slot in joined if not self.rows[slot].is_ready]
+        num_ready = self.num_ready + len(ready)
+        self._arrange([*range(self.num_ready), *compacted(ready, self.num_ready), *compacted(loading, num_ready)], num_ready)
+
+    def _arrange(self, order: Sequence[int], num_ready: int) -> None:
+        """Row order[i] becomes row i, in the cache and in the expert counts too."""
+        moves = [(old, new) for new, old in enumerate(order) if old != new]
+        if moves:
+            if columns := max(self.rows[old].length for old, _ in moves):  # rows that join hold nothing yet
+                self.cache.move_rows(moves, columns)
+            self.watch.move_rows(moves)
+        self.rows = [self.rows[old] for old in order]
+        self.num_ready = num_ready
+
+
+def compacted(slots: Sequence[int], first: int) -> list[int]:
+    """`slots` in an order that fills the places first, first + 1, ... and moves as few of them as possible."""
+    places = range(first, first + len(slots))
+    movers = iter([slot for slot in slots if slot not in places])
+    staying = set(slots)
+    return [place if place in staying else next(movers) for place in places]

@@ -27,22 +27,14 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from configs.errors import UnusableInput
-from data.engine import Completion, ExpertStats, Request
+from data.engine import Completion, ExpertStats, Handout, Request, Scores
+from teacher.families import HEAD, family_of
 from teacher.runner import Runner, build_runner, read_config, read_model
 
 log = logging.getLogger(__name__)
 
 COLLECTIVE_TIMEOUT_S = 1800.0
 Dtype = Literal["fp32", "bf16"]
-
-_COLUMN = (r".*\.self_attn\.(q_b_proj|kv_b_proj)\.weight$", r".*\.(mlp|shared_experts)\.(gate_proj|up_proj)\.weight$")
-_ROW = (r".*\.self_attn\.o_proj\.weight$", r".*\.(mlp|shared_experts)\.down_proj\.weight$")
-_SKIP = (
-    r".*\.self_attn\.(q_a_proj|kv_a_proj_with_mqa)\.weight$",
-    r".*\.self_attn\.indexer\..*",
-    r".*\.mlp\.gate\.weight$",
-    r".*embed_tokens\.weight$",
-)
 
 
 class Parallel(NamedTuple):
@@ -66,17 +58,31 @@ def zero_config(dtype: Dtype, parallel: Parallel) -> dict[str, Any]:
 
 
 def parallel_config(parallel: Parallel, model_type: str) -> dict[str, Any]:
-    """The sections that only `deepspeed.initialize` gets. AutoEP knows GLM's experts under DeepSeek-V3's name, and finds
-    the layers of the architectures it was made for by itself."""
+    """The sections that only `deepspeed.initialize` gets.
+
+    Every family goes under AutoEP's preset for DeepSeek-V3 with its own routing spelt out: all keep router and experts in
+    the same places, AutoEP has no name for GLM, and its presets for Qwen3-MoE and Mixtral raise TypeError under
+    transformers 5.23 (they re-hook the output recorders of a registry whose `get` has lost its second argument).
+    """
     sections: dict[str, Any] = {}
+    if parallel.expert == parallel.tensor == 1:
+        return sections
+    family = family_of(model_type)
     if parallel.expert > 1:
-        preset = {"preset_model": "deepseek_v3"} if model_type == "glm_moe_dsa" else {}
-        sections["expert_parallel"] = {"enabled": True, "autoep_size": parallel.expert} | preset
+        sections["expert_parallel"] = {
+            "enabled": True,
+            "autoep_size": parallel.expert,
+            "preset_model": "deepseek_v3",
+            "num_experts_attr": "num_local_experts",
+            "score_func": family.scores,
+            "route_norm": family.normalised,
+            "has_shared_experts": family.has_shared_experts,
+        }
     if parallel.tensor > 1:
-        column = {"patterns": list(_COLUMN), "partition_type": "column"}
-        head = {"patterns": [r".*lm_head\.weight$"], "partition_type": "column", "gather_output": True}
-        row, skip = {"patterns": list(_ROW), "partition_type": "row"}, {"patterns": list(_SKIP), "partition_type": "skip"}
-        partition = {"use_default_specs": False, "layer_specs": [column, head, row, skip]}
+        slices = [("column", family.column), ("row", family.row), ("skip", family.whole)]
+        specs = [{"patterns": list(patterns), "partition_type": kind} for kind, patterns in slices]
+        head = {"patterns": [HEAD], "partition_type": "column", "gather_output": True}
+        partition = {"use_default_specs": False, "layer_specs": [*specs, head]}
         sections["tensor_parallel"] = {"autotp_size": parallel.tensor, "partition_config": partition}
     return sections
 
@@ -100,14 +106,15 @@ class DeepSpeedEngine:
         dtype: Dtype = "bf16",
         batch_size: int = 64,
         max_length: int | None = None,
+        cache_bytes: int | None = None,
         timeout_s: float = COLLECTIVE_TIMEOUT_S,
     ) -> None:
         self.model_dir, self.parallel = model_dir, parallel
         self.dtype: Dtype = dtype
-        self.batch_size, self.max_length, self.timeout_s = batch_size, max_length, timeout_s
+        self.batch_size, self.max_length, self.cache_bytes, self.timeout_s = batch_size, max_length, cache_bytes, timeout_s
         self._runner: Runner | None = None
         self._module: nn.Module | None = None
-        self._has_work = torch.zeros(1)
+        self._said = torch.zeros(1)
 
     @property
     def runner(self) -> Runner:
@@ -129,7 +136,7 @@ class DeepSpeedEngine:
         device = torch.device(accelerator().current_device_name())
         engine = shard(self.model_dir, config, self.dtype, self.parallel)
         assert isinstance(engine.module, nn.Module)
-        self._module, self._has_work = engine.module, self._has_work.to(device)
+        self._module, self._said = engine.module, self._said.to(device)
         self._runner = build_runner(
             engine,
             engine.module,
@@ -138,7 +145,8 @@ class DeepSpeedEngine:
             num_slots=self.batch_size,
             max_length=self.max_length,
             device=device,
-            any_rank_has_work=self._any_rank_has_work,
+            cache_bytes=self.cache_bytes,
+            agree=self._agree,
         )
 
     @property
@@ -155,12 +163,15 @@ class DeepSpeedEngine:
         assert self._module is not None
         return self._module
 
-    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
-        """This rank's completions. Iterate to the end: a rank that stops early leaves the others in a collective."""
-        yield from self.runner.generate(requests)
+    def generate(self, requests: Iterable[Request], handout: Handout | None = None) -> Iterator[Completion]:
+        """This rank's completions. Iterate to the end: a rank that stops early leaves the others in a collective; to end
+        all of them, let one rank's `handout.stop` say so."""
+        yield from self.runner.generate(requests, handout)
 
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        return self.runner.score(sequences)
+    def score(
+        self, sequences: Sequence[Sequence[int]], top_logits: int = 0, log_z_temperatures: Sequence[float] = (1.0,)
+    ) -> list[Scores]:
+        return self.runner.score(sequences, top_logits, log_z_temperatures)
 
     def expert_stats(self) -> ExpertStats | None:
         return self.runner.expert_stats()
@@ -174,10 +185,10 @@ class DeepSpeedEngine:
             dist.barrier()
             dist.destroy_process_group()
 
-    def _any_rank_has_work(self, mine: bool) -> bool:
-        self._has_work.fill_(float(mine))
-        dist.all_reduce(self._has_work, op=dist.ReduceOp.MAX)
-        return bool(self._has_work.item())
+    def _agree(self, mine: int) -> int:
+        self._said.fill_(float(mine))
+        dist.all_reduce(self._said, op=dist.ReduceOp.MAX)
+        return int(self._said.item())
 
 
 def accelerator() -> Any:
@@ -208,12 +219,17 @@ def start_process_group(timeout_s: float) -> None:
 
 def check_layout(parallel: Parallel, dtype: Dtype, config: PretrainedConfig, world: int) -> None:
     """Raises UnusableInput when the degrees do not fit the ranks, the experts or what DeepSpeed can do."""
-    num_experts = int(getattr(config, "n_routed_experts", 0) or 0)
+    num_experts = int(getattr(config, "num_local_experts", 0) or 0)  # transformers' common name for all families
     for name, degree in (("expert_parallel", parallel.expert), ("tensor_parallel", parallel.tensor)):
         if world % degree:
             raise UnusableInput(f"layout.{name} {degree}: does not divide the {world} ranks; expected a divisor of {world}")
     if parallel.expert > 1 and (num_experts == 0 or num_experts % parallel.expert):
         raise UnusableInput(f"layout.expert_parallel {parallel.expert}: does not divide the model's {num_experts} experts")
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        if (heads := int(getattr(config, name, 0) or 0)) % parallel.tensor:
+            raise UnusableInput(
+                f"layout.tensor_parallel {parallel.tensor}: does not divide the model's {name} {heads}; expected a divisor"
+            )
     if parallel.expert > 1 and parallel.zero_stage == 0 and dtype == "bf16":
         raise UnusableInput("layout.zero_stage 0: DeepSpeed runs expert parallelism in bf16 only with zero_stage 3; set it to 3")
 

@@ -35,7 +35,7 @@ def open_engine(teacher: schema.Teacher) -> Engine:
             from teacher.deepspeed_engine import DeepSpeedEngine, Parallel
 
             layout = teacher.layout
-            parallel = Parallel(layout.expert_parallel, layout.tensor_parallel, layout.zero_stage)
+            parallel = Parallel(teacher.expert_parallel, layout.tensor_parallel, layout.zero_stage)
             return DeepSpeedEngine(resolve_model(teacher.model), parallel, dtype=engine.dtype, batch_size=engine.batch_size)
         case schema.LocalEngine() as engine:
             return open_local_engine(resolve_model(teacher.model), dtype=engine.dtype, batch_size=engine.batch_size)

@@ -18,7 +18,13 @@ from torch import Tensor, nn
 
 from data.engine import ExpertLoad, ExpertStats
 
-CHOSEN_OUTPUT = {"GlmMoeDsaTopkRouter": 2, "TokenChoiceTopKRouter": 1}
+CHOSEN_OUTPUT = {
+    "GlmMoeDsaTopkRouter": 2,
+    "DeepseekV3TopkRouter": 2,
+    "Qwen3MoeTopKRouter": 2,
+    "MixtralTopKRouter": 2,
+    "TokenChoiceTopKRouter": 1,
+}
 HOTTEST = 3
 
 

@@ -24,12 +24,13 @@ from transformers import PreTrainedTokenizerBase
 from configs import schema
 from configs.errors import UnusableInput
 from data.chat import Dialect, dialect_of
-from data.engine import Completion, ExpertStats, Request
+from data.engine import Completion, ExpertStats, Handout, Request, Scores
 from data.records import FinishReason
 
 ATTEMPTS = 5
 FIRST_WAIT_S = 1.0
 KEEP_ALIVE_S = 300.0  # httpx's 5 s is shorter than one reasoning trace: every answer would open a connection
+BEYOND_OPENAI = ("top_k", "min_p", "min_tokens")  # sent only when the recipe asks: vLLM and SGLang know them
 BUSY = {408, 429, 500, 502, 503, 504}
 
 
@@ -77,9 +78,11 @@ class HttpEngine:
         if answer.status_code in (401, 403):
             raise self._refusal(answer)
 
-    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
-        """Completions as they arrive. A request that stays unanswered after the retries comes back as `abort`."""
-        source, _ = iter(requests), self.client  # made here once: threads that make it at once would each have a pool
+    def generate(self, requests: Iterable[Request], handout: Handout | None = None) -> Iterator[Completion]:
+        """Completions as they arrive. A request that stays unanswered after the retries comes back as `abort`. When the
+        handout says stop, nothing more is asked and what is asked is waited for; a server's partial text is not ours yet."""
+        wants_stop = handout.stop if handout else lambda: False
+        source, _ = itertools.takewhile(lambda _: not wants_stop(), requests), self.client  # made here once: threads that make it at once would each have a pool
         with ThreadPoolExecutor(self.engine.concurrency, thread_name_prefix="http-teacher") as pool:
             flying: set[Future[Completion]] = {
                 pool.submit(self._ask, request) for request in itertools.islice(source, self.engine.concurrency)
@@ -93,7 +96,9 @@ class HttpEngine:
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+    def score(
+        self, sequences: Sequence[Sequence[int]], top_logits: int = 0, log_z_temperatures: Sequence[float] = (1.0,)
+    ) -> list[Scores]:
         raise UnusableInput("teacher.engine http: servers do not score given tokens; use engine type local or deepspeed")
 
     def expert_stats(self) -> ExpertStats | None:
@@ -154,8 +159,9 @@ def chat_request(request: Request, model: str, stop_tokens: Sequence[str]) -> di
         "temperature": request.temperature,
         "top_p": request.top_p,
         "seed": request.seed % (1 << 31),
-        "stop": list(stop_tokens[:4]),
+        "stop": [*stop_tokens, *request.stop_strings][:4],
         "stream": False,
+        **{name: value for name in BEYOND_OPENAI if (value := getattr(request, name))},
     }
 
 

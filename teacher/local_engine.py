@@ -9,7 +9,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from data.engine import Completion, ExpertStats, Request
+from data.engine import Completion, ExpertStats, Handout, Request, Scores
 from teacher.runner import Dtype, Runner, build_runner, read_config, read_model
 
 log = logging.getLogger(__name__)
@@ -17,7 +17,8 @@ log = logging.getLogger(__name__)
 
 class LocalEngine:
     """A causal language model from a folder. batch_size: decode slots. max_length: prompt and output tokens a request
-    may hold, at most the model's positions. adapter: a PEFT folder, merged into the weights in memory."""
+    may hold, at most the model's positions. cache_bytes: most that the cache may take. adapter: a PEFT folder, merged
+    into the weights in memory."""
 
     name = "local"
     version = f"transformers {transformers.__version__}"
@@ -31,9 +32,11 @@ class LocalEngine:
         max_length: int | None = None,
         adapter: Path | None = None,
         device: str | None = None,
+        cache_bytes: int | None = None,
     ) -> None:
         self.model_dir, self.batch_size, self.max_length, self.adapter = model_dir, batch_size, max_length, adapter
         self.dtype: Dtype = dtype
+        self.cache_bytes = cache_bytes
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._runner: Runner | None = None
 
@@ -55,13 +58,16 @@ class LocalEngine:
                 num_slots=self.batch_size,
                 max_length=self.max_length,
                 device=self.device,
+                cache_bytes=self.cache_bytes,
             )
 
-    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
-        yield from self.runner.generate(requests)
+    def generate(self, requests: Iterable[Request], handout: Handout | None = None) -> Iterator[Completion]:
+        yield from self.runner.generate(requests, handout)
 
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        return self.runner.score(sequences)
+    def score(
+        self, sequences: Sequence[Sequence[int]], top_logits: int = 0, log_z_temperatures: Sequence[float] = (1.0,)
+    ) -> list[Scores]:
+        return self.runner.score(sequences, top_logits, log_z_temperatures)
 
     def expert_stats(self) -> ExpertStats | None:
         return self.runner.expert_stats()

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from configs.errors import UnusableInput
-from data.engine import Completion, ExpertStats, Request
+from data.engine import Completion, ExpertStats, Handout, Request, Scores
+from teacher.admission import FIRST_COLUMNS
 from teacher.cache import SlotCache
 from teacher.decode import Limits, decode
 from teacher.experts import ExpertWatch
-from teacher.score import score_sequences
+from teacher.row import Detokenize
+from teacher.score import Wanted, score_sequences
 from teacher.sparse_attention import attention_for, install
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -33,7 +35,8 @@ class Runner:
     num_layers: int
     vocab_size: int
     device: torch.device
-    any_rank_has_work: Callable[[bool], bool] = bool
+    detokenize: Detokenize | None = None
+    agree: Callable[[int], int] = int
 
     @torch.no_grad()
     def forward(self, ids_BS: Tensor, positions_BS: Tensor, mask_B1ST: Tensor, cache: SlotCache | None, keep: int) -> Tensor:
@@ -47,24 +50,32 @@ class Runner:
         )
         return output.logits  # type: ignore[attr-defined]
 
-    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
-        cache = SlotCache(self.limits.num_slots, self.num_layers, self.device)
-        collective = self.any_rank_has_work
+    def generate(self, requests: Iterable[Request], handout: Handout | None = None) -> Iterator[Completion]:
         yield from decode(
-            self.forward, requests, self.watch, cache, self.limits, banned_V=self.banned_V, any_rank_has_work=collective
-        )
+            self.forward, self._checked(requests), self.watch, SlotCache(self.limits.num_slots, self.num_layers, self.device),
+            self.limits, banned_V=self.banned_V, detokenize=self.detokenize, handout=handout, agree=self.agree,
+        )  # fmt: skip
 
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+    def score(
+        self, sequences: Sequence[Sequence[int]], top_logits: int = 0, log_z_temperatures: Sequence[float] = (1.0,)
+    ) -> list[Scores]:
         self.watch.ignore()
         return score_sequences(
             self.forward,
             sequences,
+            Wanted(top_logits, log_z_temperatures),
             batch_size=self.limits.num_slots,
             num_layers=self.num_layers,
             vocab_size=self.vocab_size,
             device=self.device,
-            any_rank_has_work=self.any_rank_has_work,
+            agree=self.agree,
         )
+
+    def _checked(self, requests: Iterable[Request]) -> Iterator[Request]:
+        for request in requests:
+            if request.stop_strings and self.detokenize is None:
+                raise UnusableInput("sampling.stop_strings: the model's folder has no tokenizer.json; add it, or stop by ids")
+            yield request
 
     def expert_stats(self) -> ExpertStats | None:
         return self.watch.stats()
@@ -79,20 +90,42 @@ def build_runner(
     num_slots: int,
     max_length: int | None,
     device: torch.device,
-    any_rank_has_work: Callable[[bool], bool] = bool,
+    cache_bytes: int | None = None,
+    agree: Callable[[int], int] = int,
 ) -> Runner:
-    """module: what holds the routers (the model itself). max_length: at most what the model's positions allow."""
+    """module: what holds the routers (the model itself). max_length: at most what the model's positions allow.
+    cache_bytes: what the cache may take on this rank; None is no bound. Collective when it is given: one token is fed to
+    see what a token costs, which depends on the architecture, the dtype and the ranks that share a layer."""
     longest = int(config.max_position_embeddings)
-    return Runner(
+    runner = Runner(
         model=model,
         watch=ExpertWatch(module, num_slots, device),
         limits=Limits(num_slots, min(max_length or longest, longest), refill_slots=max(1, num_slots // 8)),
-        banned_V=banned_ids(model_dir, int(config.vocab_size), device),
+        banned_V=banned_ids(model_dir, config, device),
         num_layers=int(config.num_hidden_layers),
         vocab_size=int(config.vocab_size),
         device=device,
-        any_rank_has_work=any_rank_has_work,
+        detokenize=read_detokenizer(model_dir),
+        agree=agree,
     )
+    if cache_bytes is not None:
+        runner.limits = runner.limits._replace(cache_tokens=affordable_tokens(runner, cache_bytes))
+    return runner
+
+
+def affordable_tokens(runner: Runner, cache_bytes: int) -> int:
+    """Raises UnusableInput when the budget holds less than the shortest cache."""
+    cache, zero_11 = SlotCache(1, runner.num_layers, runner.device), torch.zeros(1, 1, dtype=torch.long, device=runner.device)
+    cache.select_next(zero_11, 1)
+    runner.watch.ignore()
+    runner.forward(zero_11, zero_11, (zero_11 == 0)[None, None], cache, keep=1)
+    bytes_per_token = cache.num_bytes() // cache.num_columns
+    if cache_bytes < FIRST_COLUMNS * bytes_per_token:
+        raise UnusableInput(
+            f"teacher.engine.cache_bytes {cache_bytes}: a cached token takes {bytes_per_token} bytes; "
+            f"expected room for at least {FIRST_COLUMNS} tokens: give it {FIRST_COLUMNS * bytes_per_token} or more"
+        )
+    return cache_bytes // bytes_per_token
 
 
 def read_config(model_dir: Path) -> PretrainedConfig:
@@ -117,16 +150,29 @@ def read_model(model_dir: Path, config: PretrainedConfig, dtype: Dtype) -> PreTr
         model_dir,
         dtype=DTYPES[dtype],
         attn_implementation=attention_for(config.model_type),
-        experts_implementation="grouped_mm" if getattr(config, "n_routed_experts", None) else None,
+        experts_implementation="grouped_mm" if getattr(config, "num_local_experts", None) else None,
     )
     install(model)
     return model
 
 
-def banned_ids(model_dir: Path, vocab_size: int, device: torch.device) -> Tensor | None:
-    """True on rows of the vocabulary that no token stands for (embedding tables are padded to round sizes); None when
-    there are none or the folder has no tokenizer. Their logits are untrained, and a sampled one cannot be decoded."""
+def banned_ids(model_dir: Path, config: PretrainedConfig, device: torch.device) -> Tensor | None:
+    """True on ids that are never emitted: rows of the vocabulary that no token stands for (embedding tables are padded to
+    round sizes; their logits are untrained, and a sampled one cannot be decoded), and padding, unless it also ends an
+    output (its embedding is zero: said once, it ties all index scores of the first layer). None when there are none."""
+    vocab_size, ends = int(config.vocab_size), config.eos_token_id
+    banned_V = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+    if (model_dir / "tokenizer.json").is_file():
+        banned_V[max(AutoTokenizer.from_pretrained(model_dir).get_vocab().values()) + 1 :] = True
+    pad = config.pad_token_id
+    if pad is not None and pad not in (ends if isinstance(ends, list) else [ends]):
+        banned_V[pad] = True
+    return banned_V if bool(banned_V.any()) else None
+
+
+def read_detokenizer(model_dir: Path) -> Detokenize | None:
+    """ids -> text with special tokens spelled out; None without a tokenizer in the folder."""
     if not (model_dir / "tokenizer.json").is_file():
         return None
-    num_tokens = max(AutoTokenizer.from_pretrained(model_dir).get_vocab().values()) + 1
-    return torch.arange(vocab_size, device=device) >= num_tokens if num_tokens < vocab_size else None
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    return lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=False))

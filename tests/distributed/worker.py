@@ -17,8 +17,7 @@ from teacher.deepspeed_engine import DeepSpeedEngine, Parallel
 
 
 def to_request(fields: dict[str, Any]) -> Request:
-    fields |= {name: tuple(fields[name]) for name in ("prompt_ids", "stop_ids", "messages")}
-    return Request(**fields)
+    return Request(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
 
 
 def main(task_file: Path) -> None:
@@ -35,7 +34,7 @@ def main(task_file: Path) -> None:
         for shares in task["generate"]
     ]
     stats = engine.expert_stats()
-    scores = engine.score(task["score"][rank])
+    scores = [scores.logprobs for scores in engine.score(task["score"][rank])]
     bias_dtypes = sorted(
         {str(buffer.dtype) for name, buffer in engine.module.named_buffers() if "e_score_correction_bias" in name}
     )

@@ -9,7 +9,7 @@ import pytest
 from configs.errors import UnusableInput
 from configs.load import load_recipe
 from configs.schema import Recipe, Teacher
-from data.engine import Completion, ExpertStats, Request
+from data.engine import Completion, ExpertStats, Handout, Request, Scores
 from data.ledger import GenerationState, read_ledger
 from data.prompt_set import write_prompts
 from data.records import Prompt, Trace, prompt_identity
@@ -37,7 +37,7 @@ class Scripted:
 
     def load(self) -> None: ...
 
-    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+    def generate(self, requests: Iterable[Request], handout: Handout | None = None) -> Iterator[Completion]:
         for index, request in enumerate(requests):
             if index == self.fails_after:
                 raise RuntimeError("power cut")
@@ -45,7 +45,9 @@ class Scripted:
             reason = "stop" if self.ids[-1] in request.stop_ids else "length"
             yield Completion(request.request_id, self.ids, tuple(-0.5 for _ in self.ids), reason, 1.0, 0.5)
 
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+    def score(
+        self, sequences: Sequence[Sequence[int]], top_logits: int = 0, log_z_temperatures: Sequence[float] = (1.0,)
+    ) -> list[Scores]:
         raise NotImplementedError
 
     def expert_stats(self) -> ExpertStats:

@@ -16,7 +16,7 @@ from configs.errors import UnusableInput
 from configs.schema import Evaluate, Sampling
 from data.byte_tokenizer import build_byte_tokenizer
 from data.chat import dialect_of
-from data.engine import Completion, ExpertStats, Request
+from data.engine import Completion, ExpertStats, Handout, Request, Scores
 from data.records import FinishReason, Prompt, prompt_identity
 from data.store import RunFolder, segments
 from student.evaluate import evaluate_model
@@ -57,7 +57,7 @@ class ScriptedEngine:
     def load(self) -> None:
         self.loads += 1
 
-    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+    def generate(self, requests: Iterable[Request], handout: Handout | None = None) -> Iterator[Completion]:
         for count, request in enumerate(requests):
             if count == self.fail_after:
                 raise RuntimeError("the engine died")
@@ -68,8 +68,10 @@ class ScriptedEngine:
             ids = [*ids, request.stop_ids[0]] if finish == "stop" else ids
             yield Completion(request.request_id, tuple(ids), (0.0,) * len(ids), finish, 0.0, 0.1)
 
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        return [[0.0] * len(sequence) for sequence in sequences]
+    def score(
+        self, sequences: Sequence[Sequence[int]], top_logits: int = 0, log_z_temperatures: Sequence[float] = (1.0,)
+    ) -> list[Scores]:
+        return [Scores((0.0,) * len(sequence)) for sequence in sequences]
 
     def expert_stats(self) -> ExpertStats | None:
         return None

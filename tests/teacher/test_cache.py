@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from teacher.cache import FIRST_COLUMNS, SlotCache
+from teacher.admission import FIRST_COLUMNS, Rectangle
+from teacher.cache import SlotCache
 
 CPU = torch.device("cpu")
 
@@ -66,3 +67,25 @@ def test_a_moved_row_takes_all_its_state_along() -> None:
         if buffer.data is not None
     ]
     assert found == [[2, 1, 2], [20, 10, 20], [200, 100, 200]]
+
+
+def test_a_new_shape_keeps_what_fits_it() -> None:
+    cache = SlotCache(4, 1, CPU)
+    cache.reserve(Rectangle(4, 10))
+    cache.select_span(slice(0, 4), 0, 10)
+    cache.update(states(4, 10, 1.0), states(4, 10, 1.0), 0)
+    cache.reserve(Rectangle(2, 20))
+    cache.select_span(slice(0, 2), 10, 20)
+    keys, _ = cache.update(states(2, 10, 2.0), states(2, 10, 2.0), 0)
+    assert keys.shape == (2, 2, 20, 3) and keys[1, 0, :, 0].tolist() == [1.0] * 10 + [2.0] * 10
+    assert cache.num_bytes() == 2 * 2 * 20 * 2 * 3 * 4  # keys and values, rows, columns, heads, dims, float32
+
+
+def test_moves_happen_as_if_at_once() -> None:
+    cache = SlotCache(3, 1, CPU)
+    cache.select_next(torch.tensor([[0], [0], [0]]), columns=1)
+    rows = torch.arange(3.0)[:, None, None, None].expand(3, 2, 1, 3)
+    cache.update(rows, rows, 0)
+    cache.move_rows([(0, 2), (2, 1), (1, 0)], columns=1)
+    data = cache.slot_layers[0].key_buffer.data
+    assert data is not None and data[:, 0, 0, 0].tolist() == [1, 2, 0]
