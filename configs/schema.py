@@ -31,6 +31,9 @@ class DeepSpeedEngine(Section):
     """Decode slots per rank. More slots share the fixed cost of a step; the cache grows linearly with them."""
     cache_bytes: PositiveInt | None = None
     """Most that the cache may take on a rank; absent: what the plan leaves free of the GPU, and no bound on a CPU."""
+    timeout_s: PositiveFloat = 1800.0
+    """Longest that a rank may be silent or a step may take, prefill of one chunk included, before the launch ends and names
+    the rank it waited for."""
 
 
 class LocalEngine(Section):
@@ -83,6 +86,23 @@ class Layout(Section):
     spread over the ranks of a node, as servers with context parallelism do; for planning only, no engine here does it."""
 
 
+class ExpertAlarm(Section):
+    """When a sparse layer's load over a whole run is called a collapse: a warning, never an error. Healthy, the embedded
+    teacher's layers stand at 1.26, 0.98 and 0, and on one task alone at up to 3.2, 0.75 and 0."""
+
+    max_over_mean: PositiveFloat = 16.0
+    """Busiest expert over the mean, above which it is one. At most experts / experts per token: 32 for 256 and 8; small
+    teachers never reach 16 (16 experts, 2 a token: 8), there effective_share speaks."""
+    effective_share: Share = 0.25
+    """exp(entropy) / experts, below which it is one. A collapsed layer has experts per token / experts: 0.03 or 0.125."""
+    dead_share: Share = 0.25
+    """Share of experts without a token, above which it is one."""
+    minimum_mean_load: PositiveFloat = 100.0
+    """Assignments per expert below which a layer is not judged. Random routing leaves exp(-mean) of the experts dead: 37 % at
+    1, 0.7 % at 5, none at 100, where the busiest of 256 stands at about 1.3 x the mean. Far more than that because the
+    tokens of one text resemble each other."""
+
+
 class Teacher(Section):
     model: str = "embedded"
     """Checkpoint folder, or `embedded` for the shipped teacher."""
@@ -91,6 +111,7 @@ class Teacher(Section):
     engine: Annotated[DeepSpeedEngine | LocalEngine | HttpEngine, Field(discriminator="type")] = DeepSpeedEngine()
     hardware: Hardware = Hardware()
     layout: Layout = Layout()
+    experts: ExpertAlarm = ExpertAlarm()
 
     @property
     def ranks_per_node(self) -> int:
@@ -185,6 +206,15 @@ class Sampling(Section):
         return self
 
 
+class KeptLogits(Section):
+    """The teacher's best logits of every generated token, for distillation on its distribution."""
+
+    top_k: PositiveInt = 128
+    """Logits a token; 128 of them are 770 bytes."""
+    temperatures: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (1.0, 2.0)
+    """Distillation temperatures: log Z is stored at each, because it cannot be had from the kept logits afterwards."""
+
+
 class Generate(Section):
     prompts: tuple[PromptSource, ...] = ()
     samples_per_prompt: PositiveInt = 4
@@ -192,6 +222,8 @@ class Generate(Section):
     seed: NonNegativeInt = 0
     segment_traces: PositiveInt = 256
     """Traces per committed segment: what a SIGKILL can cost a rank, against one fsync group each."""
+    logits: KeptLogits | None = None
+    """Kept beside the traces in a folder of their own; absent, none are. Only of a teacher that runs here (not http)."""
 
 
 # --- data --------------------------------------------------------------------------------------------------------
@@ -381,3 +413,9 @@ class Recipe(Section):
     export: Export = Export()
     slurm: Slurm = Slurm()
     plan: Planning = Planning()
+
+    @model_validator(mode="after")
+    def _logits_need_a_model(self) -> "Recipe":
+        if self.generate.logits is not None and isinstance(self.teacher.engine, HttpEngine):
+            raise ValueError("generate.logits needs teacher.engine deepspeed or local: a server does not give log Z")
+        return self

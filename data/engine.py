@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from configs.schema import Sampling
+from configs.schema import KeptLogits, Sampling
 from data.records import FinishReason, Message
 
 
@@ -60,6 +60,7 @@ def request_under(
     seed: int,
     messages: tuple[Message, ...] = (),
     task: str = "",
+    logits: KeptLogits | None = None,
 ) -> Request:
     """A request under a recipe's sampling section, all of it."""
     guard = sampling.loop_guard
@@ -78,6 +79,8 @@ def request_under(
         min_tokens=sampling.min_tokens,
         stop_strings=sampling.stop_strings,
         loop_guard=None if guard is None else LoopGuard(guard.longest_period, guard.repeats),
+        top_logits=0 if logits is None else logits.top_k,
+        log_z_temperatures=(1.0,) if logits is None else logits.temperatures,
     )
 
 

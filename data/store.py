@@ -50,6 +50,10 @@ class RunFolder:
         return self.root / "traces"
 
     @property
+    def logits(self) -> Path:
+        return self.root / "logits"
+
+    @property
     def verdicts(self) -> Path:
         return self.root / "verdicts"
 

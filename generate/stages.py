@@ -150,8 +150,19 @@ def _generate_plan(context: Context) -> str:
     sampling = settings.sampling
     return (
         f"{where}; {settings.samples_per_prompt} samples a prompt, temperature {sampling.temperature:g}, "
-        f"top-p {sampling.top_p:g}, at most {sampling.max_tokens} tokens each"
+        f"top-p {sampling.top_p:g}, at most {sampling.max_tokens} tokens each{_logits_plan(context)}"
     )
+
+
+def _logits_plan(context: Context) -> str:
+    settings = context.recipe.generate
+    if settings.logits is None:
+        return ""
+    from data.logits import bytes_per_token
+
+    price = bytes_per_token(settings.logits)
+    longest = price * settings.sampling.max_tokens / 1e6
+    return f"; {settings.logits.top_k} logits kept: {price} bytes a token, up to {longest:,.1f} MB a trace"
 
 
 def _generate_identity(context: Context) -> dict[str, Any]:

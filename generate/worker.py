@@ -22,6 +22,7 @@ from configs.schema import Recipe
 from data.chat import Dialect, dialect_of, encode_prompt
 from data.engine import Completion, Engine, Request, request_under
 from data.ledger import GenerationState
+from data.logits import commit_logits, to_row
 from data.prompt_set import read_prompts
 from data.records import Message, Trace, Turn, request_seed
 from data.schema import to_table
@@ -50,9 +51,12 @@ class Writer:
         self.teacher_fingerprint, self.worker = teacher_fingerprint, worker
         self.dialect: Dialect = dialect_of(tokenizer)
         self.unwritten: list[Trace] = []
+        self.unwritten_logits: list[dict[str, object]] = []
 
     def add(self, ask: Ask, request: Request, completion: Completion) -> None:
         self.unwritten.append(self._trace(ask, request, completion))
+        if completion.top is not None:
+            self.unwritten_logits.append(to_row(ask.trace_id, self.worker, completion.top, request.log_z_temperatures))
         if len(self.unwritten) >= self.recipe.generate.segment_traces:
             self.commit()
 
@@ -66,6 +70,8 @@ class Writer:
             "output_tokens": [trace.reasoning_tokens + trace.answer_tokens for trace in self.unwritten],
             "teacher_fingerprint": self.teacher_fingerprint,
         }
+        commit_logits(self.run, self.unwritten_logits, worker=self.worker)
+        self.unwritten_logits = []
         commit_segment(self.run.traces, to_table(self.unwritten, Trace), worker=self.worker, facts=facts)
         self.unwritten = []
 
@@ -125,6 +131,7 @@ def to_request(ask: Ask, tokenizer: PreTrainedTokenizerBase, stop_ids: tuple[int
         seed=request_seed(ask.trace_id, recipe.generate.seed),
         messages=ask.prompt.messages,
         task=ask.prompt.task,
+        logits=recipe.generate.logits,
     )
 
 
