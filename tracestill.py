@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from configs.errors import Interrupted, TracestillError, UnusableInput
+from configs.errors import Interrupted, Refused, TracestillError, UnusableInput
 
 if TYPE_CHECKING:
     from data.stage import Context, Stage
+    from teacher.plan import Plan
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False, help=__doc__)
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Build the dataset; look at traces and verdicts.")
@@ -34,6 +35,7 @@ Overrides = Annotated[
 RunDir = Annotated[Path | None, typer.Option("--run-dir", help="Run folder. [default: runs/NAME]")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and exit.")]
 AsJson = Annotated[bool, typer.Option("--json", help="End standard output with one JSON object.")]
+Probe = Annotated[bool, typer.Option("--probe", help="Load the teacher and measure what was calculated, on this machine.")]
 RunFolderArgument = Annotated[Path, typer.Argument(help="A run folder, e.g. runs/embedded.")]
 
 
@@ -153,13 +155,16 @@ def _check_models(config: str, overrides: list[str] | None) -> None:
 
     recipe = load_recipe(config, overrides or []).recipe
     from student.folders import resolve
-    from teacher.folders import model_folder, resolve_model
+    from teacher.folders import model_folder, weights_folder
 
     if not recipe.evaluate.suites:
         raise UnusableInput(
             "evaluate.suites: none given, so nothing could be measured; add at least one, or run the stages one by one"
         )
-    (model_folder if recipe.teacher.engine.type == "http" else resolve_model)(recipe.teacher.model)
+    if recipe.teacher.engine.type == "http":
+        model_folder(recipe.teacher.model)
+    else:
+        weights_folder(recipe.teacher)
     resolve(recipe.student.model)
 
 
@@ -224,8 +229,20 @@ def generate(config: Config, overrides: Overrides = None, run_dir: RunDir = None
     """Teacher traces, committed in segments; a killed run continues with what is missing."""
     if "RANK" in os.environ and not dry_run:
         _as_rank("generate.stages", "generate_rank", config, overrides, run_dir)
+    elif not dry_run and _is_not_the_first_node(config, overrides):
+        from generate.stages import join_generation
+
+        join_generation(_open(config, overrides, run_dir))
     else:
         _run_one(_generate_stage, config, overrides, run_dir, dry_run)
+
+
+def _is_not_the_first_node(config: str, overrides: list[str] | None) -> bool:
+    from configs.load import load_recipe
+    from generate.stages import nodes_of
+
+    nodes = nodes_of(load_recipe(config, overrides or []).recipe)
+    return nodes is not None and nodes.rank > 0
 
 
 @data_app.command("build")
@@ -306,15 +323,73 @@ def submit(config: Config, overrides: Overrides = None, run_dir: RunDir = None, 
 
 
 @app.command()
-def plan(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Parameters and bytes per GPU of the recipe's teacher, before a GPU is touched."""
+def plan(config: Config, overrides: Overrides = None, as_json: AsJson = False, probe: Probe = False) -> None:
+    """What fits, how fast and at what price, before a GPU is touched; exit code 3 when the layout does not fit."""
     from configs.load import load_recipe
-    from teacher.plan import plan_table, plan_teacher
+    from teacher.plan import plan_recipe
+    from teacher.planning.table import plan_json, plan_tables
 
-    result = plan_teacher(load_recipe(config, overrides or []).recipe.teacher)
-    Console().print(plan_table(result))
+    recipe = load_recipe(config, overrides or []).recipe
+    if probe and "RANK" in os.environ:
+        from teacher.probe_launch import probe_as_rank
+
+        probe_as_rank(recipe, int(os.environ["RANK"]))
+        return
+    result = plan_recipe(recipe)
+    Console(highlight=False).print(plan_tables(result))
+    measured = _probe(result, config, overrides) if probe and result.refusal is None else {}
     if as_json:
-        print(json.dumps(result._asdict()))
+        print(json.dumps(plan_json(result) | measured))
+    if result.refusal is not None:
+        raise Refused(result.refusal)
+
+
+def _probe(result: "Plan", config: str, overrides: list[str] | None) -> dict[str, object]:
+    from configs.load import load_recipe
+    from teacher.planning.devices import device_of
+    from teacher.probe import probe_json, probe_table
+    from teacher.probe_launch import probe_recipe
+
+    loaded = load_recipe(config, overrides or [])
+    words = [word for override in overrides or () for word in ("-s", override)]
+    found = probe_recipe(loaded.recipe, ["plan", str(loaded.path), *words, "--probe"], dict(os.environ))
+    if found is None:
+        print("probe: the first rank runs on another node, which prints what was measured")
+        return {}
+    Console(highlight=False).print(probe_table(found, device_of(result.teacher.hardware)))
+    return {"probe": probe_json(found)}
+
+
+@app.command()
+def prepare(
+    config: Config,
+    overrides: Overrides = None,
+    output: Annotated[Path | None, typer.Option("--output", help="Folder of the shards. [default: beside the model]")] = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Once: cut the teacher's checkpoint into what each rank of the recipe's layout loads; a killed one continues."""
+    from configs.load import load_recipe
+    from configs.logging import configure_logging
+    from configs.progress import Display
+    from teacher.folders import resolve_model
+
+    configure_logging()
+    teacher = load_recipe(config, overrides or []).recipe.teacher
+    folder = resolve_model(teacher.model)
+    from teacher import prepare as preparation
+    from teacher import shard_plan
+
+    layout, dtype = shard_plan.layout_of(teacher)
+    output = output or shard_plan.default_output(teacher, layout, dtype)
+    if dry_run:
+        said = preparation.describe_plan(shard_plan.plan_shards(folder, layout, dtype), output)
+    else:
+        with Display("prepare", "MB", Console(stderr=True)) as display:
+            said = preparation.describe_prepared(preparation.prepare(folder, output, layout, dtype, display.show))
+    print(said.text)
+    if as_json:
+        print(json.dumps(said.values))
 
 
 @data_app.command("stats")

@@ -31,6 +31,9 @@ class DeepSpeedEngine(Section):
     """Decode slots per rank. More slots share the fixed cost of a step; the cache grows linearly with them."""
     cache_bytes: PositiveInt | None = None
     """Most that the cache may take on a rank; absent: what the plan leaves free of the GPU, and no bound on a CPU."""
+    prepared: str = ""
+    """Folder of shards that `tracestill prepare` made for this layout; each rank then reads its own bytes alone. Empty: every
+    rank loads from the checkpoint itself, which no model larger than a machine's memory survives."""
     timeout_s: PositiveFloat = 1800.0
     """Longest that a rank may be silent or a step may take, prefill of one chunk included, before the launch ends and names
     the rank it waited for."""

@@ -9,12 +9,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from configs import schema
 from configs.errors import UnusableInput
 from data.engine import Engine
-from teacher.folders import EMBEDDED, resolve_model
+from teacher.folders import EMBEDDED, prepared_folder, resolve_model, weights_folder
 
 
 def load_tokenizer(teacher: schema.Teacher) -> PreTrainedTokenizerBase:
     """The teacher's own tokenizer with its chat template. Raises UnusableInput when it has none of either."""
-    folder = EMBEDDED if teacher.model == "embedded" else Path(teacher.model)
+    folder = prepared_folder(teacher) or (EMBEDDED if teacher.model == "embedded" else Path(teacher.model))
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError) as error:
@@ -34,15 +34,51 @@ def open_engine(teacher: schema.Teacher) -> Engine:
         case schema.DeepSpeedEngine() as engine:
             from teacher.deepspeed_engine import DeepSpeedEngine, Parallel
 
+            check_cache(teacher)
             layout = teacher.layout
             parallel = Parallel(teacher.expert_parallel, layout.tensor_parallel, layout.zero_stage)
-            return DeepSpeedEngine(resolve_model(teacher.model), parallel, dtype=engine.dtype, batch_size=engine.batch_size)
+            folder, timeout_s = weights_folder(teacher), engine.timeout_s
+            return DeepSpeedEngine(
+                folder,
+                parallel,
+                dtype=engine.dtype,
+                batch_size=engine.batch_size,
+                cache_bytes=cache_budget(teacher),
+                timeout_s=timeout_s,
+            )
         case schema.LocalEngine() as engine:
-            return open_local_engine(resolve_model(teacher.model), dtype=engine.dtype, batch_size=engine.batch_size)
+            folder, budget = resolve_model(teacher.model), cache_budget(teacher)
+            return open_local_engine(folder, dtype=engine.dtype, batch_size=engine.batch_size, cache_bytes=budget)
         case schema.HttpEngine() as engine:
             from teacher.http_engine import HttpEngine
 
             return HttpEngine(engine, engine.model or teacher.model, load_tokenizer(teacher))
+
+
+def cache_budget(teacher: schema.Teacher) -> int | None:
+    """Bytes that a rank's cache may take: the recipe's figure, else what the plan leaves free; None on a CPU, where memory
+    is the machine's to share."""
+    assert not isinstance(teacher.engine, schema.HttpEngine)
+    if teacher.engine.cache_bytes is not None or teacher.hardware.gpu == "cpu":
+        return teacher.engine.cache_bytes
+    from teacher.plan import kv_budget_bytes
+
+    return kv_budget_bytes(teacher)
+
+
+def check_cache(teacher: schema.Teacher) -> None:
+    """Raises UnusableInput when the recipe asks for a cache that only a plan, or a server, can have."""
+    engine, layout = teacher.engine, teacher.layout
+    if layout.kv_cache != "replicated":
+        raise UnusableInput(
+            f"teacher.layout.kv_cache {layout.kv_cache}: the {engine.type} engine keeps each request's cache whole; "
+            "plan with it, run with replicated, or put a server behind the http engine"
+        )
+    if isinstance(engine, schema.DeepSpeedEngine) and engine.kv_dtype not in (None, engine.dtype):
+        raise UnusableInput(
+            f"teacher.engine.kv_dtype {engine.kv_dtype}: the deepspeed engine keeps its cache in the compute dtype "
+            f"{engine.dtype}; leave it out, or put a server behind the http engine"
+        )
 
 
 def open_evaluation_engine(teacher: schema.Teacher, *, batch_size: int) -> Engine:
@@ -53,9 +89,14 @@ def open_evaluation_engine(teacher: schema.Teacher, *, batch_size: int) -> Engin
 
 
 def open_local_engine(
-    folder: Path, *, dtype: Literal["fp32", "bf16", "fp16"], batch_size: int, adapter: Path | None = None
+    folder: Path,
+    *,
+    dtype: Literal["fp32", "bf16", "fp16"],
+    batch_size: int,
+    adapter: Path | None = None,
+    cache_bytes: int | None = None,
 ) -> Engine:
     """Any causal language model in a folder, in this process; `adapter` (PEFT) is merged in memory."""
     from teacher.local_engine import LocalEngine
 
-    return LocalEngine(folder, dtype=dtype, batch_size=batch_size, adapter=adapter)  # type: ignore[arg-type]
+    return LocalEngine(folder, dtype=dtype, batch_size=batch_size, adapter=adapter, cache_bytes=cache_bytes)  # type: ignore[arg-type]

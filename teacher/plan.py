@@ -1,176 +1,161 @@
-"""What a teacher weighs and whether it fits: arithmetic over its config.json and the recipe's layout. Nothing is loaded.
+"""What a recipe's teacher takes, whether it fits, how fast it can be and what that costs: arithmetic over its config.json
+and the recipe. Nothing is loaded and torch is not imported.
 
-Parameter counts follow the modules of transformers' `glm_moe_dsa`; its default configuration gives 743.9 B parameters,
-41.8 B active. Other architectures are counted from the headers of their safetensors files.
+Sizes come from planning/architecture.py, bytes on a GPU from placement.py, the verdict from fit.py, rates from throughput.py, money
+from workload.py; here they become one value.
 """
 
-import json
-import struct
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from rich.table import Table
-
-from configs.errors import UnusableInput
-from configs.schema import DeepSpeedEngine, HttpEngine, Teacher
+from configs.schema import Planning, Recipe, Teacher
 from teacher.folders import model_folder, read_config_json
+from teacher.planning.architecture import FAMILIES, Architecture, read_architecture
+from teacher.planning.devices import WEIGHT_BYTES, degrees_of, device_of
+from teacher.planning.fit import Demand, Fit, demand_of, judge, workload_step
+from teacher.planning.layout_search import Alternative, nearest_layouts
+from teacher.planning.placement import cache, cache_dtype, room
+from teacher.planning.tensor_headers import count_headers
+from teacher.planning.throughput import Machine, Step, decode_step, machine, prefill_seconds
+from teacher.planning.workload import Cost, cost, output_lengths
 
-GPU_BYTES = {"h100": 80e9, "h200": 141e9, "b200": 180e9}
-USABLE_SHARE = 0.92
-"""What weights and cache may take of a GPU; the rest is the CUDA context, NCCL's buffers and fragmentation."""
-WEIGHT_BYTES = {"fp32": 4, "bf16": 2}
+REPOSITORY = Path(__file__).parent.parent
 
 
-class Parameters(NamedTuple):
-    """routed: all routed experts. dense: everything else. active: what one token is multiplied with."""
+class ContextRow(NamedTuple):
+    """One length of context. requests: as many of it as fit the launch at once. decode_tokens_per_s_per_gpu: expected, with
+    as many of them in flight as fit and the engine takes. prefill_seconds: to the first token of such a prompt. None where
+    it does not fit, or the device is unknown."""
 
-    dense: int
-    routed: int
-    active: int
+    context_tokens: int
+    requests: int | None
+    decode_tokens_per_s_per_gpu: float | None
+    prefill_seconds: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The whole calculation as a value. step: decoding the workload; with prefill and cost None where the device's speed
+    is unknown or the layout does not fit. alternatives: layouts near this one that fit, when it does not."""
+
+    name: str
+    teacher: Teacher
+    planning: Planning
+    architecture: Architecture
+    demand: Demand
+    fit: Fit
+    machine: Machine | None
+    step: Step | None
+    contexts: tuple[ContextRow, ...]
+    cost: Cost | None
+    alternatives: tuple[Alternative, ...]
 
     @property
-    def total(self) -> int:
-        return self.dense + self.routed
+    def kv_dtype(self) -> str:
+        return cache_dtype(self.teacher)
+
+    @property
+    def kv_bytes_per_value(self) -> float:
+        return WEIGHT_BYTES[self.kv_dtype]
+
+    @property
+    def max_context_tokens(self) -> int | None:
+        """The longest single request that fits, within the model's positions."""
+        longest = self.fit.cache.max_tokens
+        return None if longest is None else min(longest, self.architecture.max_positions)
+
+    @property
+    def decode_tokens_per_s_per_gpu(self) -> float | None:
+        """Expected: the bound times plan.efficiency."""
+        return None if self.step is None else self.step.tokens_per_s(self.planning.efficiency) / self.fit.degrees.world
+
+    @property
+    def cost_per_million_output_tokens(self) -> float | None:
+        """Dollars, of decoding alone; `cost` has the workload's, prompts included."""
+        rate = self.decode_tokens_per_s_per_gpu
+        return None if rate is None else self.planning.price_per_gpu_hour / (rate * 3600) * 1e6
+
+    @property
+    def refusal(self) -> str | None:
+        """Why this layout cannot be and what could, on one line; None when it can, or when nobody knows."""
+        if self.fit.refusal is None:
+            return None
+        found = "; ".join(f"{one.words}: {one.overrides}" for one in self.alternatives)
+        return f"{self.name}: {self.fit.refusal}; " + (f"nearest that fit: {found}" if found else "no layout near it fits")
 
 
-class Plan(NamedTuple):
-    """Bytes are per GPU (per rank on CPU). left_bytes: for cache and activations; None where the device has no known
-    size. cache_bytes_per_token: of one request, all layers, in the compute dtype; latents are not split by tensor
-    parallelism, so each of its ranks holds them all."""
-
-    model: str
-    total_parameters: int
-    active_parameters: int
-    ranks: int
-    weight_bytes: int
-    left_bytes: int | None
-    cache_bytes_per_token: int
-    fits: bool | None
-
-
-def glm_parameters(config: Mapping[str, Any]) -> Parameters:
-    """Of a complete `glm_moe_dsa` configuration (as transformers saves it)."""
-    hidden, heads, layers = config["hidden_size"], config["num_attention_heads"], config["num_hidden_layers"]
-    q_lora, kv_lora, rope = config["q_lora_rank"], config["kv_lora_rank"], config["qk_rope_head_dim"]
-    nope, value = config["qk_nope_head_dim"], config["v_head_dim"]
-    queries = hidden * q_lora + q_lora + q_lora * heads * (nope + rope)
-    keys_values = hidden * (kv_lora + rope) + kv_lora + kv_lora * heads * (nope + value)
-    attention = queries + keys_values + heads * value * hidden
-    index_heads, index_dim = config["index_n_heads"], config["index_head_dim"]
-    indexer = q_lora * index_heads * index_dim + hidden * index_dim + 2 * index_dim + hidden * index_heads
-    num_full, num_sparse = config["indexer_types"].count("full"), config["mlp_layer_types"].count("sparse")
-    expert = 3 * hidden * config["moe_intermediate_size"]
-    sparse = hidden * config["n_routed_experts"] + expert * config["n_shared_experts"]
-    embeddings = config["vocab_size"] * hidden * (1 if config.get("tie_word_embeddings") else 2)
-    dense = (
-        embeddings
-        + hidden
-        + layers * (attention + 2 * hidden)
-        + num_full * indexer
-        + num_sparse * sparse
-        + (layers - num_sparse) * 3 * hidden * config["intermediate_size"]
-    )
-    routed = num_sparse * config["n_routed_experts"] * expert
-    return Parameters(dense, routed, dense + num_sparse * config["num_experts_per_tok"] * expert)
-
-
-def header_parameters(folder: Path, config: Mapping[str, Any]) -> Parameters:
-    """From the shapes in the safetensors headers; a tensor is a routed expert's when `.experts.` is in its name."""
-    dense = routed = 0
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-        for name, entry in header.items():
-            if name != "__metadata__":
-                size = _product(entry["shape"])
-                dense, routed = (dense, routed + size) if ".experts." in name else (dense + size, routed)
-    if dense + routed == 0:
-        raise UnusableInput(f"{folder}: no weights and not a glm_moe_dsa configuration; expected *.safetensors to count")
-    experts = config.get("n_routed_experts") or config.get("num_experts") or config.get("num_local_experts") or 1
-    share = config.get("num_experts_per_tok", experts) / experts
-    return Parameters(dense, routed, dense + int(routed * share))
-
-
-def cache_values_per_token(config: Mapping[str, Any]) -> int:
-    """Numbers kept per token of one request: latents and rotary keys on every layer, indexer keys on the full ones; for
-    other architectures keys and values of grouped-query attention."""
-    layers = config["num_hidden_layers"]
-    if config.get("model_type") == "glm_moe_dsa":
-        return (
-            layers * (config["kv_lora_rank"] + config["qk_rope_head_dim"])
-            + config["indexer_types"].count("full") * config["index_head_dim"]
-        )
-    heads = config["num_attention_heads"]
-    head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    return 2 * layers * config.get("num_key_value_heads", heads) * head_dim
-
-
-def weight_bytes_per_rank(
-    parameters: Parameters, *, ranks: int, expert: int, tensor: int, zero_stage: int, bytes_per_weight: int
-) -> int:
-    """Experts are spread over `expert` ranks. Dense weights are cut by tensor parallelism, and by ZeRO-3 over all ranks."""
-    dense_cut = ranks if zero_stage == 3 else tensor
-    return -(-parameters.routed * bytes_per_weight // expert) + -(-parameters.dense * bytes_per_weight // dense_cut)
-
-
-def plan_teacher(teacher: Teacher) -> Plan:
-    """Raises UnusableInput when the model's folder or configuration cannot be read, or the teacher is not ours to place."""
-    engine = teacher.engine
-    if isinstance(engine, HttpEngine):
-        raise UnusableInput("teacher.engine http: the server places its own weights; plan needs engine type deepspeed or local")
-    folder = model_folder(teacher.model)
-    config = read_config_json(folder)
-    parameters = glm_parameters(config) if config.get("model_type") == "glm_moe_dsa" else header_parameters(folder, config)
-    sharded = isinstance(engine, DeepSpeedEngine)
-    ranks = engine.processes * teacher.hardware.nodes if isinstance(engine, DeepSpeedEngine) else 1
-    weight_bytes = weight_bytes_per_rank(
-        parameters,
-        ranks=ranks,
-        expert=teacher.layout.expert_parallel if sharded else 1,
-        tensor=teacher.layout.tensor_parallel if sharded else 1,
-        zero_stage=teacher.layout.zero_stage if sharded else 0,
-        bytes_per_weight=WEIGHT_BYTES[engine.dtype],
-    )
-    gpu_bytes = GPU_BYTES.get(teacher.hardware.gpu)
-    left_bytes = None if gpu_bytes is None else int(gpu_bytes * USABLE_SHARE) - weight_bytes
+def plan_recipe(recipe: Recipe) -> Plan:
+    """Raises UnusableInput when the model's folder or configuration cannot be read. A layout that does not fit is a plan
+    like any other, with a refusal."""
+    teacher, planning = recipe.teacher, recipe.plan
+    architecture, device = architecture_of(teacher.model), device_of(teacher.hardware)
+    lengths = output_lengths(planning.workload, recipe.generate.sampling.max_tokens)
+    demand = demand_of(architecture, recipe, lengths)
+    fit = judge(architecture, teacher, planning, demand)
+    runs_on = machine(architecture, teacher, fit.degrees, device) if device and fit.fits else None
+    step = workload_step(runs_on, fit, demand) if runs_on else None
     return Plan(
-        model=teacher.model,
-        total_parameters=parameters.total,
-        active_parameters=parameters.active,
-        ranks=ranks,
-        weight_bytes=weight_bytes,
-        left_bytes=left_bytes,
-        cache_bytes_per_token=cache_values_per_token(config) * WEIGHT_BYTES[engine.dtype],
-        fits=None if left_bytes is None else left_bytes > 0,
+        name=recipe.name,
+        teacher=teacher,
+        planning=planning,
+        architecture=architecture,
+        demand=demand,
+        fit=fit,
+        machine=runs_on,
+        step=step,
+        contexts=tuple(
+            context_row(runs_on, fit, demand, planning, tokens)
+            for tokens in planning.context_lengths
+            if tokens <= architecture.max_positions
+        ),
+        cost=cost(
+            planning.workload,
+            lengths,
+            planning.api,
+            samples_per_prompt=recipe.generate.samples_per_prompt,
+            tokens_per_s=step.tokens_per_s(planning.efficiency),
+            prefill_s=prefill_seconds(runs_on, planning.workload.prompt_tokens, planning, alone=False),
+            replicas=fit.degrees.replicas,
+            dollars_per_hour=planning.price_per_gpu_hour * fit.degrees.world,
+        )
+        if runs_on and step
+        else None,
+        alternatives=nearest_layouts(architecture, recipe, demand) if fit.fits is False else (),
     )
 
 
-def plan_table(plan: Plan) -> Table:
-    """One figure a row: it fits a terminal of 80 columns."""
-    table = Table("teacher", plan.model, show_edge=False)
-    table.add_row("parameters", _human(plan.total_parameters, ""))
-    table.add_row("active per token", _human(plan.active_parameters, ""))
-    table.add_row("ranks", str(plan.ranks))
-    table.add_row("weights per rank", _human(plan.weight_bytes, "B"))
-    table.add_row("left per rank", "unknown" if plan.left_bytes is None else _human(plan.left_bytes, "B"))
-    table.add_row("cache per token", _human(plan.cache_bytes_per_token, "B"))
-    table.add_row("fits", {None: "unknown", True: "yes", False: "no"}[plan.fits])
-    return table
+def kv_budget_bytes(teacher: Teacher, planning: Planning | None = None) -> int | None:
+    """Bytes of one GPU that caches may take: the usable share less weights, what comes with them, and the buffers of one
+    pass. None where the device's size is unknown; never below zero. The decode loop admits requests by it."""
+    architecture, degrees, device = architecture_of(teacher.model), degrees_of(teacher), device_of(teacher.hardware)
+    budget = room(architecture, teacher, degrees, device.usable if device else None, planning or Planning()).cache
+    return None if budget is None else max(0, budget)
 
 
-def _product(shape: list[int]) -> int:
-    size = 1
-    for extent in shape:
-        size *= extent
-    return size
+def kv_budget_tokens(teacher: Teacher, planning: Planning | None = None) -> int | None:
+    """The same budget in tokens of one rank's cache (slots x columns), whatever dtype the recipe keeps it in."""
+    budget = kv_budget_bytes(teacher, planning)
+    if budget is None:
+        return None
+    return cache(architecture_of(teacher.model), teacher, degrees_of(teacher), budget).max_tokens
 
 
-def _human(value: float, unit: str) -> str:
-    """Three or four figures with a decimal prefix: 743.9 G."""
-    for prefix in ("", "k", "M", "G"):
-        if abs(value) < 1000:
-            return f"{value:.4g} {prefix}{unit}".strip()
-        value /= 1000
-    return f"{value:.4g} T{unit}"
+def architecture_of(model: str) -> Architecture:
+    """Of `teacher.model`: a folder, relative to the working directory or else to this repository, where the shipped
+    architectures lie. A family without a formula is counted from its safetensors headers."""
+    shipped = REPOSITORY / model
+    folder = model_folder(str(shipped) if shipped.is_dir() and not Path(model).is_dir() else model)
+    config, where = read_config_json(folder), f"teacher.model {model}"
+    if config.get("model_type") in FAMILIES:
+        return read_architecture(config, where)
+    return count_headers(folder, config, where)
+
+
+def context_row(runs_on: Machine | None, fit: Fit, demand: Demand, planning: Planning, tokens: int) -> ContextRow:
+    requests = fit.cache.requests(tokens)
+    if not requests or runs_on is None:
+        return ContextRow(tokens, requests, None, None)
+    step = decode_step(runs_on, min(requests, demand.slots), tokens)
+    rate = step.tokens_per_s(planning.efficiency) / fit.degrees.world
+    return ContextRow(tokens, requests, rate, prefill_seconds(runs_on, tokens, planning))

@@ -9,10 +9,12 @@ import pytest
 
 from configs import schema
 from configs.errors import UnusableInput
+from configs.load import load_recipe
 from teacher.deepspeed_engine import DeepSpeedEngine
-from teacher.engines import open_engine
+from teacher.engines import cache_budget, open_engine
 from teacher.folders import EMBEDDED, fingerprint_model, fingerprint_teacher, resolve_model
 from teacher.local_engine import LocalEngine
+from teacher.plan import kv_budget_bytes
 
 
 def test_the_recipe_names_the_engine(qwen_folder: Path) -> None:
@@ -64,3 +66,19 @@ def test_the_layout_is_no_part_of_who_the_teacher_is(qwen_folder: Path) -> None:
     wider = teacher.model_copy(update={"layout": schema.Layout(expert_parallel=2)})
     other = teacher.model_copy(update={"engine": schema.DeepSpeedEngine(dtype="fp32")})
     assert fingerprint_teacher(teacher) == fingerprint_teacher(wider) != fingerprint_teacher(other)
+
+
+def test_the_cache_budget_is_the_plans_or_the_recipes_own() -> None:
+    """What the plan leaves of an H200 beside GLM-5.2 in BF16 on 16 of them; a CPU's memory is nobody's to promise."""
+    recipe = load_recipe("glm52-bf16-16xh200", []).recipe
+    assert cache_budget(recipe.teacher) == kv_budget_bytes(recipe.teacher) and 20e9 < kv_budget_bytes(recipe.teacher) < 35e9  # type: ignore[operator]
+    assert cache_budget(load_recipe("glm52-bf16-16xh200", ["teacher.engine.cache_bytes=5000"]).recipe.teacher) == 5000
+    assert cache_budget(load_recipe("embedded", []).recipe.teacher) is None
+
+
+def test_a_cache_budget_is_measured_in_tokens_of_the_model_itself(glm_folder: Path) -> None:
+    """3 layers of 16 + 8 values and 2 indexers of 16, four bytes each: 416 bytes a token."""
+    engine = LocalEngine(glm_folder, cache_bytes=416 * 200 + 5, batch_size=4)
+    assert engine.runner.limits.cache_tokens == 200
+    with pytest.raises(UnusableInput, match="a cached token takes 416 bytes"):
+        LocalEngine(glm_folder, cache_bytes=416 * 127).load()

@@ -1,0 +1,117 @@
+"""Does a layout fit? The demand of a recipe against the room of its GPUs, and what to say when it does not."""
+
+from math import ceil
+from typing import NamedTuple
+
+from configs.schema import DeepSpeedEngine, HttpEngine, LocalEngine, Planning, Recipe, Teacher
+from teacher.planning.architecture import Architecture
+from teacher.planning.devices import Degrees, degrees_of, device_of
+from teacher.planning.placement import Cache, Room, cache, room
+from teacher.planning.throughput import Machine, Step, decode_step
+from teacher.planning.workload import Lengths
+
+
+class Demand(NamedTuple):
+    """What has to fit. request_tokens: the longest request. slot_tokens: what each request in flight is given: our engines
+    keep a rectangle as wide as the longest row, a server's pages hold what is there (prompt and the average live output).
+    requests: in flight over the launch, when the recipe says so. slots: as many as the engine takes."""
+
+    request_tokens: int
+    slot_tokens: int
+    requests: int | None
+    slots: int
+
+
+class Fit(NamedTuple):
+    """fits: None where the device's size is unknown. shortfall: bytes a GPU lacks for weights, what comes with them and the
+    demand; None when unknown or when no amount of memory helps. refusal: why not, in words."""
+
+    degrees: Degrees
+    room: Room
+    cache: Cache
+    fits: bool | None
+    shortfall: int | None
+    refusal: str | None
+
+
+def demand_of(architecture: Architecture, recipe: Recipe, lengths: Lengths) -> Demand:
+    """The recipe's workload, within what the model's positions allow."""
+    planning, workload, engine = recipe.plan, recipe.plan.workload, recipe.teacher.engine
+    output = min(workload.output_tokens_p99, recipe.generate.sampling.max_tokens)
+    request = min(planning.context_tokens or workload.prompt_tokens + output, architecture.max_positions)
+    live = min(request, ceil(workload.prompt_tokens + lengths.live))
+    return Demand(
+        request_tokens=request,
+        slot_tokens=live if isinstance(engine, HttpEngine) else request,
+        requests=planning.concurrency,
+        slots=engine_slots(recipe.teacher),
+    )
+
+
+def engine_slots(teacher: Teacher) -> int:
+    """Requests in flight that the engine takes, over the launch: decode slots of every replica, or a client's requests."""
+    match teacher.engine:
+        case DeepSpeedEngine(batch_size=slots):
+            return slots * degrees_of(teacher).replicas
+        case LocalEngine(batch_size=slots):
+            return slots
+        case HttpEngine(concurrency=requests):
+            return requests
+
+
+def judge(architecture: Architecture, teacher: Teacher, planning: Planning, demand: Demand) -> Fit:
+    degrees, device = degrees_of(teacher), device_of(teacher.hardware)
+    placed = room(architecture, teacher, degrees, device.usable if device else None, planning)
+    pools = cache(architecture, teacher, degrees, placed.cache)
+    if (reason := indivisible(architecture, degrees)) is not None:
+        return Fit(degrees, placed, pools, False, None, reason)
+    shortfall = _shortfall(pools, demand, degrees)
+    if not shortfall:
+        return Fit(degrees, placed, pools, None if shortfall is None else True, shortfall, None)
+    return Fit(degrees, placed, pools, False, shortfall, _too_large(placed, pools, teacher, demand, shortfall))
+
+
+def workload_step(runs_on: Machine, fit: Fit, demand: Demand) -> Step:
+    """The decode step of a launch that is as full as the recipe asks for, or else as memory and engine allow."""
+    fitting = fit.cache.requests(demand.slot_tokens)
+    assert fitting, "asked of a layout that does not fit"
+    return decode_step(runs_on, demand.requests or min(fitting, demand.slots), demand.slot_tokens)
+
+
+def indivisible(architecture: Architecture, degrees: Degrees) -> str | None:
+    """What a degree does not divide, in words; the ranks themselves are checked by the recipe."""
+    experts, heads = architecture.num_experts, architecture.attention.heads
+    if degrees.expert > 1 and experts == 0:
+        return f"layout.expert_parallel {degrees.expert}: the model has no routed experts; set it to 1"
+    if experts % degrees.expert:
+        return f"layout.expert_parallel {degrees.expert} does not divide the model's {experts} experts"
+    if heads % degrees.tensor:
+        return f"layout.tensor_parallel {degrees.tensor} does not divide the model's {heads} attention heads"
+    return None
+
+
+def needed_bytes(pools: Cache, demand: Demand) -> int:
+    """Of one pool: one longest request, or its share of the stated concurrency."""
+    each = ceil((demand.requests or 0) / pools.pools) * demand.slot_tokens
+    return ceil(max(demand.request_tokens, each) * pools.token_bytes)
+
+
+def _shortfall(pools: Cache, demand: Demand, degrees: Degrees) -> int | None:
+    if pools.pool_bytes is None:
+        return None
+    lacking = max(0, needed_bytes(pools, demand) - pools.pool_bytes)
+    return ceil(lacking / degrees.ranks_per_node) if degrees.kv_sharded else lacking
+
+
+def _too_large(placed: Room, pools: Cache, teacher: Teacher, demand: Demand, shortfall: int) -> str:
+    assert placed.usable is not None
+    beside = sum(placed.extra) + sum(placed.transients)
+    load = f"a request of {demand.request_tokens:,} tokens"
+    if demand.requests:
+        load = f"{demand.requests} requests of {demand.slot_tokens:,} tokens"
+    needs = (
+        f"{placed.weights.total / 1e9:.1f} GB of weights, {beside / 1e9:.1f} GB beside them and "
+        f"{(shortfall + placed.usable - placed.weights.total - beside) / 1e9:.1f} GB of cache for {load}"
+    )
+    gpu = f"{placed.usable / 1e9:.1f} GB of each {teacher.hardware.gpu}"
+    return f"{needs} do not fit {gpu}: {shortfall / 1e9:.1f} GB short per GPU"
