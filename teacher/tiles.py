@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 TILE_BYTES = 1 << 28
-"""Most bytes of one intermediate tensor on a GPU, 256 MiB. A layer holds three or four of them at a time, so under 1 GiB."""
+"""Most bytes of one intermediate tensor on a GPU, 256 MiB. An attention layer holds at most four of them at a time: 1 GiB."""
 CPU_TILE_BYTES = 1 << 24
 """The same on a CPU. malloc maps blocks above 32 MiB afresh and the kernel zeroes their pages: gathering 36 MiB takes 2.5 ms a
 query, 18 MiB 0.3 ms."""

@@ -10,7 +10,8 @@ ours, always with 64 slots, is compared with, interleaved.
 
 `ratio`: one process. `ratio_two_ranks`: two processes that share the model (ZeRO-3, experts over both), the peer with
 `synced_gpus=True` on the same sharded module. `step_ratio`: forward passes of the peer over ours, both at 64 rows: what a
-machine would see whose step costs the same whatever its rows hold.
+machine would see whose step costs the same whatever its rows hold. `ratio_same_attention`: one process, once, against the
+peer with our attention in it, so what refill alone brings on this CPU.
 """
 
 import argparse
@@ -33,6 +34,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from data.engine import Engine, Request
 from teacher.folders import EMBEDDED
 from teacher.local_engine import LocalEngine
+from teacher.runner import read_config, read_model
 from tests.bench.frame import machine
 
 SLOTS = 64
@@ -138,9 +140,13 @@ def one_process(num_requests: int, repeats: int) -> dict[str, Any]:
     peer = plain_model()
     counted = Counted(peer)
     with torch.inference_mode():
-        return compare(
-            lambda: ours(engine, mine, asked), lambda rows: theirs(peer, counted, asked, rows, synced=False), repeats
-        ) | describe(asked)
+        found = compare(lambda: ours(engine, mine, asked), lambda rows: theirs(peer, counted, asked, rows, synced=False), repeats)
+        quick = read_model(EMBEDDED, read_config(EMBEDDED), "fp32").eval()
+        quick.generation_config.eos_token_id = None
+        counted_quick = Counted(quick)
+        with_our_attention = max(theirs(quick, counted_quick, asked, rows, synced=False).rate for rows in PEER_ROWS)
+    found["ratio_same_attention"] = found["ours"]["tokens_per_s"] / with_our_attention
+    return found | describe(asked)
 
 
 def plain_model(*_: object) -> PreTrainedModel:
@@ -234,7 +240,8 @@ def main() -> None:
     both = two_ranks(arguments.requests, arguments.repeats)
     found = {
         "benchmark": "refill", "ratio": alone["ratio"], "ratio_two_ranks": both["ratio"], "step_ratio": alone["step_ratio"],
-        "step_ratio_two_ranks": both["step_ratio"], "machine": machine(), "one_process": alone, "two_ranks": both,
+        "step_ratio_two_ranks": both["step_ratio"], "ratio_same_attention": alone["ratio_same_attention"],
+        "machine": machine(), "one_process": alone, "two_ranks": both,
     }  # fmt: skip
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
