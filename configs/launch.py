@@ -7,13 +7,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from configs.errors import Interrupted, Refused, TracestillError, UnusableInput
 
 PR_SET_PDEATHSIG = 1
 POLL_S = 0.2
+RENDEZVOUS_S = 600  # nodes of one job start their launchers minutes apart
 
 
 class StageFailed(TracestillError):
@@ -26,7 +28,7 @@ def die_with_parent() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def rank_environment(extensions: Path) -> dict[str, str]:
+def rank_environment(extensions: Path, nodes: "Nodes | None" = None) -> dict[str, str]:
     """The environment of a rank. Nothing is compiled today (DeepSpeed's shared-memory collective is turned off in both
     modules that import it); should a release compile something after all, a private TORCH_EXTENSIONS_DIR keeps the
     lock of a killed build from making the ranks of every later run wait for ever without a word."""
@@ -42,22 +44,73 @@ def rank_environment(extensions: Path) -> dict[str, str]:
     environment.setdefault("DS_ACCELERATOR", "cpu" if not Path("/proc/driver/nvidia").exists() else "cuda")
     if environment["DS_ACCELERATOR"] == "cpu":
         environment.setdefault("OMP_NUM_THREADS", "1")  # two ranks on two cores; more threads only fight
-        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        if nodes is None or _is_loopback(nodes):
+            environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
     return environment
 
 
-def run_ranks(arguments: Sequence[str], *, processes: int, extensions: Path, log: Path, poll: Callable[[], None]) -> None:
-    """Runs `tracestill ARGUMENTS` on `processes` ranks of this node and returns when all ended well. `poll` is called
-    a few times a second meanwhile. Output goes to `log`.
+class Nodes(NamedTuple):
+    """A launch over several nodes, as this node sees it. rank: 0 for the node that owns the stage and seals it.
+    rendezvous: HOST:PORT on that node, where torchrun meets. launch_id: the same on every node, another for every job."""
+
+    number: int
+    rank: int
+    rendezvous: str
+    launch_id: str
+
+
+def read_nodes(wanted: int, environment: Mapping[str, str]) -> Nodes | None:
+    """How this node joins a launch over `wanted` nodes; None when there is only one.
+
+    Raises:
+        UnusableInput: the environment names no rendezvous, another number of nodes, or no place for this one.
+    """
+    if wanted == 1:
+        return None
+    ranks = f"0..{wanted - 1}"
+    what = f"teacher.hardware.nodes {wanted}"
+    rendezvous = environment.get("TRACESTILL_RENDEZVOUS", "")
+    if not re.fullmatch(r"[^\s:]+:\d+", rendezvous):
+        raise UnusableInput(
+            f"{what}: no rendezvous in the environment; use tracestill submit, or give the same command on every node with "
+            f"TRACESTILL_NODES={wanted}, TRACESTILL_RENDEZVOUS=HOST:PORT (on the first) and TRACESTILL_NODE_RANK ({ranks})"
+        )
+    if (number := environment.get("TRACESTILL_NODES", "")) != str(wanted):
+        raise UnusableInput(f"{what}: the environment says TRACESTILL_NODES={number or '(nothing)'}; expected {wanted}")
+    rank = environment.get("TRACESTILL_NODE_RANK", environment.get("SLURM_NODEID", ""))
+    if rank not in {str(index) for index in range(wanted)}:
+        raise UnusableInput(f"{what}: neither TRACESTILL_NODE_RANK nor SLURM_NODEID says which node this is; expected {ranks}")
+    return Nodes(wanted, int(rank), rendezvous, environment.get("SLURM_JOB_ID", "tracestill"))
+
+
+def run_ranks(
+    arguments: Sequence[str], *, processes: int, extensions: Path, log: Path, poll: Callable[[], None], nodes: Nodes | None = None
+) -> None:
+    """Runs `tracestill ARGUMENTS` on `processes` ranks of this node and returns when all ended well, those of the other
+    nodes included. `poll` is called a few times a second meanwhile. Output goes to `log`.
 
     Raises:
         TracestillError: what a rank reported of itself, in its own kind (unusable input, refused, interrupted).
         StageFailed: any other exit; the message names the log and its first exception.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1",
-               f"--nproc-per-node={processes}",
+    command = [sys.executable, "-m", "torch.distributed.run", *_meeting(nodes), f"--nproc-per-node={processes}",
                "-m", "tracestill", *arguments]  # fmt: skip
-    _run(command, rank_environment(extensions), log, poll)
+    _run(command, rank_environment(extensions, nodes), log, poll)
+
+
+def _meeting(nodes: Nodes | None) -> list[str]:
+    """torchrun's words for where the agents meet. With c10d the agents themselves decide which node's ranks come first;
+    the store is told who serves it, because a guess by host name fails where names resolve to several addresses."""
+    if nodes is None:
+        return ["--standalone", "--local-addr=127.0.0.1"]
+    settings = f"is_host={int(nodes.rank == 0)},read_timeout={RENDEZVOUS_S},join_timeout={RENDEZVOUS_S}"
+    address = ["--local-addr=127.0.0.1"] if _is_loopback(nodes) else []
+    return [f"--nnodes={nodes.number}", "--rdzv-backend=c10d", f"--rdzv-endpoint={nodes.rendezvous}",
+            f"--rdzv-id={nodes.launch_id}", f"--rdzv-conf={settings}", *address]  # fmt: skip
+
+
+def _is_loopback(nodes: Nodes) -> bool:
+    return nodes.rendezvous.split(":")[0] in ("localhost", "127.0.0.1")
 
 
 def _run(command: list[str], environment: dict[str, str], log: Path, poll: Callable[[], None]) -> None:
@@ -84,6 +137,7 @@ def _run(command: list[str], environment: dict[str, str], log: Path, poll: Calla
 
 
 _MARK = re.compile(r"^error\[(\d+)\]: (.*)$")
+_RANK = re.compile(r"rank\s*: (\d+) \(local_rank: \d+\)")
 _SIGNAL = re.compile(r"Signal \d+ \((SIG\w+)\) received by PID \d+|exitcode\s*: (-\d+ \(pid: \d+\))")
 # Not 75: torchrun ends the other ranks with SIGTERM when one has failed, and they call that an interruption. A launcher
 # that was itself asked to stop never comes here.
@@ -105,8 +159,19 @@ def _failure(log: Path, start: int, code: int) -> TracestillError:
         if (kind := _KINDS.get(int(mark[1]))) is not None:
             return kind(mark[2])
     raised = [line.strip()[-300:] for line in lines if "Error:" in line and "ChildFailedError" not in line]
-    signals = [found[1] or found[2] for line in lines if (found := _SIGNAL.search(line)) is not None]
-    ended = [f"a rank was ended by {name}" for name in signals if "SIGTERM" not in name and not name.startswith("-15")]
+    ended = list(_ended_by_signal(lines))
     reported = [mark[2] for mark in marks if int(mark[1]) != Interrupted.exit_code]
     why = next(iter([*reported, *ended, *raised]), "no message")
     return StageFailed(f"ranks ended with exit code {code}: {why}; see {log}; the same command continues from what is committed")
+
+
+def _ended_by_signal(lines: Sequence[str]) -> Iterator[str]:
+    """From torchrun's summary, which names a rank, then its exit code or the signal that ended it. SIGTERM is torchrun's own."""
+    rank = "a rank"
+    for line in lines:
+        if (found := _RANK.search(line)) is not None:
+            rank = f"rank {found[1]}"
+        elif (found := _SIGNAL.search(line)) is not None:
+            name = found[1] or found[2]
+            if "SIGTERM" not in name and not name.startswith("-15"):
+                yield f"{rank} was ended by {name}"

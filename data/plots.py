@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+NUMBERED_TASKS = 10  # more, and the numbers run into each other
 INK, MUTED, GRID = "#010203", "#010204", "#010205"
 SERIES = ("#010210", "#010211", "#010212", "#010213", "#010214", "#010215")
 _VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--line"} | {color: f"--series-{index}" for index, color in enumerate(SERIES)}
@@ -98,6 +99,25 @@ def expert_heat_map(load_LE: Sequence[Sequence[float]]) -> str:
         bar.set_label("x mean load", color=MUTED)
         bar.outline.set_visible(False)  # type: ignore[operator]
         return _svg(figure, "expert load by layer")
+
+
+def divergence_matrix(names: Sequence[str], divergence_TT: Sequence[Sequence[float]]) -> str:
+    """How differently each two tasks use the experts, in nats: 0 is the same load, ln 2 is experts of their own."""
+    values, size = np.asarray(divergence_TT, dtype=float), len(names)
+    with _styled("divergence"):
+        figure, axes = _figure(8.4, 1.4 + 0.26 * size)
+        image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0.0, interpolation="none")
+        axes.grid(visible=False)
+        axes.set_xticks(range(size), names, rotation=40, ha="right", rotation_mode="anchor")
+        axes.set_yticks(range(size), names)
+        if size <= NUMBERED_TASKS:
+            for row, column in np.ndindex(size, size):
+                shade = "white" if values[row, column] < 0.6 * values.max() else "black"
+                axes.text(column, row, f"{values[row, column]:.3f}", ha="center", va="center", color=shade, fontsize=8.0)
+        bar = figure.colorbar(image, ax=axes, pad=0.02)
+        bar.set_label("nats", color=MUTED)
+        bar.outline.set_visible(False)  # type: ignore[operator]
+        return _svg(figure, "divergence of expert load between tasks")
 
 
 def _styled(name: str) -> AbstractContextManager[None]:

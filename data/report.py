@@ -10,7 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich.table import Table
 
 from data.report_page import read_page
-from data.report_summary import MODELS, ModelFigures, Summary, count, number, percent, report_json
+from data.report_summary import MODELS, ModelFigures, Summary, count, nats, number, percent, report_json
 from data.store import RunFolder, write_bytes
 
 __all__ = ["Summary", "report_json", "result_table", "write_report"]
@@ -43,7 +43,7 @@ def write_report(run: RunFolder) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "number": number, "count": count}
+    environment.filters |= {"percent": percent, "number": number, "count": count, "nats": nats}
     page = read_page(run, report_json(run))
     path = run.report / "index.html"
     write_bytes(path, environment.get_template("report.html.j2").render(page=page).encode())

@@ -8,9 +8,10 @@ import yaml
 
 from configs.errors import UnusableInput
 from data import plots
+from data.report_experts import ExpertPart, expert_part
 from data.report_items import COMPARED, Comparison, GradeBar, comparisons, failures, grade_bars, item_rows
 from data.report_summary import ModelFigures, Summary, percent
-from data.report_traces import ExpertFigures, SampleTrace, expert_figures, length_facts, sample_traces, trace_lengths
+from data.report_traces import SampleTrace, length_facts, sample_traces, trace_lengths
 from data.report_training import training_facts, training_plot
 from data.store import Rollup, RunFolder, read_json, read_rollup
 
@@ -63,7 +64,7 @@ class Page:
     train_facts: tuple[tuple[str, str], ...]
     lengths_svg: str | None
     length_facts: tuple[tuple[str, str], ...]
-    experts: ExpertFigures | None
+    experts: ExpertPart | None
     summary: Summary
     comparisons: tuple[Comparison, ...]
     failures: tuple[Comparison, ...]
@@ -94,7 +95,7 @@ def read_page(run: RunFolder, summary: Summary) -> Page:
         train_facts=training_facts(run),
         lengths_svg=plots.length_histogram(lengths) if lengths else None,
         length_facts=length_facts(lengths),
-        experts=expert_figures(run),
+        experts=expert_part(run, summary["experts"]),
         summary=summary,
         comparisons=comparisons(rows),
         failures=failures(rows),

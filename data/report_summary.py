@@ -3,6 +3,8 @@
 from typing import TypedDict
 
 from configs.errors import UnusableInput
+from data.expert_counts import ALARMS_COUNT, read_counts, whole_run
+from data.expert_figures import mean_over_layers, read_load
 from data.ledger import read_ledger
 from data.store import RunFolder, read_json, read_rollup
 
@@ -38,8 +40,28 @@ class LedgerFigures(TypedDict):
     unjudged_by_reason: dict[str, int]
 
 
+class ExpertSummary(TypedDict):
+    """The whole run in `tracestill report --json`. Figures are the worst layer's, but divergence_nats and drift_nats, which
+    are means over layers; see data/expert_figures.py."""
+
+    layers: int
+    experts: int
+    experts_per_token: int
+    expert_parallel: int
+    tokens: int
+    cv: float
+    max_over_mean: float
+    rank_max_over_mean: float
+    effective_share: float
+    dead_share: float
+    divergence_nats: float | None
+    drift_nats: float | None
+    alarms: list[str]
+
+
 class Summary(TypedDict):
-    """`tracestill report --json`. seconds: of each finished stage, from its manifest."""
+    """`tracestill report --json`. seconds: of each finished stage, from its manifest. experts: null until generation has
+    finished, and for a teacher without routers."""
 
     teacher: ModelFigures | None
     base: ModelFigures | None
@@ -47,14 +69,16 @@ class Summary(TypedDict):
     export: ModelFigures | None
     ledger: LedgerFigures | None
     seconds: dict[str, float | None]
+    experts: ExpertSummary | None
 
 
 def report_json(run: RunFolder) -> Summary:
     """The summary of a run folder as it stands. Raises UnusableInput for a damaged file."""
     teacher, base, student, export = (model_figures(run, name) for name in MODELS)
     return Summary(
-        teacher=teacher, base=base, student=student, export=export, ledger=ledger_figures(run), seconds=stage_seconds(run)
-    )
+        teacher=teacher, base=base, student=student, export=export, ledger=ledger_figures(run), seconds=stage_seconds(run),
+        experts=expert_summary(run),
+    )  # fmt: skip
 
 
 def model_figures(run: RunFolder, name: str) -> ModelFigures | None:
@@ -95,6 +119,30 @@ def stage_seconds(run: RunFolder) -> dict[str, float | None]:
     return seconds
 
 
+def expert_summary(run: RunFolder) -> ExpertSummary | None:
+    """Raises UnusableInput when a sealed file has changed."""
+    rows, rollup = [row for row in read_load(run) if row.task is None], read_rollup(run.traces)
+    if not rows or rollup is None:
+        return None
+    alarms = rollup.counts.get(ALARMS_COUNT, [])
+    assert isinstance(alarms, list)
+    return ExpertSummary(
+        layers=len(rows),
+        experts=whole_run(read_counts(run)).shape[-1],
+        experts_per_token=rows[0].experts_per_token,
+        expert_parallel=rows[0].expert_parallel,
+        tokens=rows[0].tokens,
+        cv=max(row.cv for row in rows),
+        max_over_mean=max(row.max_over_mean for row in rows),
+        rank_max_over_mean=max(row.rank_max_over_mean for row in rows),
+        effective_share=min(row.effective_share for row in rows),
+        dead_share=max(row.dead_share for row in rows),
+        divergence_nats=mean_over_layers(rows, lambda row: row.divergence_nats),
+        drift_nats=mean_over_layers(rows, lambda row: row.drift_nats),
+        alarms=[str(alarm) for alarm in alarms],
+    )
+
+
 # --- figures as text, the same in the table and on the page -------------------------------------------------------------
 
 
@@ -104,6 +152,10 @@ def percent(value: float | None) -> str:
 
 def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
+
+
+def nats(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
 
 
 def count(value: int | float) -> str:

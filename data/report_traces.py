@@ -1,4 +1,4 @@
-"""The teacher's traces for the page: their lengths, the load of the experts that wrote them, and a few to read.
+"""The teacher's traces for the page: their lengths, and a few to read.
 
 Bounded by design: figures over all traces come from sidecars, and text from one segment a worker.
 """
@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from data import plots
 from data.report_items import shortened
-from data.store import RunFolder, read_json, read_rollup, read_segment, read_table, segments
+from data.store import RunFolder, read_rollup, read_segment, read_table, segments
 
 TRACES_PER_TASK = 2
 
@@ -27,19 +26,6 @@ class SampleTrace:
     fate: str
     reason: str
     output_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertFigures:
-    """Over all tasks. max_over_mean: the busiest expert of any layer over its layer's mean. used: exp(entropy) / experts,
-    the worst layer's. idle: experts that got no token at all."""
-
-    svg: str
-    layers: int
-    experts: int
-    max_over_mean: float
-    used: float
-    idle: int
 
 
 def trace_lengths(run: RunFolder) -> dict[str, list[int]]:
@@ -63,39 +49,6 @@ def length_facts(lengths: Mapping[str, Sequence[int]]) -> tuple[tuple[str, str],
         ("median, 95th percentile", f"{median:,} and {high:,} tokens"),
         ("longest", f"{tokens[-1]:,} tokens"),
     )
-
-
-def expert_figures(run: RunFolder) -> ExpertFigures | None:
-    """Routed tokens summed over tasks, from metrics/experts.json: {"counts": {task: [layer][expert]}}."""
-    path = run.metrics / "experts.json"
-    if not path.is_file():
-        return None
-    by_task = [task for task in read_json(path)["counts"].values() if task]
-    if not by_task:
-        return None
-    totals = [[sum(cell) for cell in zip(*layers, strict=True)] for layers in zip(*by_task, strict=True)]
-    loads = [relative_load(layer) for layer in totals]
-    return ExpertFigures(
-        svg=plots.expert_heat_map(loads),
-        layers=len(loads),
-        experts=len(loads[0]),
-        max_over_mean=max(max(layer) for layer in loads),
-        used=min(effective_share(layer) for layer in totals),
-        idle=sum(value == 0 for layer in totals for value in layer),
-    )
-
-
-def relative_load(counts: Sequence[int]) -> list[float]:
-    """Each count over the layer's mean; all zero for a layer without tokens."""
-    mean = sum(counts) / len(counts)
-    return [value / mean if mean else 0.0 for value in counts]
-
-
-def effective_share(counts: Sequence[int]) -> float:
-    """exp(entropy of the load) / experts, in (0, 1]: 1 is even, 1/E is one expert for everything."""
-    total = sum(counts)
-    entropy = -sum(value / total * math.log(value / total) for value in counts if value) if total else 0.0
-    return math.exp(entropy) / len(counts)
 
 
 def sample_traces(run: RunFolder) -> tuple[SampleTrace, ...]:

@@ -3,16 +3,21 @@
 import os
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from configs.errors import UnusableInput
-from configs.launch import StageFailed, run_ranks
+from configs.launch import Nodes, StageFailed, read_nodes, run_ranks
 from configs.progress import Count, file_reporter, read_counts
-from configs.schema import DeepSpeedEngine
+from configs.schema import DeepSpeedEngine, Recipe
+from data.expert_counts import ALARMS_COUNT
 from data.ledger import read_ledger
 from data.prompt_set import write_prompts
 from data.stage import Context, Outcome, Stage
 from data.store import read_segment, segments
+
+if TYPE_CHECKING:
+    from generate.telemetry import Written
 
 
 def _prompts(context: Context, show: Callable[[Count], None]) -> Outcome:
@@ -62,12 +67,9 @@ def _generate(context: Context, show: Callable[[Count], None]) -> Outcome:
     before = read_ledger(context.run)
     if before.pending:
         if isinstance(engine, DeepSpeedEngine):
-            _generate_on_ranks(context, engine, show, before.completed + before.failed)
+            _generate_on_ranks(context, show, before.completed + before.failed)
         else:
             generate_here(context, lambda count: show(_after(count, before.completed + before.failed)))
-    from generate.worker import merge_expert_stats
-
-    experts = merge_expert_stats(context.run)
     ledger = read_ledger(context.run)
     ledger.check(viewed=False)
     if ledger.pending:
@@ -85,22 +87,59 @@ def _generate(context: Context, show: Callable[[Count], None]) -> Outcome:
         "superseded": ledger.superseded,
     }
     tokens = sum(sum(segment.facts["output_tokens"]) for segment in committed)
+    experts = _expert_load(context)
     return Outcome(
-        [*files, *([experts] if experts else [])],
-        counts | {"output_tokens": tokens},
+        [*files, *experts.files],
+        counts | {"output_tokens": tokens, ALARMS_COUNT: list(map(str, experts.alarms))},
         f"{ledger.completed} traces, {tokens} tokens, {ledger.failed} failed",
     )
+
+
+def _expert_load(context: Context) -> "Written":
+    """The telemetry of all committed traces, written, and mirrored in W&B."""
+    from generate.telemetry import write_expert_load
+    from generate.tracking import Target, mirror_expert_load
+
+    train, written = context.recipe.train, write_expert_load(context.run, context.recipe.teacher)
+    mirror_expert_load(written.rows, Target(context.run.metrics, train.wandb, train.wandb_project, context.recipe.name))
+    return written
 
 
 def _after(count: Count, already: int) -> Count:
     return Count(count.done + already, count.total + already, count.note)
 
 
-def _generate_on_ranks(context: Context, engine: DeepSpeedEngine, show: Callable[[Count], None], already: int) -> None:
-    """Runs this same command on every rank."""
-    extensions = context.run.cache / "torch_extensions"
-    log = context.run.logs / "generate.log"
-    progress = [_progress_file(context, rank) for rank in range(context.recipe.teacher.ranks_per_node)]
+def nodes_of(recipe: Recipe) -> Nodes | None:
+    """This node's place in a launch over several; None on one node, and with engines that start no ranks.
+
+    Raises:
+        UnusableInput: the recipe wants several nodes and the environment does not say where they meet.
+    """
+    teacher = recipe.teacher
+    return read_nodes(teacher.hardware.nodes, os.environ) if isinstance(teacher.engine, DeepSpeedEngine) else None
+
+
+def join_generation(context: Context) -> None:
+    """Another node's part of the stage: its ranks, and nothing else.
+
+    The first node holds the stage's lock, shows progress and seals. Both read the same ledger before any rank can commit
+    (ranks start once all launchers have met), so they agree on whether there is anything to do; and a rank commits
+    before the collective in which its engine closes, so the first node's ranks end after everybody's last commit.
+    """
+    if read_ledger(context.run).pending:
+        nodes = nodes_of(context.recipe)
+        _run_ranks_here(context, nodes, context.run.logs / f"generate.n{nodes.rank if nodes else 0}.log", lambda: None)
+
+
+def _run_ranks_here(context: Context, nodes: Nodes | None, log: Path, poll: Callable[[], None]) -> None:
+    """Runs this same command on every rank of this node."""
+    processes, extensions = context.recipe.teacher.ranks_per_node, context.run.cache / "torch_extensions"
+    run_ranks(context.words("generate"), processes=processes, extensions=extensions, log=log, poll=poll, nodes=nodes)
+
+
+def _generate_on_ranks(context: Context, show: Callable[[Count], None], already: int) -> None:
+    teacher = context.recipe.teacher
+    progress = [_progress_file(context, rank) for rank in range(teacher.world // teacher.layout.tensor_parallel)]
     for path in progress:
         path.unlink(missing_ok=True)
 
@@ -108,9 +147,7 @@ def _generate_on_ranks(context: Context, engine: DeepSpeedEngine, show: Callable
         if (count := read_counts(progress)) is not None:
             show(_after(count, already))
 
-    run_ranks(
-        context.words("generate"), processes=context.recipe.teacher.ranks_per_node, extensions=extensions, log=log, poll=poll
-    )
+    _run_ranks_here(context, nodes_of(context.recipe), context.run.logs / "generate.log", poll)
 
 
 def _progress_file(context: Context, rank: int) -> Any:

@@ -9,10 +9,7 @@ import logging
 import os
 import socket
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
@@ -20,19 +17,18 @@ from configs.errors import UnusableInput
 from configs.progress import Count, Report
 from configs.schema import Recipe
 from data.chat import Dialect, dialect_of, encode_prompt
-from data.engine import Completion, Engine, Request, request_under
+from data.engine import Completion, Engine, ExpertLoad, Request, request_under
 from data.ledger import GenerationState
 from data.logits import commit_logits, to_row
 from data.prompt_set import read_prompts
 from data.records import Message, Trace, Turn, request_seed
 from data.schema import to_table
-from data.store import RunFolder, commit_segment, segments, write_json
+from data.store import RunFolder, commit_segment, segments
 from data.structure import count_reasoning_tokens, split_reasoning
 from generate.schedule import Ask, all_asks, mean_output_tokens, pending_asks, share
+from generate.telemetry import ExpertTally
 
 log = logging.getLogger(__name__)
-
-EXPERTS_FILE = "experts.json"
 
 
 class Writer:
@@ -52,9 +48,11 @@ class Writer:
         self.dialect: Dialect = dialect_of(tokenizer)
         self.unwritten: list[Trace] = []
         self.unwritten_logits: list[dict[str, object]] = []
+        self.tally = ExpertTally()
 
     def add(self, ask: Ask, request: Request, completion: Completion) -> None:
         self.unwritten.append(self._trace(ask, request, completion))
+        self.tally.add(request, completion)
         if completion.top is not None:
             self.unwritten_logits.append(to_row(ask.trace_id, self.worker, completion.top, request.log_z_temperatures))
         if len(self.unwritten) >= self.recipe.generate.segment_traces:
@@ -69,6 +67,7 @@ class Writer:
             "tasks": [trace.task for trace in self.unwritten],
             "output_tokens": [trace.reasoning_tokens + trace.answer_tokens for trace in self.unwritten],
             "teacher_fingerprint": self.teacher_fingerprint,
+            **self.tally.save(self.run, self.worker),
         }
         commit_logits(self.run, self.unwritten_logits, worker=self.worker)
         self.unwritten_logits = []
@@ -111,7 +110,7 @@ class Writer:
             top_p=sampling.top_p,
             max_tokens=sampling.max_tokens,
             seed=request.seed,
-            expert_load="" if completion.expert_load is None else json.dumps(asdict(completion.expert_load)),
+            expert_load=_load_text(completion.expert_load),
             attempt=1,
             worker=self.worker,
             started_at=completion.started_at,
@@ -120,6 +119,13 @@ class Writer:
             teacher_licence=self.recipe.teacher.licence,
             source_licence=ask.prompt.licence,
         )
+
+
+def _load_text(load: ExpertLoad | None) -> str:
+    """The summary as JSON; the counts behind it go their own way, a segment at a time."""
+    if load is None:
+        return ""
+    return json.dumps({"max_over_mean": load.max_over_mean, "entropy": load.entropy, "hottest": load.hottest})
 
 
 def to_request(ask: Ask, tokenizer: PreTrainedTokenizerBase, stop_ids: tuple[int, ...], recipe: Recipe) -> Request:
@@ -178,8 +184,6 @@ def generate_share(
         finished, tokens = finished + 1, tokens + len(completion.token_ids)
         report(Count(finished, len(mine), f"{tokens * world / (time.perf_counter() - started):.0f} tokens/s"))
     writer.commit()
-    if writes:
-        save_expert_stats(run, engine, rank)
     log.info("rank %d: %d traces, %d tokens in %.1f s", rank, finished, tokens, time.perf_counter() - started)
     return finished
 
@@ -193,37 +197,3 @@ def refuse_strangers(state: GenerationState, asks: Sequence[Ask], run: RunFolder
             f"{run.traces}: {len(strangers)} of {len(state.finish_reasons)} traces belong to another teacher, "
             f"sampling or prompt set (first: {strangers[0]}); use another --run-dir"
         )
-
-
-# --- expert load -------------------------------------------------------------------------------------------------
-
-
-def save_expert_stats(run: RunFolder, engine: Engine, rank: int) -> None:
-    """This rank's routed-token counts are one file a launch and rank; readers add them up, so a resumed run counts
-    every token once."""
-    stats = engine.expert_stats()
-    if stats is not None:
-        write_json(run.metrics / "experts" / f"{time.time_ns():020d}-r{rank}.json", {"counts": stats.counts})
-
-
-def merge_expert_stats(run: RunFolder) -> Path | None:
-    """All ranks' counts summed into metrics/experts.json: {"counts": {task: [layer][expert]}}. None without telemetry."""
-    total: dict[str, list[Counter[int]]] = {}
-    for counts in _expert_files(run):
-        for task, layers in counts.items():
-            summed = total.setdefault(task, [Counter() for _ in layers])
-            for layer, experts in zip(summed, layers, strict=True):
-                layer.update(dict(enumerate(experts)))
-    if not total:
-        return None
-    path = run.metrics / EXPERTS_FILE
-    write_json(
-        path,
-        {"counts": {task: [[layer[index] for index in sorted(layer)] for layer in layers] for task, layers in total.items()}},
-    )
-    return path
-
-
-def _expert_files(run: RunFolder) -> Iterator[dict[str, list[list[int]]]]:
-    for path in sorted((run.metrics / "experts").glob("*.json")):
-        yield json.loads(path.read_text())["counts"]

@@ -11,7 +11,7 @@ documented support, so equality with one process is a test (tests/distributed).
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -21,19 +21,30 @@ import torch
 import torch.distributed as dist
 import transformers
 from deepspeed.accelerator import get_accelerator
+from deepspeed.module_inject.layers import set_autotp_mode
 from deepspeed.moe.ep_router import TokenChoiceTopKRouter
+from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
+from deepspeed.utils import groups
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from configs.errors import UnusableInput
 from data.engine import Completion, ExpertStats, Handout, Request, Scores
+from teacher.empty_model import compute_buffers, empty_model
 from teacher.families import HEAD, family_of
-from teacher.runner import Runner, build_runner, read_config, read_model
+from teacher.heartbeat import DONE, Heartbeat, launch_store
+from teacher.manifest import check_layout as check_prepared_for
+from teacher.manifest import is_prepared, read_manifest
+from teacher.partition import Cut, Layout, zero_group
+from teacher.runner import DTYPES, Runner, build_runner, read_config, read_model
+from teacher.shards import read_rank
 
 log = logging.getLogger(__name__)
 
 COLLECTIVE_TIMEOUT_S = 1800.0
+BACKSTOP_S = 60.0  # the heartbeat ends a rank first: it knows whose fault it is
 Dtype = Literal["fp32", "bf16"]
 
 
@@ -69,15 +80,10 @@ def parallel_config(parallel: Parallel, model_type: str) -> dict[str, Any]:
         return sections
     family = family_of(model_type)
     if parallel.expert > 1:
-        sections["expert_parallel"] = {
-            "enabled": True,
-            "autoep_size": parallel.expert,
-            "preset_model": "deepseek_v3",
-            "num_experts_attr": "num_local_experts",
-            "score_func": family.scores,
-            "route_norm": family.normalised,
-            "has_shared_experts": family.has_shared_experts,
-        }
+        routing = {"preset_model": "deepseek_v3", "score_func": family.scores, "route_norm": family.normalised}
+        if not family.has_shared_experts:
+            routing |= {"num_experts_attr": "num_local_experts", "has_shared_experts": False}
+        sections["expert_parallel"] = {"enabled": True, "autoep_size": parallel.expert} | routing
     if parallel.tensor > 1:
         slices = [("column", family.column), ("row", family.row), ("skip", family.whole)]
         specs = [{"patterns": list(patterns), "partition_type": kind} for kind, patterns in slices]
@@ -91,8 +97,8 @@ class DeepSpeedEngine:
     """One rank of the sharded teacher. All ranks construct it, load it, and iterate `generate` to its end together; a
     rank with no requests passes an empty list. Rank and world size come from torchrun's environment.
 
-    batch_size: decode slots on this rank. timeout_s: of every collective; a rank that died makes the others fail after
-    it instead of waiting for ever.
+    batch_size: decode slots on this rank. timeout_s: of a step and of a rank's silence (teacher/heartbeat.py); a rank that
+    died, stopped or hangs makes the others fail within it, with its name, instead of waiting for ever.
     """
 
     name = "deepspeed"
@@ -114,6 +120,8 @@ class DeepSpeedEngine:
         self.batch_size, self.max_length, self.cache_bytes, self.timeout_s = batch_size, max_length, cache_bytes, timeout_s
         self._runner: Runner | None = None
         self._module: nn.Module | None = None
+        self._engine: deepspeed.DeepSpeedEngine | None = None
+        self._heart: Heartbeat | None = None
         self._said = torch.zeros(1)
 
     @property
@@ -132,13 +140,19 @@ class DeepSpeedEngine:
             return
         config = read_config(self.model_dir)
         start_process_group(self.timeout_s)
-        check_layout(self.parallel, self.dtype, config, dist.get_world_size())
+        check_layout(self.parallel, self.dtype, config, dist.get_world_size(), int(os.environ["LOCAL_WORLD_SIZE"]))
+        self._heart = start_heartbeat(self.timeout_s)
+        with self._heart.answerable():
+            self._load(config)
+
+    def _load(self, config: PretrainedConfig) -> None:
         device = torch.device(accelerator().current_device_name())
         engine = shard(self.model_dir, config, self.dtype, self.parallel)
         assert isinstance(engine.module, nn.Module)
-        self._module, self._said = engine.module, self._said.to(device)
+        set_group_timeouts(self.timeout_s + BACKSTOP_S)
+        self._engine, self._module, self._said = engine, engine.module, self._said.to(device)
         self._runner = build_runner(
-            engine,
+            self._forward,
             engine.module,
             config,
             self.model_dir,
@@ -165,13 +179,27 @@ class DeepSpeedEngine:
 
     def generate(self, requests: Iterable[Request], handout: Handout | None = None) -> Iterator[Completion]:
         """This rank's completions. Iterate to the end: a rank that stops early leaves the others in a collective; to end
-        all of them, let one rank's `handout.stop` say so."""
-        yield from self.runner.generate(requests, handout)
+        all of them, let one rank's `handout.stop` say so.
+
+        Raises:
+            RankLost: another rank died, stopped or stands still; the message names it, this rank and the step.
+        """
+        runner, heart = self.runner, self.heart
+        with heart.answerable():
+            for completion in runner.generate(requests, handout):
+                heart.leave()  # the caller's time
+                yield completion
+                heart.enter("taking requests")
+            heart.leave()
 
     def score(
         self, sequences: Sequence[Sequence[int]], top_logits: int = 0, log_z_temperatures: Sequence[float] = (1.0,)
     ) -> list[Scores]:
-        return self.runner.score(sequences, top_logits, log_z_temperatures)
+        runner, heart = self.runner, self.heart
+        with heart.answerable():
+            scores = runner.score(sequences, top_logits, log_z_temperatures)
+            heart.leave()
+            return scores
 
     def expert_stats(self) -> ExpertStats | None:
         return self.runner.expert_stats()
@@ -180,12 +208,30 @@ class DeepSpeedEngine:
         """Collective: without the barrier and the orderly end a rank may abort at exit while another still talks to it."""
         if self._runner is not None:
             self._runner.watch.detach()
-            self._runner = self._module = None
+            self._runner = self._module = self._engine = None
+        if self._heart is not None:
+            with self._heart.answerable():
+                self._heart.enter("closing")
+                dist.barrier()
+            self._heart.end(DONE)
+            self._heart = None
         if dist.is_initialized():
-            dist.barrier()
             dist.destroy_process_group()
 
+    @property
+    def heart(self) -> Heartbeat:
+        self.load()
+        assert self._heart is not None
+        return self._heart
+
+    def _forward(self, **inputs: object) -> object:
+        """A top-level forward pass, the unit in which ranks keep step."""
+        self.heart.enter("forward pass", step=self.heart.step + 1)
+        assert self._engine is not None
+        return self._engine(**inputs)
+
     def _agree(self, mine: int) -> int:
+        self.heart.enter("agreeing on the next step")
         self._said.fill_(float(mine))
         dist.all_reduce(self._said, op=dist.ReduceOp.MAX)
         return int(self._said.item())
@@ -217,14 +263,37 @@ def start_process_group(timeout_s: float) -> None:
     deepspeed.init_distributed(backend, timeout=timedelta(seconds=timeout_s), dist_init_required=True)
 
 
-def check_layout(parallel: Parallel, dtype: Dtype, config: PretrainedConfig, world: int) -> None:
-    """Raises UnusableInput when the degrees do not fit the ranks, the experts or what DeepSpeed can do."""
+def set_group_timeouts(timeout_s: float) -> None:
+    """Of every process group of this rank. DeepSpeed makes its own without one, and torch then gives them 30 minutes with
+    gloo and 10 with NCCL, whose watchdog aborts the process: too long for a test, too short for a large prefill."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
+
+
+def start_heartbeat(timeout_s: float) -> Heartbeat:
+    """This rank's heartbeat, started. Right after the process group: it takes part in no collective."""
+    heart = Heartbeat(launch_store(timeout_s), dist.get_rank(), dist.get_world_size(), timeout_s)
+    heart.start()
+    return heart
+
+
+def check_layout(parallel: Parallel, dtype: Dtype, config: PretrainedConfig, world: int, ranks_per_node: int) -> None:
+    """Raises UnusableInput when the degrees do not fit the ranks, the experts or what DeepSpeed can do.
+
+    AutoEP and AutoTP both group neighbouring ranks: expert groups are [0, expert), [expert, 2 expert), ..., tensor groups
+    likewise. So tensor groups stay inside a node when they tile it; expert groups may span tensor groups and nodes.
+    """
     num_experts = int(getattr(config, "num_local_experts", 0) or 0)  # transformers' common name for all families
     for name, degree in (("expert_parallel", parallel.expert), ("tensor_parallel", parallel.tensor)):
         if world % degree:
             raise UnusableInput(f"layout.{name} {degree}: does not divide the {world} ranks; expected a divisor of {world}")
     if parallel.expert > 1 and (num_experts == 0 or num_experts % parallel.expert):
         raise UnusableInput(f"layout.expert_parallel {parallel.expert}: does not divide the model's {num_experts} experts")
+    if ranks_per_node % parallel.tensor:
+        raise UnusableInput(
+            f"layout.tensor_parallel {parallel.tensor}: does not divide the {ranks_per_node} ranks of a node; a layer's slices "
+            "are summed at every matrix and must not cross the network"
+        )
     for name in ("num_attention_heads", "num_key_value_heads"):
         if (heads := int(getattr(config, name, 0) or 0)) % parallel.tensor:
             raise UnusableInput(
@@ -237,17 +306,153 @@ def check_layout(parallel: Parallel, dtype: Dtype, config: PretrainedConfig, wor
 def shard(model_dir: Path, config: PretrainedConfig, dtype: Dtype, parallel: Parallel) -> deepspeed.DeepSpeedEngine:
     """The model behind a DeepSpeed engine in evaluation mode, its weights spread over the ranks."""
     zero = zero_config(dtype, parallel)
-    announced = HfDeepSpeedConfig(zero) if parallel.zero_stage == 3 else None  # from_pretrained looks for a living one
-    model = read_model(model_dir, config, dtype)
-    del announced
-    if parallel.zero_stage == 3:
-        gather_by_layer(model)
-    engine, *_ = deepspeed.initialize(model=model, config=zero | parallel_config(parallel, config.model_type))
+    sections = zero | parallel_config(parallel, config.model_type)
+    if is_prepared(model_dir):
+        engine = engine_from_shards(model_dir, config, dtype, parallel, sections)
+    else:
+        announced = HfDeepSpeedConfig(zero) if parallel.zero_stage == 3 else None  # from_pretrained looks for a living one
+        model = read_model(model_dir, config, dtype)
+        del announced
+        if parallel.zero_stage == 3:
+            gather_by_layer(model)
+        engine, *_ = deepspeed.initialize(model=model, config=sections)
     assert isinstance(engine, deepspeed.DeepSpeedEngine) and isinstance(engine.module, nn.Module)
     route_in_float32(engine.module)
     drop_backward_hooks(engine)
     engine.eval()
     return engine
+
+
+def engine_from_shards(
+    folder: Path, config: PretrainedConfig, dtype: Dtype, parallel: Parallel, sections: dict[str, Any]
+) -> deepspeed.DeepSpeedEngine:
+    """The engine from prepared shards: each rank opens its own files alone, and no tensor is ever whole anywhere.
+
+    Raises:
+        UnusableInput: shards for another layout, or damaged ones.
+    """
+    manifest, rank = read_manifest(folder), dist.get_rank()
+    check_prepared_for(folder, manifest, Layout(dist.get_world_size(), *parallel), dtype)
+    device = torch.device(accelerator().current_device_name())
+    num_threads = max(1, min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    held = read_rank(folder, manifest, rank, device, num_threads)
+    model = empty_model(config, DTYPES[dtype])
+    compute_buffers(model, device)
+    if parallel.zero_stage == 3:
+        gather_by_layer(model)
+    if parallel.tensor > 1:
+        set_autotp_mode(training=True)  # as deepspeed.initialize does
+    return PreparedEngine(model, sections, held, manifest.cuts, manifest.layout)
+
+
+class PreparedEngine(deepspeed.DeepSpeedEngine):
+    """DeepSpeed around a model without values. AutoEP and AutoTP replace and cut its layers on the meta device, as they would
+    real ones; then every parameter becomes the part that this rank holds, before ZeRO looks for something to partition."""
+
+    def __init__(
+        self, model: PreTrainedModel, sections: dict[str, Any], held: dict[str, Tensor], cuts: dict[str, Cut], layout: Layout
+    ) -> None:
+        self._held, self._cuts, self._layout = held, cuts, layout
+        super().__init__(args=None, model=model, config=sections, config_class=deepspeed.DeepSpeedConfig(sections))
+
+    def _configure_expert_parallel(self, model: nn.Module, collect_sources: bool | None = None) -> Any:
+        with _EmptyIsMeta():
+            return super()._configure_expert_parallel(model, collect_sources)
+
+    def _configure_distributed_model(self, model: nn.Module) -> None:
+        fill(model, self._held, self._cuts, self._layout, self.config)
+        del self._held
+        super()._configure_distributed_model(model)
+
+    def _broadcast_model(self) -> None:
+        """Nothing to do: every rank has verified its own bytes."""
+
+
+class _EmptyIsMeta(TorchFunctionMode):
+    """Modules made inside have their parameters on the meta device. torch.device("meta") would also take in the probe that
+    AutoEP sends through an activation function to compare its values."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty and kwargs.get("device") is None:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def fill(module: nn.Module, held: dict[str, Tensor], cuts: dict[str, Cut], layout: Layout, sections: dict[str, Any]) -> None:
+    """Every parameter and buffer of a model on the meta device holds its values; `held` is empty afterwards.
+
+    Raises:
+        UnusableInput: the shards are not what this DeepSpeed makes of the model (another release prepared them).
+    """
+    init = deepspeed.zero.Init(config_dict_or_path=sections) if layout.zero_stage == 3 else None
+    made: dict[nn.Parameter, nn.Parameter] = {}  # a tied parameter has several owners
+    for prefix, owner in module.named_modules(remove_duplicate=False):
+        for leaf, parameter in list(owner._parameters.items()):
+            if parameter is None or not parameter.is_meta:
+                continue
+            name = f"{prefix}.{leaf}" if prefix else leaf
+            if parameter not in made:
+                made[parameter] = _filled(name, parameter, _take(held, name), cuts[name], layout, init)
+            owner._parameters[leaf] = made[parameter]
+        for leaf, buffer in list(owner._buffers.items()):
+            if buffer is not None and buffer.is_meta:
+                name = f"{prefix}.{leaf}" if prefix else leaf
+                kept = leaf not in owner._non_persistent_buffers_set
+                # AutoEP's own counters start at zero; transformers' computed buffers are there already.
+                owner._buffers[leaf] = _take(held, name) if kept else torch.zeros_like(buffer, device=_device())
+    if held:
+        raise UnusableInput(f"prepared shards hold {next(iter(held))}, which the model does not; run tracestill prepare again")
+
+
+def _take(held: dict[str, Tensor], name: str) -> Tensor:
+    if name not in held:
+        raise UnusableInput(f"prepared shards have no {name}; run tracestill prepare CONFIG again, with this release")
+    return held.pop(name)
+
+
+def _filled(
+    name: str, empty: nn.Parameter, values: Tensor, cut: Cut, layout: Layout, init: deepspeed.zero.Init | None
+) -> nn.Parameter:
+    """A parameter like `empty` with what its module, AutoEP and AutoTP have noted on it, and this rank's values."""
+    size, index = zero_group(cut, layout, dist.get_rank())
+    if values.numel() != -(-empty.numel() // size):
+        raise UnusableInput(
+            f"prepared shards hold {values.numel()} numbers of {name}, expected {-(-empty.numel() // size)}; prepare it again"
+        )
+    if init is None:
+        filled = nn.Parameter(values.view(empty.shape), requires_grad=empty.requires_grad)
+        filled.__dict__.update(empty.__dict__)
+        return filled
+    # The shape without the memory: one number, seen as many times as there are elements.
+    whole = torch.empty((), dtype=values.dtype, device=values.device).expand(empty.shape)
+    filled = nn.Parameter(whole, requires_grad=empty.requires_grad)
+    filled.__dict__.update(empty.__dict__)
+    if cut == "experts":
+        filled.ds_zero_partition_process_group = groups._get_expert_data_parallel_group(f"ep_size_{layout.expert}")
+    elif cut != "whole":
+        filled.ds_zero_partition_process_group = groups.get_data_parallel_group()
+    _adopt_partition(init, filled, values)
+    found = (filled.ds_zero_partition_world_size, filled.ds_zero_partition_rank)
+    assert found == (size, index), f"{name}: DeepSpeed cuts it as {found}, prepared as {(size, index)}"
+    return filled
+
+
+def _adopt_partition(init: deepspeed.zero.Init, parameter: nn.Parameter, values: Tensor) -> None:
+    """ZeRO takes `values` for this rank's partition of the parameter. Its own way in broadcasts every whole tensor from rank 0
+    and copies a slice of it."""
+    init._convert_to_deepspeed_param(parameter)
+    values.ds_numel, values.final_location = values.numel(), None
+    values.status = PartitionedParamStatus.AVAILABLE
+    parameter.ds_tensor = values
+    parameter.ds_numel_aligned = values.numel() * parameter.ds_zero_partition_world_size
+    parameter.partition()  # sees a partition already made, and lets go of the whole
+
+
+def _device() -> torch.device:
+    return torch.device(accelerator().current_device_name())
 
 
 def gather_by_layer(model: PreTrainedModel) -> None:

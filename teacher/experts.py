@@ -4,19 +4,21 @@ AutoEP keeps counters of its own, but they include padding and the dummy steps o
 `output_router_logits` returns nothing under AutoEP. The routers' outputs are the same in both worlds: transformers'
 `GlmMoeDsaTopkRouter` gives the chosen experts as output 2, AutoEP's `TokenChoiceTopKRouter` as output 1.
 
-A row's counts join the totals when its request finishes, so that telemetry and completions speak of the same tokens.
+A row's counts join the totals when its request finishes, so that telemetry and completions speak of the same tokens: the
+prompt and all of the output but its last token, once each, whether or not the row was sent back to the queue and read in
+again in between. What an output that was handed out had routed so far is dropped: whoever continues it counts it.
 
 Legend: B slots, L sparse layers, E experts, S tokens of a row, K experts per token.
 """
 
-import math
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from data.engine import ExpertLoad, ExpertStats
+from data.engine import ExpertStats
+from data.expert_load import CountedLoad, summarise
 
 CHOSEN_OUTPUT = {
     "GlmMoeDsaTopkRouter": 2,
@@ -25,54 +27,6 @@ CHOSEN_OUTPUT = {
     "MixtralTopKRouter": 2,
     "TokenChoiceTopKRouter": 1,
 }
-HOTTEST = 3
-
-
-class LoadMetrics(NamedTuple):
-    """How evenly one layer's tokens fall on its experts.
-
-    max_over_mean: busiest expert over the mean; 1 is even, E is collapse. cv: standard deviation over mean. entropy:
-    exp(H) / E in (0, 1], the share of experts in effective use. dead: share of experts without a token.
-    """
-
-    max_over_mean: float
-    cv: float
-    entropy: float
-    dead: float
-
-
-def load_metrics(counts: Sequence[int]) -> LoadMetrics:
-    """Metrics of one layer's token counts per expert; nothing routed is all zeros."""
-    total, num_experts = sum(counts), len(counts)
-    if total == 0:
-        return LoadMetrics(0.0, 0.0, 0.0, 0.0)
-    mean = total / num_experts
-    variance = sum((count - mean) ** 2 for count in counts) / num_experts
-    entropy_nats = -math.fsum(count / total * math.log(count / total) for count in counts if count)
-    return LoadMetrics(
-        max(counts) / mean, math.sqrt(variance) / mean, math.exp(entropy_nats) / num_experts, counts.count(0) / num_experts
-    )
-
-
-def rank_loads(counts: Sequence[int], expert_parallel: int) -> list[int]:
-    """Tokens per expert-parallel rank; AutoEP gives each rank a contiguous block of experts."""
-    block = len(counts) // expert_parallel
-    return [sum(counts[start : start + block]) for start in range(0, len(counts), block)]
-
-
-def summarise(counts_LE: Tensor) -> ExpertLoad:
-    """One request's load, averaged over sparse layers."""
-    loads_LE = counts_LE.double()
-    totals_L = loads_LE.sum(-1).clamp(min=1)
-    shares_LE = loads_LE / totals_L[:, None]
-    num_experts = loads_LE.shape[-1]
-    entropy_L = torch.special.entr(shares_LE).sum(-1).exp() / num_experts
-    hottest = shares_LE.flatten().topk(min(HOTTEST, shares_LE.numel())).indices.tolist()
-    return ExpertLoad(
-        max_over_mean=float((shares_LE.amax(-1) * num_experts).mean()),
-        entropy=float(entropy_L.mean()),
-        hottest=tuple((index // num_experts, index % num_experts) for index in hottest),
-    )
 
 
 class ExpertWatch:
@@ -118,13 +72,13 @@ class ExpertWatch:
         source, target = torch.tensor(moves, device=self.counts_BLE.device).T
         self.counts_BLE[target] = self.counts_BLE[source]
 
-    def finish(self, slot: int, task: str) -> ExpertLoad | None:
-        """The slot's counts join its task's totals; returns their summary."""
+    def finish(self, slot: int, task: str) -> CountedLoad | None:
+        """The slot's counts join its task's totals; returns them with their summary."""
         if self.counts_BLE.numel() == 0:
             return None
         counts_LE = self.counts_BLE[slot].cpu().long()
         self.totals[task] = self.totals.get(task, 0) + counts_LE
-        return summarise(counts_LE)
+        return summarise(counts_LE.numpy())
 
     def stats(self) -> ExpertStats | None:
         if self.counts_BLE.numel() == 0:

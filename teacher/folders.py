@@ -9,6 +9,8 @@ from configs import schema
 from configs.errors import UnusableInput
 
 EMBEDDED = Path(__file__).parent / "embedded"
+IDENTITY = ("config.json", "tokenizer.json", "chat_template.jinja")
+"""With the weights, what a trace depends on."""
 
 
 def model_folder(model: str) -> Path:
@@ -42,6 +44,27 @@ def resolve_model(model: str) -> Path:
     return folder
 
 
+def weights_folder(teacher: schema.Teacher) -> Path:
+    """Where the engine loads from: the prepared shards that the recipe names, or the checkpoint.
+
+    Raises:
+        UnusableInput: also when the shards are not finished, or were made of another checkpoint than teacher.model.
+    """
+    prepared = prepared_folder(teacher)
+    if prepared is None:
+        return resolve_model(teacher.model)
+    from teacher.manifest import check_source, read_manifest  # pyarrow comes with it, which `plan` can do without
+
+    check_source(prepared, read_manifest(prepared), EMBEDDED if teacher.model == "embedded" else Path(teacher.model))
+    return prepared
+
+
+def prepared_folder(teacher: schema.Teacher) -> Path | None:
+    """teacher.engine.prepared, for the one engine that has it."""
+    named = teacher.engine.prepared if isinstance(teacher.engine, schema.DeepSpeedEngine) else ""
+    return Path(named) if named else None
+
+
 def read_config_json(folder: Path) -> dict[str, Any]:
     try:
         return json.loads((folder / "config.json").read_text())
@@ -52,13 +75,23 @@ def read_config_json(folder: Path) -> dict[str, Any]:
 
 
 def fingerprint_model(folder: Path) -> str:
-    """Hex digest (16 characters) over config.json, tokenizer, template and every safetensors file: what a trace depends on."""
-    digest = hashlib.sha256()
-    named = ("config.json", "tokenizer.json", "chat_template.jinja")
-    for path in sorted([*(folder / name for name in named if (folder / name).is_file()), *folder.glob("*.safetensors")]):
-        with path.open("rb") as file:
-            digest.update(f"{path.name}:{hashlib.file_digest(file, 'sha256').hexdigest()};".encode())
-    return digest.hexdigest()[:16]
+    """Hex digest (16 characters) over config.json, tokenizer, template and every safetensors file: what a trace depends on.
+    Prepared shards answer with that of the checkpoint they were made of."""
+    from teacher.manifest import fingerprint_of, is_prepared, read_manifest
+
+    if is_prepared(folder):
+        return read_manifest(folder).source.fingerprint
+    return fingerprint_of({path.name: sha256_of(path) for path in identity_files(folder)})
+
+
+def identity_files(folder: Path) -> list[Path]:
+    """The files that decide what a model answers."""
+    return sorted([*(folder / name for name in IDENTITY if (folder / name).is_file()), *folder.glob("*.safetensors")])
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fingerprint_teacher(teacher: schema.Teacher) -> str:
@@ -67,7 +100,7 @@ def fingerprint_teacher(teacher: schema.Teacher) -> str:
     weights = (
         fingerprint_tokenizer_only(teacher.model)
         if isinstance(teacher.engine, schema.HttpEngine)
-        else fingerprint_model(resolve_model(teacher.model))
+        else fingerprint_model(weights_folder(teacher))
     )
     if isinstance(teacher.engine, schema.HttpEngine):
         how = f"{teacher.engine.base_url} {teacher.engine.model or teacher.model}"

@@ -15,6 +15,7 @@ from teacher.admission import FIRST_COLUMNS
 from teacher.cache import SlotCache
 from teacher.decode import Limits, decode
 from teacher.experts import ExpertWatch
+from teacher.manifest import is_prepared
 from teacher.row import Detokenize
 from teacher.score import Wanted, score_sequences
 from teacher.sparse_attention import attention_for, install
@@ -132,7 +133,7 @@ def read_config(model_dir: Path) -> PretrainedConfig:
     """The model's configuration. Raises UnusableInput when the folder holds none that transformers knows."""
     if not (model_dir / "config.json").is_file():
         raise UnusableInput(f"model {model_dir}: no config.json there; expected a checkpoint folder in Hugging Face layout")
-    if not any(model_dir.glob("*.safetensors")):
+    if not (any(model_dir.glob("*.safetensors")) or is_prepared(model_dir)):
         raise UnusableInput(f"model {model_dir}: no *.safetensors there; convert the checkpoint to safetensors")
     try:
         return AutoConfig.from_pretrained(model_dir)
@@ -144,7 +145,7 @@ def read_model(model_dir: Path, config: PretrainedConfig, dtype: Dtype) -> PreTr
     """The causal language model of a folder, with the attention of teacher/sparse_attention.py where there is one.
 
     Experts run as one grouped GEMM, the fastest on CPU for small models (training 11.5 k tokens/s, against 10.0 k eager
-    and 1.1 k batched). `generate` of transformers does not know our attention: call the model through a Runner.
+    and 1.1 k batched).
     """
     model = AutoModelForCausalLM.from_pretrained(
         model_dir,

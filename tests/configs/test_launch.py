@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from configs.errors import Interrupted, Refused, UnusableInput
-from configs.launch import StageFailed, _failure, _run, rank_environment, rank_error_line
+from configs.launch import Nodes, StageFailed, _failure, _meeting, _run, rank_environment, rank_error_line, read_nodes
 
 
 def run(code: str, tmp_path: Path) -> None:
@@ -28,10 +28,12 @@ def test_a_killed_rank_is_not_mistaken_for_an_interruption(tmp_path: Path) -> No
     """torchrun ends the others with SIGTERM, and they report 75; requeueing on that would loop for ever."""
     lines = [
         "error[75]: stopped by SIGTERM; the same command continues",
+        "  rank      : 3 (local_rank: 1)",
+        "  exitcode  : -9 (pid: 7)",
         "  error_file: x",
         "  traceback : Signal 9 (SIGKILL) received by PID 7",
     ]
-    with pytest.raises(StageFailed, match="a rank was ended by SIGKILL") as raised:
+    with pytest.raises(StageFailed, match="rank 3 was ended by") as raised:
         run(f"import sys; print({chr(10).join(lines)!r}); sys.exit(1)", tmp_path)
     assert raised.value.exit_code == 1
 
@@ -96,3 +98,56 @@ def test_cpu_ranks_get_one_thread_and_a_private_extension_folder(tmp_path: Path,
     assert environment["TORCH_EXTENSIONS_DIR"] == str(tmp_path / "ext")
     if environment["DS_ACCELERATOR"] == "cpu":
         assert environment["OMP_NUM_THREADS"] == "1" and environment["GLOO_SOCKET_IFNAME"] == "lo"
+
+
+def test_what_a_rank_says_of_another_comes_before_torchruns_summary(tmp_path: Path) -> None:
+    """The rank that was killed says nothing; the one that waited for it names it, and torchrun's SIGTERM is not the news."""
+    lines = [
+        "error[75]: stopped by SIGTERM; the same command continues",
+        "error[1]: rank 0, step 58 (forward pass): Connection closed by peer; rank 1 has been silent for 4 s, last in step 57",
+        "  rank      : 1 (local_rank: 1)",
+        "  traceback : Signal 9 (SIGKILL) received by PID 7",
+    ]
+    with pytest.raises(StageFailed, match="code 1: rank 0, step 58 .* rank 1 has been silent for 4 s, last in step 57; see"):
+        run(f"import sys; print({chr(10).join(lines)!r}); sys.exit(1)", tmp_path)
+
+
+# --- several nodes -----------------------------------------------------------------------------------------------
+
+MEETING = {"TRACESTILL_NODES": "2", "TRACESTILL_RENDEZVOUS": "node-07:29500", "SLURM_JOB_ID": "41"}
+
+
+def test_a_node_learns_its_place_from_the_environment() -> None:
+    assert read_nodes(1, {}) is None
+    assert read_nodes(2, MEETING | {"SLURM_NODEID": "1"}) == Nodes(2, 1, "node-07:29500", "41")
+    assert read_nodes(2, MEETING | {"SLURM_NODEID": "1", "TRACESTILL_NODE_RANK": "0"}) == Nodes(2, 0, "node-07:29500", "41")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"TRACESTILL_RENDEZVOUS": ""}, "no rendezvous in the environment; .* TRACESTILL_NODE_RANK \\(0..1\\)"),
+        ({"TRACESTILL_RENDEZVOUS": "node-07"}, "no rendezvous in the environment"),
+        ({"TRACESTILL_NODES": "3"}, "says TRACESTILL_NODES=3; expected 2"),
+        ({"SLURM_NODEID": "2"}, "which node this is; expected 0..1"),
+        ({"SLURM_NODEID": ""}, "which node this is; expected 0..1"),
+    ],
+)
+def test_an_environment_that_does_not_fit_the_recipe_is_refused(changes: dict[str, str], said: str) -> None:
+    with pytest.raises(UnusableInput, match=f"teacher.hardware.nodes 2: .*{said}"):
+        read_nodes(2, MEETING | {"SLURM_NODEID": "0"} | changes)
+
+
+def test_the_first_node_serves_the_store_where_all_meet() -> None:
+    first, second = (_meeting(Nodes(2, rank, "node-07:29500", "41")) for rank in (0, 1))
+    assert "--rdzv-endpoint=node-07:29500" in first and "--nnodes=2" in first and "--rdzv-id=41" in first
+    assert [any("is_host=1" in word for word in words) for words in (first, second)] == [True, False]
+    assert "--standalone" in _meeting(None)
+
+
+def test_ranks_of_several_nodes_do_not_talk_over_the_loopback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert rank_environment(tmp_path)["GLOO_SOCKET_IFNAME"] == "lo"
+    assert "GLOO_SOCKET_IFNAME" not in rank_environment(tmp_path, Nodes(2, 0, "node-07:29500", "41"))
+    assert rank_environment(tmp_path, Nodes(2, 0, "127.0.0.1:29500", "41"))["GLOO_SOCKET_IFNAME"] == "lo"

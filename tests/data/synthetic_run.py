@@ -4,18 +4,22 @@ import dataclasses
 import json
 import math
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import yaml
 
 from configs.schema import Recipe
 from data.curriculum import ABSTENTION, known_places, unknown_places
+from data.expert_counts import COUNTS_FILE, TaskCounts, counts_table
+from data.expert_figures import LOAD_FILE, layer_loads, load_table
 from data.prompt_set import write_prompts
 from data.records import FinishReason, Message, Prompt, Trace, Turn, prompt_identity
 from data.schema import to_table
 from data.select import VIEW
-from data.store import RunFolder, commit_segment, seal, table_bytes, write_bytes, write_json
+from data.store import RunFolder, commit_segment, seal, table_bytes, write_bytes
 from student.evaluate import Harness
 from student.gates import GateRow
 from student.results import ItemResult, write_gates, write_results
@@ -98,7 +102,7 @@ def _trace(prompt: Prompt, sample: int, reasoning: str, tokens: int, finish: Fin
     )
 
 
-def make_run(root: Path, *, scale: int = 1, evaluated: bool = True) -> RunFolder:
+def make_run(root: Path, *, scale: int = 1, evaluated: bool = True, expert_alarms: Sequence[str] = ()) -> RunFolder:
     """A finished run; scale 20 has about the embedded run's numbers. evaluated=False stops after the dataset."""
     rng, run = random.Random(0), RunFolder(root)
     write_bytes(
@@ -109,8 +113,7 @@ def make_run(root: Path, *, scale: int = 1, evaluated: bool = True) -> RunFolder
     _seal(run, run.prompts, "prompts", [write_prompts(run, prompts)], {"requests": len(traces) + 3}, 2.5)
     for start in range(0, len(traces), 256):
         _commit(run, traces[start : start + 256])
-    write_json(run.metrics / "experts.json", {"counts": {task: _routing(rng) for task in TASKS}})
-    _seal(run, run.traces, "generate", [], {}, 210.0)
+    _seal(run, run.traces, "generate", _write_routing(run, rng), {"expert_alarms": list(expert_alarms)}, 210.0)
     _write_view(run, traces)
     if evaluated:
         _write_training(run, rng)
@@ -133,8 +136,18 @@ def _commit(run: RunFolder, traces: list[Trace]) -> None:
     commit_segment(run.traces, to_table(traces, Trace), worker="made-up-r0", facts=facts)
 
 
-def _routing(rng: random.Random) -> list[list[int]]:
-    return [[int(rng.lognormvariate(7, 0.3)) for _ in range(16)] for _ in range(4)]
+def _write_routing(run: RunFolder, rng: random.Random) -> list[Path]:
+    """Two halves of each task, with the task's own preferences: 4 layers of 16 experts, 2 a token."""
+    found = []
+    for task in TASKS:
+        liking_LE = np.array([[rng.lognormvariate(6, 0.5) for _ in range(16)] for _ in range(4)])
+        for part in (0, 1):
+            counts_LE = np.array([[int(mean * rng.uniform(0.95, 1.05)) for mean in row] for row in liking_LE])
+            found.append(TaskCounts(task, int(counts_LE[0].sum()) // 2, counts_LE, part))
+    tables = {COUNTS_FILE: counts_table(found), LOAD_FILE: load_table(layer_loads(found, expert_parallel=2))}
+    for name, table in tables.items():
+        write_bytes(run.metrics / name, table_bytes(table))
+    return [run.metrics / name for name in tables]
 
 
 def _write_view(run: RunFolder, traces: list[Trace]) -> None:

@@ -3,15 +3,19 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from configs.errors import UnusableInput
 from data import plots
+from data.expert_counts import TaskCounts
+from data.expert_figures import read_load
 from data.report import report_json, result_table, write_report
+from data.report_experts import relative_load
 from data.report_items import MAX_TEXT, shortened
 from data.report_page import GateLine, verdict_of
 from data.report_summary import FIGURES
-from data.report_traces import effective_share, length_facts, relative_load
+from data.report_traces import length_facts
 from data.store import RunFolder
 from tests.data.synthetic_run import EVIL, make_run
 
@@ -65,7 +69,7 @@ def collected(page: str) -> Collected:
 
 def test_the_summary_has_exactly_the_promised_keys(run: RunFolder) -> None:
     summary = report_json(run)
-    assert list(summary) == ["teacher", "base", "student", "export", "ledger", "seconds"]
+    assert list(summary) == ["teacher", "base", "student", "export", "ledger", "seconds", "experts"]
     for name in ("teacher", "base", "student"):
         figures = summary[name]
         assert figures is not None
@@ -162,6 +166,7 @@ PARTS = (
     "Trace lengths",
     "Training",
     "Expert load",
+    "Divergence between tasks",
     "The ledger",
     "Where the time went",
     "Sample traces",
@@ -174,7 +179,7 @@ def test_the_page_is_well_formed_and_shows_every_part(page: str) -> None:
     assert not found.open and not found.unbalanced
     for part in PARTS:
         assert part in found.text, part
-    assert sum(tag == "svg" for tag, _ in found.tags) == 3
+    assert sum(tag == "svg" for tag, _ in found.tags) == 4
     assert "prefers-color-scheme: dark" in page and "#0102" not in page  # plots follow the page's colours
 
 
@@ -198,10 +203,50 @@ def test_the_verdict_follows_the_gates() -> None:
 # --- figures on the page -----------------------------------------------------------------------------------------
 
 
-def test_expert_figures_equal_the_ones_computed_by_hand() -> None:
-    assert relative_load([2, 4, 6]) == [0.5, 1.0, 1.5] and relative_load([0, 0]) == [0.0, 0.0]
-    assert effective_share([5, 5, 5, 5]) == pytest.approx(1.0)
-    assert effective_share([9, 0, 0, 0]) == pytest.approx(0.25)
+# --- expert load -------------------------------------------------------------------------------------------------
+
+
+def test_the_summary_names_the_worst_layer_of_the_whole_run(run: RunFolder) -> None:
+    found, layers = report_json(run)["experts"], [row for row in read_load(run) if row.task is None]
+    assert found is not None and (found["layers"], found["experts"], found["experts_per_token"], found["expert_parallel"]) == (
+        4, 16, 2, 2,
+    )  # fmt: skip
+    assert found["max_over_mean"] == max(row.max_over_mean for row in layers) > 1
+    assert found["effective_share"] == min(row.effective_share for row in layers) < 1
+    assert found["divergence_nats"] == pytest.approx(sum(row.divergence_nats or 0 for row in layers) / 4) and not found["alarms"]
+
+
+def test_the_page_has_a_row_a_layer_and_a_row_a_task(page: str) -> None:
+    section = page[page.index("<h2>Expert load</h2>") : page.index("<h2>The ledger</h2>")]
+    assert section.count("<tr>") == 1 + 4 + 1 + 3 and "rank max / mean" in section and "spread over 2 ranks" in section
+
+
+def test_a_collapse_stands_on_the_page_in_one_line(tmp_path: Path) -> None:
+    alarm = "sparse layer 3: dead_share 0.5, above 0.25"
+    run = make_run(tmp_path, evaluated=False, expert_alarms=[alarm])
+    summary = report_json(run)["experts"]
+    assert summary is not None and summary["alarms"] == [alarm]
+    assert f'<p class="alarm"><b>collapse?</b> {alarm}</p>' in write_report(run).read_text()
+
+
+def test_a_teacher_without_routers_has_no_expert_load(tmp_path: Path) -> None:
+    run = make_run(tmp_path, evaluated=False)
+    rollup = json.loads((run.traces / "manifest.json").read_text())
+    (run.traces / "manifest.json").write_text(json.dumps(rollup | {"files": {}, "sizes": {}}))
+    assert report_json(run)["experts"] is None and "Expert load" not in write_report(run).read_text()
+
+
+def test_telemetry_that_changed_after_it_was_sealed_is_refused(tmp_path: Path) -> None:
+    run = make_run(tmp_path, evaluated=False)
+    path = run.metrics / "expert_load.arrow"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UnusableInput, match=r"expert_load\.arrow: sha256"):
+        report_json(run)
+
+
+def test_relative_load_is_a_multiple_of_the_layers_mean() -> None:
+    counts = [TaskCounts("a", 6, np.array([[1, 1, 1], [0, 0, 0]])), TaskCounts("b", 6, np.array([[1, 3, 5], [0, 0, 0]]))]
+    assert relative_load(counts) == [pytest.approx([0.5, 1.0, 1.5]), [0.0, 0.0, 0.0]]
 
 
 def test_percentiles_are_lengths_that_occurred() -> None:

@@ -1,6 +1,5 @@
 """The worker: what came back is a record, a record is committed, and nothing is asked twice."""
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from data.prompt_set import write_prompts
 from data.records import Prompt, Trace, prompt_identity
 from data.schema import from_table
 from data.store import RunFolder, read_first_copies, seal, segments
-from generate.worker import generate_share, merge_expert_stats
+from generate.worker import generate_share
 from teacher.engines import load_tokenizer
 
 TOKENIZER = load_tokenizer(Teacher())
@@ -50,8 +49,8 @@ class Scripted:
     ) -> list[Scores]:
         raise NotImplementedError
 
-    def expert_stats(self) -> ExpertStats:
-        return ExpertStats({"t": [[1, 2], [3, 4]]})
+    def expert_stats(self) -> ExpertStats | None:
+        return None
 
     def close(self) -> None: ...
 
@@ -147,15 +146,7 @@ def test_traces_of_another_teacher_are_refused(recipe: Recipe, run: RunFolder) -
         work(recipe, run, Scripted(), teacher="another")
 
 
-def test_expert_counts_of_all_launches_add_up(recipe: Recipe, run: RunFolder) -> None:
-    work(recipe, run, Scripted(), rank=0, world=2)
-    work(recipe, run, Scripted(), rank=1, world=2)
-    path = merge_expert_stats(run)
-    assert path is not None and '"t"' in path.read_text()
-    assert json.loads(path.read_text())["counts"]["t"] == [[2, 4], [6, 8]]
-
-
 def test_a_tensor_parallel_helper_answers_and_leaves_the_writing_to_its_first_rank(recipe: Recipe, run: RunFolder) -> None:
     helper = Scripted()
     assert work(recipe, run, helper, writes=False) == 10 and len(helper.asked) == 10
-    assert read_ledger(run).completed == 0 and merge_expert_stats(run) is None
+    assert read_ledger(run).completed == 0 and not run.metrics.exists()

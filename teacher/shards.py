@@ -1,0 +1,149 @@
+"""The files of prepared shards: written a piece at a time, read and verified into the memory where they stay.
+
+Each is a safetensors file whose data starts on a 64-byte boundary, widest dtype first, so that a rank reads it with one call
+into one buffer and its tensors are views of that buffer: no copy, no second pass.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from configs.errors import UnusableInput
+from data.store import fsync_folder
+from teacher.checkpoint_files import read_exactly
+from teacher.manifest import FileSum, Manifest
+
+ALIGNMENT = 64
+READ_BYTES = 4 << 20
+"""Read, then hashed while still in the processor's cache."""
+
+NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+DTYPES = {name: dtype for dtype, name in NAMES.items()}
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Stored(NamedTuple):
+    """One tensor of a shard file: flat where ZeRO cuts it, in its own shape where not."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def header_of(tensors: Iterable[Stored]) -> bytes:
+    """The safetensors header, padded with spaces so that the data is aligned."""
+    header: dict[str, object] = {}
+    offset = 0
+    for tensor in tensors:
+        end = offset + tensor.num_bytes
+        header[tensor.name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+class ShardWriter:
+    """A shard file in the making, under a temporary name that only `commit` makes final. Left without it, it is gone."""
+
+    def __init__(self, path: Path, tensors: Sequence[Stored]) -> None:
+        header = header_of(tensors)
+        self.path = path
+        self.expected = len(header) + sum(tensor.num_bytes for tensor in tensors)
+        self.temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
+        self.digest, self.num_bytes = hashlib.sha256(), 0
+        self.file = self.temporary.open("wb", buffering=0)
+        self._write(memoryview(header))
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.file.close()
+        self.temporary.unlink(missing_ok=True)
+
+    def append(self, values: Tensor) -> None:
+        """The next numbers of the file, in the order of its header."""
+        self._write(memoryview(values.contiguous().view(-1).view(torch.uint8).numpy()))
+
+    def commit(self) -> FileSum:
+        """The file is whole and durable under its final name."""
+        assert self.num_bytes == self.expected, f"{self.path.name}: {self.num_bytes} bytes written, planned {self.expected}"
+        os.fsync(self.file.fileno())
+        self.temporary.replace(self.path)
+        fsync_folder(self.path.parent)
+        return FileSum(self.num_bytes, self.digest.hexdigest())
+
+    def _write(self, content: memoryview) -> None:
+        self.digest.update(content)
+        self.num_bytes += len(content)
+        while content:
+            try:
+                content = content[self.file.write(content) :]
+            except OSError as error:
+                if error.errno not in NO_ROOM:
+                    raise
+                raise UnusableInput(
+                    f"{self.path.parent}: {error.strerror} after {self.num_bytes - len(content)} of {self.expected} bytes of "
+                    f"{self.path.name}; make room and give the same command: finished files are kept"
+                ) from error
+
+
+def read_shard(path: Path, expected: FileSum, device: torch.device) -> dict[str, Tensor]:
+    """The tensors of one file on `device`, verified before any of them is handed out.
+
+    Raises:
+        UnusableInput: the file is missing, or its bytes are not those that were prepared.
+    """
+    remedy = "copy the folder again, or delete the file and its record in .done and run tracestill prepare CONFIG again"
+    if not path.is_file() or path.stat().st_size != expected.num_bytes:
+        found = f"{path.stat().st_size} bytes" if path.is_file() else "missing"
+        raise UnusableInput(f"{path}: {found}, expected {expected.num_bytes} bytes by the manifest; {remedy}")
+    buffer_N = torch.empty(expected.num_bytes, dtype=torch.uint8)
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        for first in range(0, expected.num_bytes, READ_BYTES):
+            piece = buffer_N[first : first + READ_BYTES]
+            read_exactly(file.fileno(), piece, first)
+            digest.update(memoryview(piece.numpy()))
+    if digest.hexdigest() != expected.sha256:
+        raise UnusableInput(
+            f"{path}: sha256 {digest.hexdigest()[:12]}, expected {expected.sha256[:12]} by the manifest; {remedy}"
+        )
+    return _views(buffer_N, device)
+
+
+def _views(buffer_N: Tensor, device: torch.device) -> dict[str, Tensor]:
+    length = int.from_bytes(buffer_N[:8].numpy().tobytes(), "little")
+    header = json.loads(buffer_N[8 : 8 + length].numpy().tobytes())
+    data = buffer_N[8 + length :].to(device)
+    found = {}
+    for name, said in header.items():
+        first, last = said["data_offsets"]
+        found[name] = data[first:last].view(DTYPES[said["dtype"]]).view(said["shape"])
+    return found
+
+
+def read_rank(folder: Path, manifest: Manifest, rank: int, device: torch.device, num_threads: int = 1) -> dict[str, Tensor]:
+    """Everything that `rank` holds, by the engine's names. Only this rank's files are opened. num_threads: files read and
+    hashed at once (a core hashes 1 to 2 GB/s)."""
+    found: dict[str, Tensor] = {}
+    sums: Mapping[str, FileSum] = manifest.files
+    with ThreadPoolExecutor(num_threads) as pool:
+        for tensors in pool.map(lambda name: read_shard(folder / name, sums[name], device), manifest.ranks[rank]):
+            found |= tensors
+    return found
