@@ -111,13 +111,18 @@ def read_rows(entry: Entry, first: int, last: int) -> torch.Tensor:
 
 def read_exactly(descriptor: int, bytes_N: torch.Tensor, offset: int) -> None:
     """Fills a contiguous uint8 tensor from `offset` on. Raises EOFError where the file ends before it is full."""
-    view = memoryview(bytes_N.view(-1).numpy())
+    view = bytes_of(bytes_N.view(-1))
     done = 0
     while done < len(view):  # one call reads at most 2 GiB
         count = os.preadv(descriptor, [view[done:]], offset + done)
         if count == 0:
             raise EOFError(f"file ends at byte {offset + done}")
         done += count
+
+
+def bytes_of(bytes_N: torch.Tensor) -> memoryview:
+    """The memory of a contiguous uint8 tensor itself, not a copy."""
+    return memoryview(bytes_N.numpy())  # type: ignore[arg-type]  # numpy's stubs hide __buffer__ before Python 3.12
 
 
 def open_checkpoint(folder: Path, block: tuple[int, int] = DEFAULT_BLOCK) -> Checkpoint:

@@ -11,7 +11,7 @@ documented support, so equality with one process is a test (tests/distributed).
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -26,14 +26,14 @@ from deepspeed.moe.ep_router import TokenChoiceTopKRouter
 from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
 from deepspeed.utils import groups
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from configs.errors import UnusableInput
 from data.engine import Completion, ExpertStats, Handout, Request, Scores
-from teacher.empty_model import compute_buffers, empty_model
+from teacher.empty_model import EmptyIsMeta, compute_buffers, empty_model
 from teacher.families import HEAD, family_of
+from teacher.fill import fill, like
 from teacher.heartbeat import DONE, Heartbeat, launch_store
 from teacher.manifest import check_layout as check_prepared_for
 from teacher.manifest import is_prepared, read_manifest
@@ -356,103 +356,50 @@ class PreparedEngine(deepspeed.DeepSpeedEngine):
         super().__init__(args=None, model=model, config=sections, config_class=deepspeed.DeepSpeedConfig(sections))
 
     def _configure_expert_parallel(self, model: nn.Module, collect_sources: bool | None = None) -> Any:
-        with _EmptyIsMeta():
+        with EmptyIsMeta():
             return super()._configure_expert_parallel(model, collect_sources)
 
     def _configure_distributed_model(self, model: nn.Module) -> None:
-        fill(model, self._held, self._cuts, self._layout, self.config)
-        del self._held
+        init = deepspeed.zero.Init(config_dict_or_path=self.config) if self._layout.zero_stage == 3 else None
+        held, device = self._held, torch.device(accelerator().current_device_name())
+        fill(model, held, device, lambda name, empty, values: adopt(name, empty, values, self._cuts[name], self._layout, init))
         super()._configure_distributed_model(model)
 
     def _broadcast_model(self) -> None:
         """Nothing to do: every rank has verified its own bytes."""
 
 
-class _EmptyIsMeta(TorchFunctionMode):
-    """Modules made inside have their parameters on the meta device. torch.device("meta") would also take in the probe that
-    AutoEP sends through an activation function to compare its values."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is torch.empty and kwargs.get("device") is None:
-            kwargs["device"] = "meta"
-        return func(*args, **kwargs)
-
-
-def fill(module: nn.Module, held: dict[str, Tensor], cuts: dict[str, Cut], layout: Layout, sections: dict[str, Any]) -> None:
-    """Every parameter and buffer of a model on the meta device holds its values; `held` is empty afterwards.
-
-    Raises:
-        UnusableInput: the shards are not what this DeepSpeed makes of the model (another release prepared them).
-    """
-    init = deepspeed.zero.Init(config_dict_or_path=sections) if layout.zero_stage == 3 else None
-    made: dict[nn.Parameter, nn.Parameter] = {}  # a tied parameter has several owners
-    for prefix, owner in module.named_modules(remove_duplicate=False):
-        for leaf, parameter in list(owner._parameters.items()):
-            if parameter is None or not parameter.is_meta:
-                continue
-            name = f"{prefix}.{leaf}" if prefix else leaf
-            if parameter not in made:
-                made[parameter] = _filled(name, parameter, _take(held, name), cuts[name], layout, init)
-            owner._parameters[leaf] = made[parameter]
-        for leaf, buffer in list(owner._buffers.items()):
-            if buffer is not None and buffer.is_meta:
-                name = f"{prefix}.{leaf}" if prefix else leaf
-                kept = leaf not in owner._non_persistent_buffers_set
-                # AutoEP's own counters start at zero; transformers' computed buffers are there already.
-                owner._buffers[leaf] = _take(held, name) if kept else torch.zeros_like(buffer, device=_device())
-    if held:
-        raise UnusableInput(f"prepared shards hold {next(iter(held))}, which the model does not; run tracestill prepare again")
-
-
-def _take(held: dict[str, Tensor], name: str) -> Tensor:
-    if name not in held:
-        raise UnusableInput(f"prepared shards have no {name}; run tracestill prepare CONFIG again, with this release")
-    return held.pop(name)
-
-
-def _filled(
-    name: str, empty: nn.Parameter, values: Tensor, cut: Cut, layout: Layout, init: deepspeed.zero.Init | None
-) -> nn.Parameter:
-    """A parameter like `empty` with what its module, AutoEP and AutoTP have noted on it, and this rank's values."""
+def adopt(name: str, empty: nn.Parameter, values: Tensor, cut: Cut, layout: Layout, init: Any) -> nn.Parameter:
+    """A parameter like `empty` of which this rank holds `values`; init: ZeRO's conversion, None where nothing is cut."""
     size, index = zero_group(cut, layout, dist.get_rank())
-    if values.numel() != -(-empty.numel() // size):
+    expected = -(-empty.numel() // size)
+    if values.numel() != expected:
         raise UnusableInput(
-            f"prepared shards hold {values.numel()} numbers of {name}, expected {-(-empty.numel() // size)}; prepare it again"
+            f"prepared shards hold {values.numel()} numbers of {name}, expected {expected}; run tracestill prepare CONFIG again"
         )
     if init is None:
-        filled = nn.Parameter(values.view(empty.shape), requires_grad=empty.requires_grad)
-        filled.__dict__.update(empty.__dict__)
-        return filled
+        return like(empty, values.view(empty.shape))
     # The shape without the memory: one number, seen as many times as there are elements.
-    whole = torch.empty((), dtype=values.dtype, device=values.device).expand(empty.shape)
-    filled = nn.Parameter(whole, requires_grad=empty.requires_grad)
-    filled.__dict__.update(empty.__dict__)
+    parameter: Any = like(empty, torch.empty((), dtype=values.dtype, device=values.device).expand(empty.shape))
     if cut == "experts":
-        filled.ds_zero_partition_process_group = groups._get_expert_data_parallel_group(f"ep_size_{layout.expert}")
+        parameter.ds_zero_partition_process_group = groups._get_expert_data_parallel_group(f"ep_size_{layout.expert}")
     elif cut != "whole":
-        filled.ds_zero_partition_process_group = groups.get_data_parallel_group()
-    _adopt_partition(init, filled, values)
-    found = (filled.ds_zero_partition_world_size, filled.ds_zero_partition_rank)
+        parameter.ds_zero_partition_process_group = groups.get_data_parallel_group()
+    adopt_partition(parameter, values, init)
+    found = (parameter.ds_zero_partition_world_size, parameter.ds_zero_partition_rank)
     assert found == (size, index), f"{name}: DeepSpeed cuts it as {found}, prepared as {(size, index)}"
-    return filled
+    return parameter
 
 
-def _adopt_partition(init: deepspeed.zero.Init, parameter: nn.Parameter, values: Tensor) -> None:
+def adopt_partition(parameter: Any, values: Any, init: Any) -> None:
     """ZeRO takes `values` for this rank's partition of the parameter. Its own way in broadcasts every whole tensor from rank 0
-    and copies a slice of it."""
+    and copies a slice of it. Loosely typed: ZeRO keeps its books in attributes of tensors."""
     init._convert_to_deepspeed_param(parameter)
     values.ds_numel, values.final_location = values.numel(), None
     values.status = PartitionedParamStatus.AVAILABLE
     parameter.ds_tensor = values
     parameter.ds_numel_aligned = values.numel() * parameter.ds_zero_partition_world_size
     parameter.partition()  # sees a partition already made, and lets go of the whole
-
-
-def _device() -> torch.device:
-    return torch.device(accelerator().current_device_name())
 
 
 def gather_by_layer(model: PreTrainedModel) -> None:

@@ -1,7 +1,11 @@
 """The causal language model of a configuration without its weights: names and shapes, on torch's meta device."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from teacher.partition import Tensor
@@ -19,6 +23,19 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel
         )
     install(model)
     return model
+
+
+class EmptyIsMeta(TorchFunctionMode):
+    """Modules made inside have their parameters on the meta device. torch.device("meta") would also take in the probe that
+    AutoEP sends through an activation function to compare its values."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty and kwargs.get("device") is None:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
 
 
 def named_tensors(model: PreTrainedModel) -> list[Tensor]:

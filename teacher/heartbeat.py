@@ -98,10 +98,13 @@ _SOURCE_LINE = re.compile(r"^\[\S+:\d+\] ")
 _COLLECTIVE = re.compile(r"gloo|NCCL|TCPStore|Connection (?:closed|reset|refused)|Broken pipe|[Tt]imed out waiting")
 
 
+_REQUESTS = (Interrupted, KeyboardInterrupt)
+
+
 def is_of_others(error: BaseException) -> bool:
     """Whether the cause may lie with another rank: a failed collective, or torchrun's request to end, which follows a
     rank's death as it follows a user's wish."""
-    if isinstance(error, (Interrupted, KeyboardInterrupt, dist.DistError)):
+    if isinstance(error, (*_REQUESTS, dist.DistError)):
         return True
     return isinstance(error, RuntimeError) and _COLLECTIVE.search(str(error)) is not None
 
@@ -199,7 +202,10 @@ class Heartbeat:
         fresh_from, deadline = asked + FRESH_BEATS * self.beat_s, asked + (SILENT_BEATS + 1.5) * self.beat_s
         while time.monotonic() < deadline and not all(self._is_accounted_for(other, fresh_from) for other in self.others):
             time.sleep(self.beat_s / 10)
-        found = culprit(0, self.seen, time.monotonic(), SILENT_BEATS * self.beat_s)
+        seen = self.seen
+        if isinstance(error, _REQUESTS):  # a user's wish reaches all ranks: that another has gone is no news
+            seen = {other: last for other, last in seen.items() if not last.beat.ended}
+        found = culprit(0, seen, time.monotonic(), SILENT_BEATS * self.beat_s)
         said = _SOURCE_LINE.sub("", str(error) or type(error).__name__).split(". ")[0].splitlines()[0]
         return self._lost(said, found) if found else None
 

@@ -91,7 +91,8 @@ def plan_shards(folder: Path, layout: Layout, dtype: Dtype) -> ShardPlan:
     """
     config = read_config(folder)
     quantisation = read_config_json(folder).get("quantization_config") or {}
-    checkpoint = open_checkpoint(folder, tuple(quantisation.get("weight_block_size") or DEFAULT_BLOCK))
+    height, width = quantisation.get("weight_block_size") or DEFAULT_BLOCK
+    checkpoint = open_checkpoint(folder, (int(height), int(width)))
     model = empty_model(config, DTYPES[dtype])
     _check_heads(config, layout)
     targets = targets_of(config.model_type, named_tensors(model), checkpoint.entries, layout, tied_names(model))

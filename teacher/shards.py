@@ -20,7 +20,7 @@ from torch import Tensor
 
 from configs.errors import UnusableInput
 from data.store import fsync_folder
-from teacher.checkpoint_files import read_exactly
+from teacher.checkpoint_files import bytes_of, read_exactly
 from teacher.manifest import FileSum, Manifest
 
 ALIGNMENT = 64
@@ -78,7 +78,7 @@ class ShardWriter:
 
     def append(self, values: Tensor) -> None:
         """The next numbers of the file, in the order of its header."""
-        self._write(memoryview(values.contiguous().view(-1).view(torch.uint8).numpy()))
+        self._write(bytes_of(values.contiguous().view(-1).view(torch.uint8)))
 
     def commit(self) -> FileSum:
         """The file is whole and durable under its final name."""
@@ -119,7 +119,7 @@ def read_shard(path: Path, expected: FileSum, device: torch.device) -> dict[str,
         for first in range(0, expected.num_bytes, READ_BYTES):
             piece = buffer_N[first : first + READ_BYTES]
             read_exactly(file.fileno(), piece, first)
-            digest.update(memoryview(piece.numpy()))
+            digest.update(bytes_of(piece))
     if digest.hexdigest() != expected.sha256:
         raise UnusableInput(
             f"{path}: sha256 {digest.hexdigest()[:12]}, expected {expected.sha256[:12]} by the manifest; {remedy}"

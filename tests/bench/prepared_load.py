@@ -167,10 +167,9 @@ def main() -> None:
         return
     result = measure(arguments.repeats)
     table = Table("", "seconds", "peak MB of a rank", "before the load")
-    table.add_row(
-        "prepared", f"{result.ours_seconds:.2f}", f"{result.ours_peak_bytes >> 20}", f"{result.ours_before_bytes >> 20}"
-    )
-    table.add_row("from_pretrained", f"{result.theirs_seconds:.2f}", f"{result.theirs_peak_bytes >> 20}", f"{result.theirs_before_bytes >> 20}")  # fmt: skip
+    for name, loads in (("prepared", result.ours), ("from_pretrained", result.theirs)):
+        seconds, peak, before = median_load(loads)
+        table.add_row(name, f"{seconds:.2f}", f"{peak >> 20}", f"{before >> 20}")
     Console().print(table, f"ratio {result.ratio:.2f}, rss_ratio {result.rss_ratio:.2f}, model {result.model_bytes >> 20} MB")
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)

@@ -1,13 +1,7 @@
 """Two gloo processes with ZeRO-3 and experts over both equal one process, token for token; nobody hangs."""
 
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -17,49 +11,12 @@ from transformers.models.glm_moe_dsa.modeling_glm_moe_dsa import GlmMoeDsaTopkRo
 
 from configs.errors import UnusableInput
 from data.engine import Request
-from teacher.deepspeed_engine import Parallel, check_layout, route_in_float32
+from teacher.deepspeed_engine import BACKSTOP_S, Parallel, check_layout, parallel_config, route_in_float32, zero_config
+from teacher.families import FAMILIES
 from teacher.local_engine import LocalEngine
+from tests.distributed.launch import Found, as_task, run_ranks
 from tests.teacher.models import GLM, save_random_model
 from tests.teacher.test_decode import make_requests
-
-REPOSITORY = Path(__file__).parents[2]
-TIMEOUT_S = 300
-
-
-class Found(NamedTuple):
-    """What both ranks wrote, rank by rank."""
-
-    ranks: list[dict[str, Any]]
-
-    def tokens(self, job: int) -> dict[str, tuple[int, ...]]:
-        return {c["request_id"]: tuple(c["token_ids"]) for rank in self.ranks for c in rank["jobs"][job]}
-
-
-def run_ranks(folder: Path, task: dict[str, Any], world: int = 2) -> Found:
-    """Runs the worker on `world` ranks. Hanging ranks are a failure after TIMEOUT_S, not a stuck suite."""
-    task_file = folder / "task.json"
-    task_file.write_text(json.dumps(task))
-    environment = os.environ | {
-        "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TORCH_EXTENSIONS_DIR": str(folder / "ext"),
-        "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1",
-    }  # fmt: skip
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={world}",
-        "-m", "tests.distributed.worker", str(task_file),
-    ]  # fmt: skip
-    done = subprocess.run(
-        command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return Found([json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world)])
-
-
-def as_task(model: Path, jobs: Sequence[Sequence[Sequence[Request]]], **changes: Any) -> dict[str, Any]:
-    return {
-        "model": str(model), "parallel": {"expert": 2, "tensor": 1, "zero_stage": 3}, "dtype": "fp32", "batch_size": 4,
-        "generate": [[[asdict(request) for request in share] for share in shares] for shares in jobs], "score": [[], []],
-    } | changes  # fmt: skip
-
 
 GREEDY = make_requests(12)
 SAMPLED = make_requests(12, temperature=1.0, seed=3)
@@ -74,9 +31,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Found:
-    """One launch serves all the comparisons: uneven shares, sampling, and a rank that has nothing to do at all."""
+    """One launch serves all the comparisons: uneven shares, sampling, and a rank that has nothing to do at all. A killed
+    build of DeepSpeed's shared-memory collective has left its lock behind: nobody may wait for it."""
+    folder = tmp_path_factory.mktemp("ranks")
+    lock = folder / "ext" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
     jobs = [[GREEDY[:9], GREEDY[9:]], [SAMPLED[:2], SAMPLED[2:]], [ONLY_RANK_0, []]]
-    return run_ranks(tmp_path_factory.mktemp("ranks"), as_task(model, jobs, score=[SEQUENCES[:2], SEQUENCES[2:]]))
+    found = run_ranks(folder, as_task(model, jobs, score=[SEQUENCES[:2], SEQUENCES[2:]]))
+    assert [path for path in lock.parent.rglob("*") if path.is_file()] == [lock], "something was compiled"
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -117,26 +81,41 @@ def test_the_selection_bias_stays_float32(found: Found) -> None:
     assert [rank["bias_dtypes"] for rank in found.ranks] == [["torch.float32"]] * 2
 
 
-@pytest.mark.long
-@pytest.mark.parametrize(("expert", "zero_stage"), [(1, 3), (2, 0)])
-def test_other_layouts_equal_one_process(model: Path, local: LocalEngine, tmp_path: Path, expert: int, zero_stage: int) -> None:
-    task = as_task(model, [[GREEDY[:9], GREEDY[9:]]], parallel={"expert": expert, "tensor": 1, "zero_stage": zero_stage})
-    assert run_ranks(tmp_path, task).tokens(0) == {c.request_id: c.token_ids for c in local.generate(GREEDY)}
+def test_a_closed_engine_leaves_no_process_group_behind(found: Found) -> None:
+    """Without the barrier and the orderly end, one run aborted at exit."""
+    assert [rank["group_is_left"] for rank in found.ranks] == [False, False]
 
 
-@pytest.mark.long
-def test_tensor_parallel_ranks_equal_one_process(model: Path, local: LocalEngine, tmp_path: Path) -> None:
-    """EP 2 folded with TP 2 on two ranks: both work on the same requests."""
-    task = as_task(model, [[GREEDY, GREEDY]], parallel={"expert": 2, "tensor": 2, "zero_stage": 3})
-    expected = {c.request_id: c.token_ids for c in local.generate(GREEDY)}
-    for rank in run_ranks(tmp_path, task).ranks:
-        assert {c["request_id"]: tuple(c["token_ids"]) for c in rank["jobs"][0]} == expected
+def test_every_process_group_has_the_time_out_that_was_asked_for(found: Found) -> None:
+    """DeepSpeed's own groups, in which most collectives run, would wait for torch's 30 minutes."""
+    assert [rank["timeouts_s"] for rank in found.ranks] == [[60 + BACKSTOP_S]] * 2
 
 
-@pytest.mark.long
-def test_bf16_keeps_the_router_in_float32(model: Path, tmp_path: Path) -> None:
-    ranks = run_ranks(tmp_path, as_task(model, [[GREEDY[:3], GREEDY[3:]]], dtype="bf16")).ranks
-    assert [rank["bias_dtypes"] for rank in ranks] == [["torch.float32"]] * 2
+def test_transformers_sees_plain_values_and_no_parallel_sections() -> None:
+    """HfDeepSpeedConfig misreads the parallel sections, and neither it nor DeepSpeed takes a torch dtype."""
+    for dtype in ("fp32", "bf16"):
+        announced = zero_config(dtype, Parallel(expert=2, tensor=2))
+        assert json.loads(json.dumps(announced)) == announced
+        assert not {"tensor_parallel", "expert_parallel"} & announced.keys()
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_only_initialize_is_given_the_parallel_sections(model_type: str) -> None:
+    sections = parallel_config(Parallel(expert=2, tensor=2), model_type)
+    assert json.loads(json.dumps(sections)) == sections and sections.keys() == {"tensor_parallel", "expert_parallel"}
+    assert parallel_config(Parallel(), model_type) == {}
+
+
+def test_small_parameters_are_sharded_like_large_ones() -> None:
+    """The default threshold keeps them whole, and then ranks that step apart do not hang on a small model."""
+    assert zero_config("bf16", Parallel())["zero_optimization"]["stage3_param_persistence_threshold"] == 0
+
+
+def test_an_architecture_that_nobody_has_tried_runs_under_zero_alone() -> None:
+    assert parallel_config(Parallel(), "olmoe") == {}
+    for parallel in (Parallel(expert=2), Parallel(tensor=2)):
+        with pytest.raises(UnusableInput, match="model_type olmoe: .* know glm_moe_dsa, .*ZeRO-3 alone"):
+            parallel_config(parallel, "olmoe")
 
 
 def test_autoep_routes_bf16_tokens_as_transformers_does() -> None:
@@ -162,14 +141,18 @@ def test_autoep_routes_bf16_tokens_as_transformers_does() -> None:
 
 
 @pytest.mark.parametrize(
-    ("parallel", "world", "said"),
+    ("parallel", "world", "ranks_per_node", "said"),
     [
-        (Parallel(expert=2, zero_stage=0), 2, "layout.zero_stage 0: .* only with zero_stage 3"),
-        (Parallel(expert=3), 2, "layout.expert_parallel 3: does not divide the 2 ranks"),
-        (Parallel(tensor=4), 2, "layout.tensor_parallel 4: does not divide the 2 ranks"),
-        (Parallel(expert=3), 3, "layout.expert_parallel 3: does not divide the model's 8 experts"),
+        (Parallel(expert=2, zero_stage=0), 2, 2, "layout.zero_stage 0: .* only with zero_stage 3"),
+        (Parallel(expert=3), 2, 2, "layout.expert_parallel 3: does not divide the 2 ranks"),
+        (Parallel(tensor=4), 2, 2, "layout.tensor_parallel 4: does not divide the 2 ranks"),
+        (Parallel(expert=3), 3, 3, "layout.expert_parallel 3: does not divide the model's 8 experts"),
+        (Parallel(tensor=4), 4, 4, "layout.tensor_parallel 4: does not divide the model's num_attention_heads 2"),
+        (Parallel(tensor=2), 2, 1, "layout.tensor_parallel 2: does not divide the 1 ranks of a node"),
     ],
 )
-def test_a_layout_that_does_not_fit_is_refused_with_its_sum(parallel: Parallel, world: int, said: str) -> None:
+def test_a_layout_that_does_not_fit_is_refused_with_its_sum(
+    parallel: Parallel, world: int, ranks_per_node: int, said: str
+) -> None:
     with pytest.raises(UnusableInput, match=said):
-        check_layout(parallel, "bf16", AutoConfig.for_model(**GLM), world)
+        check_layout(parallel, "bf16", AutoConfig.for_model(**GLM), world, ranks_per_node)
