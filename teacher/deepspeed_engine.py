@@ -60,10 +60,13 @@ class Parallel(NamedTuple):
 def zero_config(dtype: Dtype, parallel: Parallel) -> dict[str, Any]:
     """The part of DeepSpeed's configuration that HfDeepSpeedConfig may see. It would misread the parallel sections, and
     no torch dtype object may stand in it. Threshold 0: the default keeps small parameters whole on each rank, which
-    hides, on small models, every fault of ranks that step apart."""
+    hides, on small models, every fault of ranks that step apart.
+
+    Without ZeRO the bf16 section stays off: the weights are loaded in bf16 anyway, and with it DeepSpeed wants an
+    optimizer as soon as experts are parallel (an assertion in its engine)."""
     return {
         "train_micro_batch_size_per_gpu": 1,
-        "bf16": {"enabled": dtype == "bf16"},
+        "bf16": {"enabled": dtype == "bf16" and parallel.zero_stage == 3},
         "zero_optimization": {"stage": parallel.zero_stage, "stage3_param_persistence_threshold": 0},
     }
 
@@ -140,7 +143,7 @@ class DeepSpeedEngine:
             return
         config = read_config(self.model_dir)
         start_process_group(self.timeout_s)
-        check_layout(self.parallel, self.dtype, config, dist.get_world_size(), int(os.environ["LOCAL_WORLD_SIZE"]))
+        check_layout(self.parallel, config, dist.get_world_size(), int(os.environ["LOCAL_WORLD_SIZE"]))
         self._heart = start_heartbeat(self.timeout_s)
         with self._heart.answerable():
             self._load(config)
@@ -277,7 +280,7 @@ def start_heartbeat(timeout_s: float) -> Heartbeat:
     return heart
 
 
-def check_layout(parallel: Parallel, dtype: Dtype, config: PretrainedConfig, world: int, ranks_per_node: int) -> None:
+def check_layout(parallel: Parallel, config: PretrainedConfig, world: int, ranks_per_node: int) -> None:
     """Raises UnusableInput when the degrees do not fit the ranks, the experts or what DeepSpeed can do.
 
     AutoEP and AutoTP both group neighbouring ranks: expert groups are [0, expert), [expert, 2 expert), ..., tensor groups
@@ -299,8 +302,6 @@ def check_layout(parallel: Parallel, dtype: Dtype, config: PretrainedConfig, wor
             raise UnusableInput(
                 f"layout.tensor_parallel {parallel.tensor}: does not divide the model's {name} {heads}; expected a divisor"
             )
-    if parallel.expert > 1 and parallel.zero_stage == 0 and dtype == "bf16":
-        raise UnusableInput("layout.zero_stage 0: DeepSpeed runs expert parallelism in bf16 only with zero_stage 3; set it to 3")
 
 
 def shard(model_dir: Path, config: PretrainedConfig, dtype: Dtype, parallel: Parallel) -> deepspeed.DeepSpeedEngine:

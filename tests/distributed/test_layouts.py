@@ -2,7 +2,7 @@
 a bound. Minutes each: the quick part of this is test_sharded_teacher.py."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import pytest
 import torch
@@ -114,9 +114,11 @@ def root_mean_square(errors: torch.Tensor) -> float:
     return float(errors.pow(2).mean().sqrt())
 
 
-def test_experts_over_ranks_cost_bf16_nothing(models: dict[str, Path], tmp_path: Path) -> None:
-    """The bound: 0.001 nats a token. Measured: bit for bit the same, where bf16 itself costs this model 0.22 nats (rms)."""
-    assert bf16_errors(models["glm"], tmp_path, Parallel(2, 1, 3)).sharded.abs().max() <= 1e-3
+@pytest.mark.parametrize("zero_stage", [3, 0])
+def test_experts_over_ranks_cost_bf16_nothing(models: dict[str, Path], tmp_path: Path, zero_stage: Literal[0, 3]) -> None:
+    """The bound: 0.001 nats a token. Measured: bit for bit the same, where bf16 itself costs this model 0.22 nats (rms).
+    Stage 0 is what the shipped BF16 recipes use; with DeepSpeed's own bf16 section it fails an assertion."""
+    assert bf16_errors(models["glm"], tmp_path, Parallel(2, 1, zero_stage)).sharded.abs().max() <= 1e-3
 
 
 def test_tensor_parallelism_adds_less_than_bf16_itself(models: dict[str, Path], tmp_path: Path) -> None:

@@ -143,7 +143,6 @@ def test_autoep_routes_bf16_tokens_as_transformers_does() -> None:
 @pytest.mark.parametrize(
     ("parallel", "world", "ranks_per_node", "said"),
     [
-        (Parallel(expert=2, zero_stage=0), 2, 2, "layout.zero_stage 0: .* only with zero_stage 3"),
         (Parallel(expert=3), 2, 2, "layout.expert_parallel 3: does not divide the 2 ranks"),
         (Parallel(tensor=4), 2, 2, "layout.tensor_parallel 4: does not divide the 2 ranks"),
         (Parallel(expert=3), 3, 3, "layout.expert_parallel 3: does not divide the model's 8 experts"),
@@ -155,4 +154,4 @@ def test_a_layout_that_does_not_fit_is_refused_with_its_sum(
     parallel: Parallel, world: int, ranks_per_node: int, said: str
 ) -> None:
     with pytest.raises(UnusableInput, match=said):
-        check_layout(parallel, "bf16", AutoConfig.for_model(**GLM), world, ranks_per_node)
+        check_layout(parallel, AutoConfig.for_model(**GLM), world, ranks_per_node)
