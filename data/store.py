@@ -387,4 +387,8 @@ def _remedy(run: RunFolder, path: str) -> str:
     if (run.root / folder) == run.traces:
         stem = (run.root / path).with_suffix("")
         return f"restore it, or delete {stem}.arrow and .json with {run.traces / ROLLUP} and run tracestill generate again"
+    if (run.root / folder) == run.metrics:
+        return (
+            f"restore it, or delete it with {run.traces / ROLLUP} and run tracestill generate again: it is made of the segments"
+        )
     return f"restore it, or delete {run.root / folder / ROLLUP} and run the stage again"

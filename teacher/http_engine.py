@@ -82,7 +82,8 @@ class HttpEngine:
         """Completions as they arrive. A request that stays unanswered after the retries comes back as `abort`. When the
         handout says stop, nothing more is asked and what is asked is waited for; a server's partial text is not ours yet."""
         wants_stop = handout.stop if handout else lambda: False
-        source, _ = itertools.takewhile(lambda _: not wants_stop(), requests), self.client  # made here once: threads that make it at once would each have a pool
+        source = itertools.takewhile(lambda _: not wants_stop(), requests)
+        _ = self.client  # made here once: threads that make it at once would each have a pool
         with ThreadPoolExecutor(self.engine.concurrency, thread_name_prefix="http-teacher") as pool:
             flying: set[Future[Completion]] = {
                 pool.submit(self._ask, request) for request in itertools.islice(source, self.engine.concurrency)

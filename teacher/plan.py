@@ -1,8 +1,8 @@
 """What a recipe's teacher takes, whether it fits, how fast it can be and what that costs: arithmetic over its config.json
 and the recipe. Nothing is loaded and torch is not imported.
 
-Sizes come from planning/architecture.py, bytes on a GPU from placement.py, the verdict from fit.py, rates from throughput.py, money
-from workload.py; here they become one value.
+Of planning/: sizes come from architecture.py, bytes on a GPU from placement.py, the verdict from fit.py, rates from
+throughput.py, money from workload.py; here they become one value.
 """
 
 from dataclasses import dataclass

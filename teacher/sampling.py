@@ -1,9 +1,9 @@
 """Which token comes next: greedy, or temperature with top-k, top-p and min-p.
 
-The noise knows only (request seed, output position), so a row's token is a function of its own logits, its own sampling parameters and its own seed. So a request gets the same
-text in any batch, at any place in the queue, after a restart, and a prefix that is continued goes on as it would have.
-(Logits of one row still differ in the last bit between batch sizes, because a GEMM blocks its sums differently; in
-float32 that moves about one token in a million.)
+The noise knows only (request seed, output position), so a row's token is a function of its own logits, its own sampling
+parameters and its own seed. So a request gets the same text in any batch, at any place in the queue, after a restart, and a
+prefix that is continued goes on as it would have. (Logits of one row still differ in the last bit between batch sizes, because
+a GEMM blocks its sums differently; in float32 that moves about one token in a million.)
 
 Legend: B rows, V vocabulary, K kept logits, C temperatures.
 """
