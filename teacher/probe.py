@@ -101,15 +101,14 @@ def probe(recipe: Recipe) -> Probe:
         runner.device,
     )
     engine.close()
-    return Probe(load, measured, calculate(plan, load, plan.machine), calculate(plan, load, machine_as_measured(plan, measured)))
+    sheet = calculate(plan, load, plan.machine) if plan.machine else None
+    return Probe(load, measured, sheet, calculate(plan, load, machine_as_measured(plan, measured)))
 
 
 # --- the calculation ---------------------------------------------------------------------------------------------
 
 
-def calculate(plan: Plan, load: Load, machine: Machine | None) -> Calculated | None:
-    if machine is None:
-        return None
+def calculate(plan: Plan, load: Load, machine: Machine) -> Calculated:
     bound = decode_step(machine, load.rows * plan.fit.degrees.replicas, load.context).bound_s
     return Calculated(prefill_seconds(machine, load.prefill_tokens, plan.planning), bound, bound / plan.planning.efficiency)
 

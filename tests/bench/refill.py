@@ -102,7 +102,7 @@ def theirs(model: PreTrainedModel, counted: Counted, asked: Sequence[Asked], row
         width = max(len(request.prompt_ids) for request in batch)
         ids_BT = torch.tensor([(0,) * (width - len(request.prompt_ids)) + request.prompt_ids for request in batch])
         mask_BT = torch.tensor([(0,) * (width - len(r.prompt_ids)) + (1,) * len(r.prompt_ids) for r in batch])
-        out_BT = model.generate(
+        out_BT = model.generate(  # type: ignore[operator]
             input_ids=ids_BT, attention_mask=mask_BT, do_sample=False, synced_gpus=synced, pad_token_id=0,
             max_new_tokens=max(request.max_tokens for request in batch),
         )  # fmt: skip

@@ -44,7 +44,7 @@ def test_the_data_sheets_rates_give_the_plans_own_figures() -> None:
     assert plan.step is not None and plan.machine is not None
     load = load_of(plan)
     sheet = calculate(plan, load, plan.machine)
-    assert sheet is not None and sheet.decode_bound_s == pytest.approx(plan.step.bound_s, rel=0.2)  # whole rows a replica
+    assert sheet.decode_bound_s == pytest.approx(plan.step.bound_s, rel=0.2)  # whole rows a replica
     device = DEVICES["h200"]
     same = teacher.probe.Measured(device.bandwidth, device.bf16_flops, device.link, 1.0, 1.0)
     again = machine_as_measured(plan, same)
