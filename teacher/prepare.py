@@ -210,9 +210,7 @@ def _is_whole(output: Path, source: Source) -> bool:
 def _check_room(output: Path, needed: int) -> None:
     free = shutil.disk_usage(output).free
     if needed > free:
-        raise UnusableInput(
-            f"{output}: needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; make room or give another --output"
-        )
+        raise UnusableInput(f"{output}: needs {_size(needed)}, {_size(free)} are free; make room or give another --output")
 
 
 def _copy_companions(folder: Path, output: Path) -> dict[str, FileSum]:
@@ -242,8 +240,8 @@ def describe_plan(plan: ShardPlan, output: Path) -> Said:
     ranks = plan.bytes_per_rank
     text = (
         f"prepare   {plan.checkpoint.folder} -> {output}\n"
-        f"          {plan.layout} in {plan.dtype}: {len(plan.files)} files, {plan.num_bytes / 1e9:.2f} GB; "
-        f"a rank reads {max(ranks) / 1e9:.3f} GB at most"
+        f"          {plan.layout} in {plan.dtype}: {len(plan.files)} files, {_size(plan.num_bytes)}; "
+        f"a rank reads {_size(max(ranks))} at most"
     )
     if plan.ignored:
         text += f"\n          not in the model and left out: {len(plan.ignored)} tensors, such as {plan.ignored[0]}"
@@ -255,7 +253,7 @@ def describe_prepared(done: Prepared) -> Said:
     num_bytes = sum(found.num_bytes for found in manifest.files.values())
     how = f"{done.written} of {len(manifest.files)} files written" if done.written else "already there, nothing to do"
     text = (
-        f"prepare   {manifest.layout} in {manifest.dtype}: {num_bytes / 1e9:.2f} GB, {how}\n"
+        f"prepare   {manifest.layout} in {manifest.dtype}: {_size(num_bytes)}, {how}\n"
         f"          load them with -s teacher.engine.prepared={done.folder}"
     )
     values: dict[str, object] = {
@@ -263,3 +261,7 @@ def describe_prepared(done: Prepared) -> Said:
         "fingerprint": manifest.source.fingerprint, "revision": manifest.source.revision,
     }  # fmt: skip
     return Said(text, values)
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.1f} MB"

@@ -109,7 +109,7 @@ def read_shard(path: Path, expected: FileSum, device: torch.device) -> dict[str,
     Raises:
         UnusableInput: the file is missing, or its bytes are not those that were prepared.
     """
-    remedy = "copy the folder again, or delete the file and its record in .done and run tracestill prepare CONFIG again"
+    remedy = "copy it again, or delete it and run: tracestill prepare CONFIG"
     if not path.is_file() or path.stat().st_size != expected.num_bytes:
         found = f"{path.stat().st_size} bytes" if path.is_file() else "missing"
         raise UnusableInput(f"{path}: {found}, expected {expected.num_bytes} bytes by the manifest; {remedy}")

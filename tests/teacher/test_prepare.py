@@ -20,9 +20,10 @@ from configs import schema
 from configs.errors import UnusableInput
 from data.store import sha256_file
 from teacher import checkpoint_files
+from teacher.empty_model import empty_model, named_tensors
 from teacher.folders import fingerprint_model, fingerprint_teacher, weights_folder
 from teacher.manifest import MANIFEST, check_layout, read_manifest
-from teacher.partition import Layout
+from teacher.partition import Layout, part_of, targets_of
 from teacher.prepare import RECORDS, describe_plan, prepare
 from teacher.shard_plan import SHARDS, default_output, layout_of, plan_shards
 from teacher.shards import read_rank
@@ -317,7 +318,7 @@ def test_a_flipped_bit_is_found_before_a_number_is_used(copied: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-100] ^= 1
     path.write_bytes(content)
-    with pytest.raises(UnusableInput, match=f"{path.name}: sha256 .*copy the folder again, or delete the file"):
+    with pytest.raises(UnusableInput, match=f"{path.name}: sha256 .*or delete it and run: tracestill prepare CONFIG"):
         shards_of(copied, 1)
     assert shards_of(copied, 0), "the other rank does not read it"
 
@@ -385,3 +386,26 @@ def test_the_default_folder_lies_beside_the_model_and_names_the_layout(glm_folde
 def test_only_the_deepspeed_engine_loads_shards() -> None:
     with pytest.raises(UnusableInput, match="only the deepspeed engine loads shards"):
         layout_of(schema.Teacher(engine=schema.LocalEngine()))
+
+
+def test_no_room_is_said_before_a_byte_is_written(glm_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 99, 1))  # type: ignore[attr-defined]
+    with pytest.raises(UnusableInput, match=r"needs 0.3 MB, 0.0 MB are free; make room or give another --output"):
+        prepare(glm_folder, tmp_path / "out", EP2, "fp32")
+    assert not list((tmp_path / "out" / SHARDS).iterdir())
+
+
+class _Everything(dict[str, object]):
+    """A checkpoint that has every tensor."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+
+def test_glm_5_2_on_16_gpus_is_what_the_plan_calculates() -> None:
+    """BF16, EP 16 and ZeRO-3: 92.9 GB a rank, by counting the pieces one by one."""
+    config = AutoConfig.from_pretrained(REPOSITORY / "configs/architectures/glm-5.2")
+    layout = Layout(16, expert=16)
+    targets = targets_of(config.model_type, named_tensors(empty_model(config, torch.bfloat16)), _Everything(), layout)
+    held = sum(part_of(target, layout, 3).length * (4 if target.cut == "buffer" else 2) for target in targets)
+    assert held / 1e9 == pytest.approx(92.9, rel=1e-3)
