@@ -225,6 +225,8 @@ class Generate(Section):
     seed: NonNegativeInt = 0
     segment_traces: PositiveInt = 256
     """Traces per committed segment: what a SIGKILL can cost a rank, against one fsync group each."""
+    segment_seconds: PositiveFloat = 120.0
+    """A finished trace waits at most this long for its segment to fill."""
     logits: KeptLogits | None = None
     """Kept beside the traces in a folder of their own; absent, none are. Only of a teacher that runs here (not http)."""
 

@@ -24,9 +24,9 @@ LOGITS = pa.schema(
         ("worker", pa.string()),
         ("top_k", pa.int32()),
         ("temperatures", pa.list_(pa.float64())),
-        ("ids", pa.list_(pa.int32())),
-        ("logits", pa.list_(pa.float16())),
-        ("log_z", pa.list_(pa.float32())),
+        ("ids", pa.large_list(pa.int32())),  # 64-bit offsets: 2^31 ids are 128 traces of 131,072 tokens
+        ("logits", pa.large_list(pa.float16())),
+        ("log_z", pa.large_list(pa.float32())),
     ]
 )
 

@@ -1,7 +1,8 @@
 """One rank's part of the generation stage: ask, keep what came back, commit it in segments.
 
-What the teacher returned is stored before anything judges it. A SIGKILL costs this rank its unfinished rows and at most
-`segment_traces` finished ones; everything else is committed, and the next start asks only for what is missing.
+What the teacher returned is stored before anything judges it. A SIGKILL costs this rank its unfinished rows and the finished ones
+of the segment that was filling (`segment_traces`, `segment_seconds`); a signal or an error costs no finished one. The next start
+asks only for what is missing.
 """
 
 import json
@@ -9,7 +10,8 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Sequence
+import uuid
+from collections.abc import Iterator, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
@@ -17,7 +19,7 @@ from configs.errors import UnusableInput
 from configs.progress import Count, Report
 from configs.schema import Recipe
 from data.chat import Dialect, dialect_of, encode_prompt
-from data.engine import Completion, Engine, ExpertLoad, Request, request_under
+from data.engine import Completion, Engine, ExpertLoad, Handout, Request, request_under
 from data.ledger import GenerationState
 from data.logits import commit_logits, to_row
 from data.prompt_set import read_prompts
@@ -30,9 +32,12 @@ from generate.telemetry import ExpertTally
 
 log = logging.getLogger(__name__)
 
+LOGITS_BYTES = 1 << 29  # ids of kept logits that wait in memory for their segment
+
 
 class Writer:
-    """Turns completions into trace records and commits them `segment_traces` at a time."""
+    """Turns completions into trace records and commits them `segment_traces` at a time, or when the first has waited for
+    `segment_seconds`."""
 
     def __init__(
         self,
@@ -47,16 +52,26 @@ class Writer:
         self.teacher_fingerprint, self.worker = teacher_fingerprint, worker
         self.dialect: Dialect = dialect_of(tokenizer)
         self.unwritten: list[Trace] = []
+        self.waiting_since = 0.0
         self.unwritten_logits: list[dict[str, object]] = []
         self.tally = ExpertTally()
 
     def add(self, ask: Ask, request: Request, completion: Completion) -> None:
+        if not self.unwritten:
+            self.waiting_since = time.monotonic()
         self.unwritten.append(self._trace(ask, request, completion))
         self.tally.add(request, completion)
         if completion.top is not None:
             self.unwritten_logits.append(to_row(ask.trace_id, self.worker, completion.top, request.log_z_temperatures))
-        if len(self.unwritten) >= self.recipe.generate.segment_traces:
+        logits_bytes = sum(row["ids"].nbytes for row in self.unwritten_logits)  # type: ignore[attr-defined]
+        if len(self.unwritten) >= self.recipe.generate.segment_traces or logits_bytes >= LOGITS_BYTES:
             self.commit()
+
+    def commit_if_old(self) -> bool:
+        """Asked before every pass of the model: a long trace must not keep short ones waiting. False: nothing ends by it."""
+        if self.unwritten and time.monotonic() - self.waiting_since >= self.recipe.generate.segment_seconds:
+            self.commit()
+        return False
 
     def commit(self) -> None:
         if not self.unwritten:
@@ -171,19 +186,28 @@ def generate_share(
     refuse_strangers(state, asks, run)
     mine = share(pending_asks(asks, state.finish_reasons.keys(), observed_means(run)), rank, world)
     stop_ids = dialect_of(tokenizer).stop_ids(tokenizer)
-    asked = {ask.trace_id: (ask, to_request(ask, tokenizer, stop_ids, recipe)) for ask in mine}
-    worker = f"{socket.gethostname()}-{os.getpid()}-r{rank}"
+    asked: dict[str, tuple[Ask, Request]] = {}
+
+    def requests() -> Iterator[Request]:
+        """Encoded as they are asked for: the prompts of a long-context run are gigabytes as ids."""
+        for ask in mine:
+            asked[ask.trace_id] = ask, to_request(ask, tokenizer, stop_ids, recipe)
+            yield asked[ask.trace_id][1]
+
+    worker = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}-r{rank}"  # pids repeat in containers
     writer = Writer(recipe, run, engine, tokenizer, teacher_fingerprint, worker)
     finished, tokens, started = 0, 0, time.perf_counter()
     engine.load()
     report(Count(0, len(mine)))
-    for completion in engine.generate([request for _, request in asked.values()]):
-        ask, request = asked[completion.request_id]
-        if writes:
-            writer.add(ask, request, completion)
-        finished, tokens = finished + 1, tokens + len(completion.token_ids)
-        report(Count(finished, len(mine), f"{tokens * world / (time.perf_counter() - started):.0f} tokens/s"))
-    writer.commit()
+    try:
+        for completion in engine.generate(requests(), Handout(stop=writer.commit_if_old)):
+            ask, request = asked.pop(completion.request_id)
+            if writes:
+                writer.add(ask, request, completion)
+            finished, tokens = finished + 1, tokens + len(completion.token_ids)
+            report(Count(finished, len(mine), f"{tokens * world / (time.perf_counter() - started):.0f} tokens/s"))
+    finally:
+        writer.commit()  # also when it is preempted, or another rank is lost: what is finished was paid for
     log.info("rank %d: %d traces, %d tokens in %.1f s", rank, finished, tokens, time.perf_counter() - started)
     return finished
 

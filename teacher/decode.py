@@ -16,6 +16,8 @@ feeds one dummy token until nobody has any left. Otherwise the first rank to fin
 Legend: B rows of a pass, S new tokens a row, T cache columns, V vocabulary.
 """
 
+import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,6 +27,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from configs.errors import TracestillError, UnusableInput
 from data.engine import Completion, Handout, Request
 from data.records import FinishReason
 from teacher.admission import rectangle
@@ -32,6 +35,8 @@ from teacher.cache import SlotCache
 from teacher.experts import ExpertWatch
 from teacher.row import Detokenize, Row
 from teacher.sampling import Best, Forbidden, Noise, Truncation, best_logits, sample, uniforms
+
+log = logging.getLogger(__name__)
 
 PADDING_ID = 0  # any valid id: padding stands after a row's tokens, where causality hides it, and is overwritten later
 
@@ -45,17 +50,26 @@ class Forward(Protocol):
 
 class Limits(NamedTuple):
     """num_slots: rows that decode together. max_length: prompt and output tokens a row may hold. cache_tokens: slots x
-    columns that the cache may take, None for as much as it likes. refill_slots: free rows worth a prefill pass; 1 refills
-    at once. A pass has a fixed price (all of ZeRO-3's gathers), so leaving a handful of rows idle for a few steps saves
-    most prefill passes. prefill_tokens, prefill_pairs: most tokens, and most (token, column) pairs, of one prefill pass,
-    padding included: its mask has a byte for each pair, and its activations grow with the tokens."""
+    columns that the cache may take, None for as much as it likes. refill_idle: steps that slots have stood free, summed over
+    them, before a prefill pass is worth its price (which is nearly a step's: all of ZeRO-3's gathers); 1 refills at once.
+    Where rows end every step that saves most prefill passes, where one ends in a hundred it costs nothing. prefill_tokens,
+    prefill_pairs: most tokens, and most (token, column) pairs, of one prefill pass, padding included: its mask has a byte for
+    each pair, and its activations grow with the tokens."""
 
     num_slots: int
     max_length: int
     cache_tokens: int | None = None
-    refill_slots: int = 1
+    refill_idle: int = 1
     prefill_tokens: int = 8192
     prefill_pairs: int = 1 << 30
+
+
+class NotNumbers(TracestillError):
+    """Logits that are NaN: damaged weights, or an overflow."""
+
+
+def as_it_is(sampled: Tensor) -> Tensor:
+    return sampled
 
 
 class Agreed(IntEnum):
@@ -77,16 +91,22 @@ def decode(
     detokenize: Detokenize | None = None,
     handout: Handout | None = None,
     agree: Callable[[int], int] = int,
+    share: Callable[[Tensor], Tensor] = as_it_is,
 ) -> Iterator[Completion]:
     """Completions as they finish, one per request. Requests are taken in the order given, as slots fall free.
 
     What a request gets does not depend on that order, on the number of slots, on the cache's budget or on what other
     ranks do. A prompt that is empty or leaves no room for one output token comes back with finish_reason `abort` and no
     tokens. banned_V: ids never emitted. detokenize: for stop strings. handout: unfinished outputs, and the wish to stop.
-    agree: collective, gives all ranks the largest of their answers; one process is its own answer.
+    agree: collective, gives all ranks the largest of their answers; one process is its own answer. share: gives ranks that
+    answer the same requests together what the first of them has sampled, or one rounding apart they would part for ever.
+
+    Raises:
+        UnusableInput: a request that the cache's budget could not hold at its longest.
+        NotNumbers: the model's logits are not; nothing is said then.
     """
     handout = handout or Handout()
-    batch = Batch(forward, requests, watch, cache, limits, banned_V, detokenize, handout)
+    batch = Batch(forward, requests, watch, cache, limits, banned_V, detokenize, handout, share)
     while True:
         if batch.wants_requests:
             yield from batch.admit()
@@ -111,29 +131,28 @@ class Batch:
 
     def __init__(
         self, forward: Forward, requests: Iterable[Request], watch: ExpertWatch, cache: SlotCache, limits: Limits,
-        banned_V: Tensor | None, detokenize: Detokenize | None, handout: Handout,
+        banned_V: Tensor | None, detokenize: Detokenize | None, handout: Handout, share: Callable[[Tensor], Tensor],
     ) -> None:  # fmt: skip
-        self.forward, self.watch, self.cache = forward, watch, cache
+        self.forward, self.watch, self.cache, self.share = forward, watch, cache, share
         self.limits, self.banned_V, self.detokenize, self.handout = limits, banned_V, detokenize, handout
-        self.max_length = min(limits.max_length, limits.cache_tokens or limits.max_length)
-        self.device = cache.device
+        self.max_length, self.device = limits.max_length, cache.device
         self.source = map(Row.of, requests)
         self.waiting: deque[Row] = deque()
         self.rows: list[Row] = []
         self.num_ready = 0
+        self.idle_steps = 0
         self.has_just_loaded = False
 
     # --- who is in ---
 
     @property
     def wants_requests(self) -> bool:
-        free = self.limits.num_slots - len(self.rows)
-        return not self.rows or (free >= self.limits.refill_slots and self.num_ready == len(self.rows))
+        return not self.rows or (self.idle_steps >= self.limits.refill_idle and self.num_ready == len(self.rows))
 
     def admit(self) -> list[Completion]:
         """Takes rows until the slots or the budget are full or there are none left; returns those that need no pass."""
         done: list[Completion] = []
-        first = len(self.rows)
+        first, self.idle_steps = len(self.rows), 0
         while len(self.rows) < self.limits.num_slots and (row := self._next_row()) is not None:
             if (completion := self._answer_at_once(row)) is not None:
                 done.append(completion)
@@ -153,7 +172,16 @@ class Batch:
         """Of a request that cannot be answered, or whose prefix is already all of the answer."""
         request = row.request
         if not 0 < len(request.prompt_ids) < self.max_length or request.max_tokens < 1:
+            length = len(request.prompt_ids)
+            log.warning("request %s: a prompt of %d tokens, expected 1 to %d", request.request_id, length, self.max_length - 1)
             return Completion(request.request_id, (), (), "abort", time.time(), 0.0)
+        longest, budget = min(len(request.prompt_ids) + request.max_tokens, self.max_length), self.limits.cache_tokens
+        if budget is not None and longest > budget:
+            raise UnusableInput(
+                f"request {request.request_id}: prompt and max_tokens may take {longest} tokens of cache, the budget holds "
+                f"{budget}; raise teacher.engine.cache_bytes, lower sampling.max_tokens, or take a layout that leaves more "
+                "(tracestill plan)"
+            )
         reason = row.finish_reason(self.max_length, self.detokenize)
         return None if reason is None else row.complete(reason)
 
@@ -207,19 +235,24 @@ class Batch:
         self.cache.select_next(positions_B1, columns)
         logits_BV = self.forward(ids_B1, positions_B1, mask_BT[:, None, None], self.cache, keep=1)[:, -1]
         sampled = sample(logits_BV, self._noise(rows), self.banned_V, self._forbidden(rows))
-        ids, logprobs = torch.stack([sampled.ids_B.double(), sampled.logprobs_B]).tolist()  # one transfer a step
+        ids, logprobs = self.share(torch.stack([sampled.ids_B.double(), sampled.logprobs_B])).tolist()  # one transfer a step
+        if any(map(math.isnan, logprobs)):
+            raise NotNumbers(
+                f"the teacher's logits are not numbers for {sum(map(math.isnan, logprobs))} of {len(rows)} rows; "
+                "check the weights and the dtype"
+            )
         for row, token_id, logprob in zip(rows, ids, logprobs, strict=True):
             row.say(int(token_id), logprob)
         self._keep_best(rows, logits_BV)
         self._hand_out_some(rows)
         self.has_just_loaded = False
-        return self._retire()
+        done = self._retire()
+        self.idle_steps += self.limits.num_slots - len(self.rows)
+        return done
 
     def idle(self) -> None:
-        """One dummy token, so that other ranks' collectives find this rank present."""
         self.watch.ignore()
-        zero_11 = torch.zeros(1, 1, dtype=torch.long, device=self.device)
-        self.forward(zero_11, zero_11, (zero_11 == 0)[None, None], None, keep=1)
+        dummy_pass(self.forward, self.device)
 
     # --- what the rows ask of the sampler ---
 
@@ -256,7 +289,8 @@ class Batch:
         for slot, row in asking:
             count, wanted = row.request.top_logits, [temperatures.index(one) for one in row.request.log_z_temperatures]
             one = slice(slot, slot + 1)
-            row.best.append(Best(best.ids_BK[one, :count], best.logits_BK[one, :count], best.log_z_BC[one, wanted]))
+            kept = (best.ids_BK[one, :count], best.logits_BK[one, :count], best.log_z_BC[one, wanted])
+            row.best.append(Best(*(column.clone() for column in kept)))  # a view would keep all its neighbours' too
 
     # --- who is out ---
 
@@ -311,6 +345,12 @@ class Batch:
             self.watch.move_rows(moves)
         self.rows = [self.rows[old] for old in order]
         self.num_ready = num_ready
+
+
+def dummy_pass(forward: Forward, device: torch.device, cache: SlotCache | None = None) -> None:
+    """One token of nobody's, so that other ranks' collectives find this rank present."""
+    zero_11 = torch.zeros(1, 1, dtype=torch.long, device=device)
+    forward(zero_11, zero_11, (zero_11 == 0)[None, None], cache, keep=1)
 
 
 def compacted(slots: Sequence[int], first: int) -> list[int]:

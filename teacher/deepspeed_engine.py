@@ -31,6 +31,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from configs.errors import UnusableInput
 from data.engine import Completion, ExpertStats, Handout, Request, Scores
+from teacher.decode import as_it_is
 from teacher.empty_model import EmptyIsMeta, compute_buffers, empty_model
 from teacher.families import HEAD, family_of
 from teacher.fill import fill, like
@@ -126,6 +127,7 @@ class DeepSpeedEngine:
         self._engine: deepspeed.DeepSpeedEngine | None = None
         self._heart: Heartbeat | None = None
         self._said = torch.zeros(1)
+        self._tensor_group: dist.ProcessGroup | None = None
 
     @property
     def runner(self) -> Runner:
@@ -147,11 +149,13 @@ class DeepSpeedEngine:
         self._heart = start_heartbeat(self.timeout_s)
         with self._heart.answerable():
             self._load(config)
+            self._heart.leave()
 
     def _load(self, config: PretrainedConfig) -> None:
         device = torch.device(accelerator().current_device_name())
         engine = shard(self.model_dir, config, self.dtype, self.parallel)
         assert isinstance(engine.module, nn.Module)
+        self._tensor_group = own_tensor_group(self.parallel.tensor)
         set_group_timeouts(self.timeout_s + BACKSTOP_S)
         self._engine, self._module, self._said = engine, engine.module, self._said.to(device)
         self._runner = build_runner(
@@ -164,14 +168,8 @@ class DeepSpeedEngine:
             device=device,
             cache_bytes=self.cache_bytes,
             agree=self._agree,
+            share=self._share if self.parallel.tensor > 1 else as_it_is,
         )
-
-    @property
-    def replica(self) -> tuple[int, int]:
-        """(index, number) of the groups of ranks that work on requests of their own. Ranks of one tensor-parallel group
-        must be given the same requests; with tensor_parallel 1 this is rank and world size."""
-        self.load()
-        return dist.get_rank() // self.parallel.tensor, dist.get_world_size() // self.parallel.tensor
 
     @property
     def module(self) -> nn.Module:
@@ -233,6 +231,15 @@ class DeepSpeedEngine:
         assert self._engine is not None
         return self._engine(**inputs)
 
+    def _share(self, sampled: Tensor) -> Tensor:
+        """What the first rank of this tensor-parallel group has sampled. Its ranks compute the same logits, but nothing
+        promises the last bit, and two ranks that once say different tokens answer different requests from then on."""
+        assert self._tensor_group is not None
+        self.heart.enter("sharing the sampled tokens")
+        first = dist.get_rank() // self.parallel.tensor * self.parallel.tensor
+        dist.broadcast(sampled, src=first, group=self._tensor_group)
+        return sampled
+
     def _agree(self, mine: int) -> int:
         self.heart.enter("agreeing on the next step")
         self._said.fill_(float(mine))
@@ -264,6 +271,18 @@ def start_process_group(timeout_s: float) -> None:
         accelerator().set_device(int(os.environ["LOCAL_RANK"]))
         backend = accelerator().communication_backend_name()
     deepspeed.init_distributed(backend, timeout=timedelta(seconds=timeout_s), dist_init_required=True)
+
+
+def own_tensor_group(degree: int) -> dist.ProcessGroup | None:
+    """Of the ranks that answer the same requests; None when each rank answers its own. Collective: every rank makes every
+    group."""
+    if degree == 1:
+        return None
+    firsts = range(0, dist.get_world_size(), degree)
+    groups = [dist.new_group(list(range(first, first + degree))) for first in firsts]
+    group = groups[dist.get_rank() // degree]
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 def set_group_timeouts(timeout_s: float) -> None:

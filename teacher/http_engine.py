@@ -30,6 +30,7 @@ from data.records import FinishReason
 ATTEMPTS = 5
 FIRST_WAIT_S = 1.0
 KEEP_ALIVE_S = 300.0  # httpx's 5 s is shorter than one reasoning trace: every answer would open a connection
+MAX_STOPS = 4
 BEYOND_OPENAI = ("top_k", "min_p", "min_tokens")  # sent only when the recipe asks: vLLM and SGLang know them
 BUSY = {408, 429, 500, 502, 503, 504}
 
@@ -152,7 +153,18 @@ class HttpEngine:
 def chat_request(request: Request, model: str, stop_tokens: Sequence[str]) -> dict[str, Any]:
     """The JSON body of one chat completion. The stops are sent because a server knows only what generation_config.json
     tells it, where role markers are often missing; the protocol takes four. Seeds are cut to 31 bits: some servers read
-    a C int."""
+    a C int.
+
+    Raises:
+        UnusableInput: the request asks for what the protocol cannot carry.
+    """
+    if len(stop_tokens) + len(request.stop_strings) > MAX_STOPS and request.stop_strings:
+        raise UnusableInput(
+            f"sampling.stop_strings: {len(request.stop_strings)} beside the template's own {len(stop_tokens)} stops; "
+            f"servers take {MAX_STOPS} in all: name fewer"
+        )
+    if request.loop_guard is not None:
+        raise UnusableInput("sampling.loop_guard: a server cannot be told; leave it out, or use engine type deepspeed or local")
     return {
         "model": model,
         "messages": [dict(message) for message in request.messages],
@@ -160,7 +172,7 @@ def chat_request(request: Request, model: str, stop_tokens: Sequence[str]) -> di
         "temperature": request.temperature,
         "top_p": request.top_p,
         "seed": request.seed % (1 << 31),
-        "stop": [*stop_tokens, *request.stop_strings][:4],
+        "stop": [*stop_tokens, *request.stop_strings][:MAX_STOPS],
         "stream": False,
         **{name: value for name in BEYOND_OPENAI if (value := getattr(request, name))},
     }

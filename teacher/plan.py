@@ -15,7 +15,7 @@ from teacher.planning.architecture import FAMILIES, Architecture, read_architect
 from teacher.planning.devices import WEIGHT_BYTES, degrees_of, device_of
 from teacher.planning.fit import Demand, Fit, demand_of, judge, workload_step
 from teacher.planning.layout_search import Alternative, nearest_layouts
-from teacher.planning.placement import cache, cache_dtype, room
+from teacher.planning.placement import cache_dtype, room
 from teacher.planning.tensor_headers import count_headers
 from teacher.planning.throughput import Machine, Step, decode_step, machine, prefill_seconds
 from teacher.planning.workload import Cost, cost, output_lengths
@@ -131,14 +131,6 @@ def kv_budget_bytes(teacher: Teacher, planning: Planning | None = None) -> int |
     architecture, degrees, device = architecture_of(teacher.model), degrees_of(teacher), device_of(teacher.hardware)
     budget = room(architecture, teacher, degrees, device.usable if device else None, planning or Planning()).cache
     return None if budget is None else max(0, budget)
-
-
-def kv_budget_tokens(teacher: Teacher, planning: Planning | None = None) -> int | None:
-    """The same budget in tokens of one rank's cache (slots x columns), whatever dtype the recipe keeps it in."""
-    budget = kv_budget_bytes(teacher, planning)
-    if budget is None:
-        return None
-    return cache(architecture_of(teacher.model), teacher, degrees_of(teacher), budget).max_tokens
 
 
 def architecture_of(model: str) -> Architecture:

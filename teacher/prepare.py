@@ -23,7 +23,7 @@ from configs.progress import Count, Report
 from data.store import code_revision, read_json, sha256_file, versions, write_bytes, write_json
 from teacher.checkpoint_files import Checkpoint
 from teacher.folders import IDENTITY, read_config_json
-from teacher.manifest import MANIFEST, Dtype, FileSum, Manifest, Source, as_json, is_prepared, read_manifest
+from teacher.manifest import FORMAT, MANIFEST, Dtype, FileSum, Manifest, Source, as_json, is_prepared, read_manifest
 from teacher.partition import Layout, Part
 from teacher.shard_plan import SHARDS, Piece, ShardFile, ShardPlan, plan_shards
 from teacher.shards import ShardWriter
@@ -62,8 +62,8 @@ def prepare(folder: Path, output: Path, layout: Layout, dtype: Dtype, report: Re
     with _alone(output):
         _check_purpose(output, plan)
         source = describe_source(folder, output, report)
-        if is_prepared(output) and _is_whole(output, source):
-            return Prepared(output, read_manifest(output), written=0)
+        if (manifest := _readable_manifest(output)) is not None and _is_whole(output, source):
+            return Prepared(output, manifest, written=0)
         (output / MANIFEST).unlink(missing_ok=True)
         return _write_all(plan, source, output, report)
 
@@ -156,13 +156,19 @@ def _alone(output: Path) -> Iterator[None]:
 
 
 def _check_purpose(output: Path, plan: ShardPlan) -> None:
-    if is_prepared(output):
-        found = read_manifest(output)
-        if (found.layout, found.dtype) != (plan.layout, plan.dtype):
-            raise UnusableInput(
-                f"{output}: holds shards for {found.layout} in {found.dtype}, not {plan.layout} in {plan.dtype}; "
-                "give another folder: tracestill prepare CONFIG --output FOLDER"
-            )
+    if (found := _readable_manifest(output)) is not None and (found.layout, found.dtype) != (plan.layout, plan.dtype):
+        raise UnusableInput(
+            f"{output}: holds shards for {found.layout} in {found.dtype}, not {plan.layout} in {plan.dtype}; "
+            "give another folder: tracestill prepare CONFIG --output FOLDER"
+        )
+
+
+def _readable_manifest(output: Path) -> Manifest | None:
+    """None for a missing, damaged or older one: preparing again is the remedy for all three."""
+    try:
+        return read_manifest(output) if is_prepared(output) else None
+    except UnusableInput:
+        return None
 
 
 def _make_folders(output: Path, plan: ShardPlan) -> None:
@@ -180,7 +186,7 @@ def _make_folders(output: Path, plan: ShardPlan) -> None:
 
 def _identity(plan: ShardPlan, source: Source) -> str:
     """Of what a committed file is made; a record with another one does not count."""
-    said = [dataclasses.asdict(plan.layout), plan.dtype, {name: found.sha256 for name, found in source.files.items()}]
+    said = [FORMAT, dataclasses.asdict(plan.layout), plan.dtype, {name: found.sha256 for name, found in source.files.items()}]
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 

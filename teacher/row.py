@@ -91,8 +91,15 @@ def ends_with_stop_string(said: Sequence[int], stop_strings: Sequence[str], deto
     assert detokenize is not None, "stop strings need the model's tokenizer"
     tail = said[-4 * (max(map(len, stop_strings)) + 1) :]
     text = detokenize(tail)
-    found = [stop for stop in stop_strings if stop in text]
-    return bool(found) and any(stop not in detokenize(tail[:-1]) for stop in found)
+    if not any(stop in text for stop in stop_strings):
+        return False
+    before = detokenize(tail[:-1])
+    return any(_endings(text, stop) > _endings(before, stop) for stop in stop_strings)
+
+
+def _endings(text: str, stop: str) -> int:
+    """Occurrences, overlapping ones too: one that was complete before min_tokens does not hide the next."""
+    return sum(text.startswith(stop, start) for start in range(len(text)))
 
 
 def is_looping(said: Sequence[int], guard: LoopGuard) -> bool:

@@ -10,16 +10,19 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from configs.errors import UnusableInput
+from data.chat import dialect_of
 from data.engine import Completion, ExpertStats, Handout, Request, Scores
 from teacher.admission import FIRST_COLUMNS
 from teacher.cache import SlotCache
-from teacher.decode import Limits, decode
+from teacher.decode import Limits, as_it_is, decode, dummy_pass
 from teacher.experts import ExpertWatch
 from teacher.manifest import is_prepared
 from teacher.row import Detokenize
 from teacher.score import Wanted, score_sequences
 from teacher.sparse_attention import attention_for, install
 
+FREE_SHARE = 0.8
+"""Of a GPU's free memory, what the cache may take when neither the recipe nor the plan says: passes need the rest."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Dtype = Literal["fp32", "bf16", "fp16"]
 
@@ -38,6 +41,7 @@ class Runner:
     device: torch.device
     detokenize: Detokenize | None = None
     agree: Callable[[int], int] = int
+    share: Callable[[Tensor], Tensor] = as_it_is
 
     @torch.no_grad()
     def forward(self, ids_BS: Tensor, positions_BS: Tensor, mask_B1ST: Tensor, cache: SlotCache | None, keep: int) -> Tensor:
@@ -54,7 +58,7 @@ class Runner:
     def generate(self, requests: Iterable[Request], handout: Handout | None = None) -> Iterator[Completion]:
         yield from decode(
             self.forward, self._checked(requests), self.watch, SlotCache(self.limits.num_slots, self.num_layers, self.device),
-            self.limits, banned_V=self.banned_V, detokenize=self.detokenize, handout=handout, agree=self.agree,
+            self.limits, banned_V=self.banned_V, detokenize=self.detokenize, handout=handout, agree=self.agree, share=self.share,
         )  # fmt: skip
 
     def score(
@@ -65,7 +69,7 @@ class Runner:
             self.forward,
             sequences,
             Wanted(top_logits, log_z_temperatures),
-            batch_size=self.limits.num_slots,
+            self.limits,
             num_layers=self.num_layers,
             vocab_size=self.vocab_size,
             device=self.device,
@@ -76,6 +80,16 @@ class Runner:
         for request in requests:
             if request.stop_strings and self.detokenize is None:
                 raise UnusableInput("sampling.stop_strings: the model's folder has no tokenizer.json; add it, or stop by ids")
+            if (beyond := max((*request.stop_ids, *request.prompt_ids, *request.prefix_ids), default=0)) >= self.vocab_size:
+                raise UnusableInput(
+                    f"request {request.request_id}: token {beyond} is beyond the model's vocabulary of {self.vocab_size}; "
+                    "expected a prompt and stops by this model's own tokenizer"
+                )
+            if len(request.prefix_ids) != len(request.prefix_logprobs):
+                raise UnusableInput(
+                    f"request {request.request_id}: {len(request.prefix_ids)} prefix ids with "
+                    f"{len(request.prefix_logprobs)} logprobs; expected one each"
+                )
             yield request
 
     def expert_stats(self) -> ExpertStats | None:
@@ -93,22 +107,27 @@ def build_runner(
     device: torch.device,
     cache_bytes: int | None = None,
     agree: Callable[[int], int] = int,
+    share: Callable[[Tensor], Tensor] = as_it_is,
 ) -> Runner:
     """module: what holds the routers (the model itself). max_length: at most what the model's positions allow.
-    cache_bytes: what the cache may take on this rank; None is no bound. Collective when it is given: one token is fed to
-    see what a token costs, which depends on the architecture, the dtype and the ranks that share a layer."""
+    cache_bytes: what the cache may take on this rank; None is no bound on a CPU, and most of a GPU's free memory.
+    Collective where there is one: a token is fed to see what a token costs, which depends on the architecture, the dtype
+    and the ranks that share a layer."""
     longest = int(config.max_position_embeddings)
     runner = Runner(
         model=model,
         watch=ExpertWatch(module, num_slots, device),
-        limits=Limits(num_slots, min(max_length or longest, longest), refill_slots=max(1, num_slots // 8)),
+        limits=Limits(num_slots, min(max_length or longest, longest), refill_idle=max(1, num_slots // 4)),
         banned_V=banned_ids(model_dir, config, device),
         num_layers=int(config.num_hidden_layers),
         vocab_size=int(config.vocab_size),
         device=device,
         detokenize=read_detokenizer(model_dir),
         agree=agree,
+        share=share,
     )
+    if cache_bytes is None and device.type == "cuda":
+        cache_bytes = int(FREE_SHARE * torch.cuda.mem_get_info(device)[0])
     if cache_bytes is not None:
         runner.limits = runner.limits._replace(cache_tokens=affordable_tokens(runner, cache_bytes))
     return runner
@@ -119,7 +138,7 @@ def affordable_tokens(runner: Runner, cache_bytes: int) -> int:
     cache, zero_11 = SlotCache(1, runner.num_layers, runner.device), torch.zeros(1, 1, dtype=torch.long, device=runner.device)
     cache.select_next(zero_11, 1)
     runner.watch.ignore()
-    runner.forward(zero_11, zero_11, (zero_11 == 0)[None, None], cache, keep=1)
+    dummy_pass(runner.forward, runner.device, cache)
     bytes_per_token = cache.num_bytes() // cache.num_columns
     if cache_bytes < FIRST_COLUMNS * bytes_per_token:
         raise UnusableInput(
@@ -161,12 +180,15 @@ def banned_ids(model_dir: Path, config: PretrainedConfig, device: torch.device) 
     """True on ids that are never emitted: rows of the vocabulary that no token stands for (embedding tables are padded to
     round sizes; their logits are untrained, and a sampled one cannot be decoded), and padding, unless it also ends an
     output (its embedding is zero: said once, it ties all index scores of the first layer). None when there are none."""
-    vocab_size, ends = int(config.vocab_size), config.eos_token_id
+    vocab_size, ends, stops = int(config.vocab_size), config.eos_token_id, tuple[int, ...]()
     banned_V = torch.zeros(vocab_size, dtype=torch.bool, device=device)
     if (model_dir / "tokenizer.json").is_file():
-        banned_V[max(AutoTokenizer.from_pretrained(model_dir).get_vocab().values()) + 1 :] = True
+        tokenizer = AutoTokenizer.from_pretrained(model_dir)
+        banned_V[max(tokenizer.get_vocab().values()) + 1 :] = True
+        if tokenizer.chat_template:
+            stops = dialect_of(tokenizer).stop_ids(tokenizer)
     pad = config.pad_token_id
-    if pad is not None and pad not in (ends if isinstance(ends, list) else [ends]):
+    if pad is not None and 0 <= pad < vocab_size and pad not in {*(ends if isinstance(ends, list) else [ends]), *stops}:
         banned_V[pad] = True
     return banned_V if bool(banned_V.any()) else None
 

@@ -3,15 +3,17 @@
 Legend: B rows, S tokens of a chunk, T columns, V vocabulary, K kept logits, C temperatures.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from configs.errors import UnusableInput
 from data.engine import Scores
+from teacher.admission import Rectangle
 from teacher.cache import SlotCache
-from teacher.decode import PADDING_ID, Agreed, Forward
+from teacher.decode import PADDING_ID, Agreed, Forward, Limits, dummy_pass
 from teacher.row import stack
 from teacher.sampling import Best, best_logits, token_logprobs
 
@@ -28,9 +30,9 @@ class Wanted(NamedTuple):
 def score_sequences(
     forward: Forward,
     sequences: Sequence[Sequence[int]],
-    wanted: Wanted = Wanted(),  # noqa: B008 (a constant)
+    wanted: Wanted,
+    limits: Limits,
     *,
-    batch_size: int,
     num_layers: int,
     vocab_size: int,
     device: torch.device,
@@ -39,27 +41,59 @@ def score_sequences(
     """One Scores per sequence, in the order given.
 
     Ranks that share a model call this together, each with its own sequences: as in `decode`, every pass is agreed on.
+
+    Raises:
+        UnusableInput: a sequence longer than the model's positions or the cache's budget.
     """
+    check_lengths(sequences, limits)
     logprobs: list[list[float]] = [[] for _ in sequences]
     best: list[list[Best]] = [[] for _ in sequences]
-    by_length = sorted(range(len(sequences)), key=lambda index: -len(sequences[index]))
-    batches = [by_length[start : start + batch_size] for start in range(0, len(by_length), batch_size)]
-    chunk = max(1, LOGITS_PER_PASS // (vocab_size * batch_size))
-    work = iter([(batch, start) for batch in batches for start in range(0, len(sequences[batch[0]]), chunk)])
-    cache = SlotCache(batch_size, num_layers, device)
+    work = chunks_of(sequences, limits, vocab_size)
+    cache, batch_in_cache = SlotCache(0, num_layers, device), ()
     while agree(Agreed.DONE if (item := next(work, None)) is None else Agreed.WORK):
         if item is None:
-            zero_11 = torch.zeros(1, 1, dtype=torch.long, device=device)
-            forward(zero_11, zero_11, (zero_11 == 0)[None, None], None, keep=1)
+            dummy_pass(forward, device)
             continue
-        batch, start = item
+        batch, start, stop = item
         rows = [sequences[index] for index in batch]
-        logprobs_BS, best_BS = _score_chunk(forward, cache, rows, start, min(len(rows[0]), start + chunk), wanted)
+        if batch != batch_in_cache:
+            cache, batch_in_cache = SlotCache(len(batch), num_layers, device), batch
+            cache.reserve(Rectangle(len(batch), len(rows[0])))
+        logprobs_BS, best_BS = _score_chunk(forward, cache, rows, start, stop, wanted)
         for slot, (index, row) in enumerate(zip(batch, rows, strict=True)):
             logprobs[index] += logprobs_BS[slot, : max(0, len(row) - start)].tolist()
             if best_BS is not None:
                 best[index].append(Best(*(column[slot, : max(0, len(row) - 1 - start)] for column in best_BS)))
     return [Scores((0.0, *values[:-1])[: len(values)], stack(kept)) for values, kept in zip(logprobs, best, strict=True)]
+
+
+def check_lengths(sequences: Sequence[Sequence[int]], limits: Limits) -> None:
+    most = min(limits.max_length, limits.cache_tokens or limits.max_length)
+    longest = max(map(len, sequences), default=0)
+    if longest > most:
+        raise UnusableInput(
+            f"score: a sequence of {longest} tokens, expected at most {most} by the model's positions and the cache's budget"
+        )
+
+
+class Chunk(NamedTuple):
+    """Columns [start, stop) of the sequences `batch` (indices), longest first."""
+
+    batch: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def chunks_of(sequences: Sequence[Sequence[int]], limits: Limits, vocab_size: int) -> Iterator[Chunk]:
+    """Batches of like length within the cache's budget, each in passes of bounded logits, tokens and mask."""
+    by_length = sorted(range(len(sequences)), key=lambda index: -len(sequences[index]))
+    while by_length:
+        longest = len(sequences[by_length[0]])
+        rows = limits.num_slots if limits.cache_tokens is None else limits.cache_tokens // max(1, longest)
+        batch, by_length = tuple(by_length[: min(rows, limits.num_slots)]), by_length[min(rows, limits.num_slots) :]
+        most = min(LOGITS_PER_PASS // vocab_size, limits.prefill_tokens, limits.prefill_pairs // max(1, longest))
+        chunk = max(1, most // len(batch))
+        yield from (Chunk(batch, start, min(longest, start + chunk)) for start in range(0, longest, chunk))
 
 
 def _score_chunk(

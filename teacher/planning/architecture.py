@@ -122,7 +122,7 @@ def _architecture(config: Config, family: Family, model_type: str) -> Architectu
     sparse = _sparse_layers(config, family)
     num_experts = routed_experts(config) if sparse else 0
     expert_hidden = config[family.expert_size] if sparse else 0
-    expert, shared = 3 * hidden * expert_hidden, 3 * hidden * expert_hidden * config.get("n_shared_experts", 0)
+    expert, shared = 3 * hidden * expert_hidden, 3 * hidden * expert_hidden * (config.get("n_shared_experts") or 0)
     mlp = 3 * hidden * config["intermediate_size"] + (_mlp_biases(config) if config.get("mlp_bias") else 0)
     indexer = _indexer_size(config) if family.indexer else 0
     tied = bool(config.get("tie_word_embeddings"))

@@ -87,6 +87,9 @@ def indivisible(architecture: Architecture, degrees: Degrees) -> str | None:
         return f"layout.expert_parallel {degrees.expert} does not divide the model's {experts} experts"
     if heads % degrees.tensor:
         return f"layout.tensor_parallel {degrees.tensor} does not divide the model's {heads} attention heads"
+    kv_heads = getattr(architecture.attention, "kv_heads", 0)  # latents have none; servers copy the heads they cannot cut
+    if not degrees.server and kv_heads % degrees.tensor:
+        return f"layout.tensor_parallel {degrees.tensor} does not divide the model's {kv_heads} key-value heads"
     return None
 
 

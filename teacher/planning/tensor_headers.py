@@ -33,9 +33,12 @@ def count_headers(folder: Path, config: Config, where: str) -> Architecture:
 
 def tensor_sizes(path: Path) -> dict[str, int]:
     """Elements of each tensor of a safetensors file."""
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+    except (struct.error, ValueError) as error:
+        raise UnusableInput(f"{path}: not a safetensors file (no readable header); download it again") from error
     return {name: prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
 
 

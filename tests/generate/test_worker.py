@@ -116,11 +116,25 @@ def test_segments_hold_the_stated_number_of_traces(recipe: Recipe, run: RunFolde
 def test_after_a_failure_only_what_is_missing_is_asked(recipe: Recipe, run: RunFolder) -> None:
     with pytest.raises(RuntimeError, match="power cut"):
         work(recipe, run, Scripted(fails_after=7))
-    assert read_ledger(run).completed == 4  # one whole segment; three finished traces were not committed yet
+    assert read_ledger(run).completed == 7  # a whole segment, and what was finished when it failed
     again = Scripted()
-    assert work(recipe, run, again) == 6
+    assert work(recipe, run, again) == 3
     assert len({trace.trace_id for trace in traces(run)}) == 10 and read_ledger(run).superseded == 0
     assert work(recipe, run, Scripted()) == 0
+
+
+def test_a_finished_trace_does_not_wait_for_ever_for_its_segment(recipe: Recipe, run: RunFolder) -> None:
+    """Asked before every pass, as an engine does, the writer commits what is old enough."""
+    patient = recipe.model_copy(update={"generate": recipe.generate.model_copy(update={"segment_seconds": 1e-9})})
+
+    class Asking(Scripted):
+        def generate(self, requests: Iterable[Request], handout: Handout | None = None) -> Iterator[Completion]:
+            for completion in super().generate(requests, handout):
+                yield completion
+                assert handout is not None and not handout.stop()
+
+    work(patient, run, Asking())
+    assert [segment.rows for segment in segments(run.traces)] == [1] * 10
 
 
 def test_ranks_share_and_duplicates_are_superseded(recipe: Recipe, run: RunFolder, tmp_path: Path) -> None:

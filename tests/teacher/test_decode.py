@@ -15,7 +15,7 @@ import teacher.score
 from configs.errors import UnusableInput
 from data.engine import Completion, Handout, LoopGuard, Partial, Request
 from teacher.cache import SlotCache
-from teacher.decode import Agreed, Batch, Limits, compacted, decode
+from teacher.decode import Agreed, Batch, Limits, NotNumbers, compacted, decode
 from teacher.local_engine import LocalEngine
 from teacher.runner import banned_ids
 from tests.teacher.models import VOCAB
@@ -86,11 +86,11 @@ def test_greedy_equals_transformers_generate(folder: Path, expected: dict[str, t
     assert outputs(engine.generate(make_requests(20))) == expected
 
 
-@pytest.mark.parametrize(("refill_slots", "prefill_tokens"), [(1, 8192), (5, 8192), (2, 11)])
+@pytest.mark.parametrize(("refill_idle", "prefill_tokens"), [(1, 8192), (40, 8192), (2, 11)])
 def test_refill_and_chunked_prefill_change_no_token(
-    folder: Path, expected: dict[str, tuple[int, ...]], refill_slots: int, prefill_tokens: int
+    folder: Path, expected: dict[str, tuple[int, ...]], refill_idle: int, prefill_tokens: int
 ) -> None:
-    engine = with_limits(LocalEngine(folder, batch_size=6), refill_slots=refill_slots, prefill_tokens=prefill_tokens)
+    engine = with_limits(LocalEngine(folder, batch_size=6), refill_idle=refill_idle, prefill_tokens=prefill_tokens)
     assert outputs(engine.generate(make_requests(20))) == expected
 
 
@@ -396,3 +396,47 @@ def test_padding_is_never_said_unless_it_ends_an_output(tmp_path: Path) -> None:
         banned_ids(tmp_path, AutoConfig.for_model("qwen3", vocab_size=20, pad_token_id=5, eos_token_id=[5]), torch.device("cpu"))
         is None
     )
+
+
+def test_a_request_that_the_budget_could_never_hold_is_refused_and_not_cut(qwen_folder: Path) -> None:
+    engine = with_limits(LocalEngine(qwen_folder, batch_size=2), cache_tokens=128)
+    too_long = Request("r", (7,) * 84, STOPS, max_tokens=100, temperature=0.0, top_p=1.0, seed=0)
+    with pytest.raises(UnusableInput, match="may take 184 tokens of cache, the budget holds 128"):
+        list(engine.generate([too_long]))
+    with pytest.raises(UnusableInput, match="a sequence of 200 tokens, expected at most 128"):
+        engine.score([(7,) * 200])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_numbers_say_nothing(qwen_folder: Path, temperature: float) -> None:
+    engine = LocalEngine(qwen_folder, batch_size=2)
+    engine.runner.model.model.norm.weight.data.fill_(float("nan"))  # type: ignore[attr-defined]
+    with pytest.raises(NotNumbers, match="not numbers for 2 of 2 rows"):
+        list(engine.generate(make_requests(2, temperature=temperature)))
+
+
+def test_a_stop_string_that_was_complete_before_min_tokens_does_not_hide_the_next() -> None:
+    spoken = "ab.ab."
+    assert [
+        teacher.row.ends_with_stop_string(range(end), ("ab",), lambda ids: "".join(spoken[i] for i in ids))
+        for end in range(1, len(spoken) + 1)
+    ] == [False, True, False, False, True, False]
+
+
+def test_ranks_of_one_group_go_on_with_what_the_first_has_sampled(qwen_folder: Path) -> None:
+    """`share` replaces ids and log-probabilities of every step; whatever this rank sampled itself is forgotten."""
+    engine = LocalEngine(qwen_folder, batch_size=2)
+    runner = engine.runner
+    said = iter([[9.0], [9.0], [3.0]])
+    runner.share = lambda sampled: torch.tensor([next(said), [-0.5]], dtype=torch.float64)
+    (found,) = runner.generate([Request("r", (7, 8), STOPS, 9, 0.0, 1.0, 0)])
+    assert (found.token_ids, found.logprobs, found.finish_reason) == ((9, 9, 3), (-0.5,) * 3, "stop")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({"stop_ids": (VOCAB,)}, "beyond the model's vocabulary"), ({"prefix_ids": (7, 8)}, "2 prefix ids with 0 logprobs")],
+)
+def test_a_request_that_is_not_of_this_model_is_refused(qwen_folder: Path, changes: dict[str, object], said: str) -> None:
+    with pytest.raises(UnusableInput, match=said):
+        list(LocalEngine(qwen_folder).generate(changed(make_requests(1), **changes)))
