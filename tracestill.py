@@ -378,7 +378,7 @@ def prepare(
     teacher = load_recipe(config, overrides or []).recipe.teacher
     folder = resolve_model(teacher.model)
     from teacher import prepare as preparation
-    from teacher import shard_plan
+    from teacher.checkpoint import shard_plan
 
     layout, dtype = shard_plan.layout_of(teacher)
     output = output or shard_plan.default_output(teacher, layout, dtype)

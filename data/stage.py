@@ -37,8 +37,13 @@ log = logging.getLogger(__name__)
 # What a stage made or reads is hashed again before it is trusted, up to this size (1.5 GB/s); above it, whoever reads a
 # file does.
 VERIFIED_AT_ONCE_BYTES = 4 << 30
-# Sections that may change under a run folder without making another run of it: they say where and how fast, not what.
-FREE_SECTIONS = ("slurm", "plan")
+# What may change under a run folder without making another run of it: where and how fast, not what. No layout changes a
+# token's identity: a run that began on two nodes goes on with four, from shards or from the checkpoint.
+FREE = (
+    "slurm", "plan", "teacher.hardware", "teacher.layout", "teacher.experts", "teacher.engine.processes",
+    "teacher.engine.batch_size", "teacher.engine.cache_bytes", "teacher.engine.prepared", "teacher.engine.timeout_s",
+    "teacher.engine.concurrency", "generate.segment_traces", "generate.segment_seconds",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,9 +241,15 @@ def _difference(run: RunFolder, wanted: dict[str, Any]) -> tuple[str, Any, Any] 
         stored = dict(yaml.safe_load(run.config.read_text())["recipe"])
     except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise UnusableInput(f"{run.config}: not a configuration written by tracestill; use another --run-dir") from error
-    ours = {key: value for key, value in wanted.items() if key not in FREE_SECTIONS}
-    theirs = {key: value for key, value in stored.items() if key not in FREE_SECTIONS}
-    return first_difference(theirs, ours)
+    return first_difference(without_free(stored), without_free(wanted))
+
+
+def without_free(value: Any, path: str = "") -> Any:
+    """The configuration without what is free to change."""
+    if not isinstance(value, dict):
+        return value
+    inside = {key: f"{path}.{key}" if path else str(key) for key in value}
+    return {key: without_free(value[key], dotted) for key, dotted in inside.items() if dotted not in FREE}
 
 
 def first_difference(left: Any, right: Any, path: str = "") -> tuple[str, Any, Any] | None:

@@ -31,16 +31,16 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from configs.errors import UnusableInput
 from data.engine import Completion, ExpertStats, Handout, Request, Scores
+from teacher.checkpoint.empty_model import EmptyIsMeta, compute_buffers, empty_model
+from teacher.checkpoint.fill import fill, like
+from teacher.checkpoint.manifest import check_layout as check_prepared_for
+from teacher.checkpoint.manifest import is_prepared, read_manifest
+from teacher.checkpoint.partition import Cut, Layout, zero_group
+from teacher.checkpoint.shards import read_rank
 from teacher.decode import as_it_is
-from teacher.empty_model import EmptyIsMeta, compute_buffers, empty_model
 from teacher.families import HEAD, family_of
-from teacher.fill import fill, like
 from teacher.heartbeat import DONE, Heartbeat, launch_store
-from teacher.manifest import check_layout as check_prepared_for
-from teacher.manifest import is_prepared, read_manifest
-from teacher.partition import Cut, Layout, zero_group
 from teacher.runner import DTYPES, Runner, build_runner, read_config, read_model
-from teacher.shards import read_rank
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,8 @@ def load_tokenizer(teacher: schema.Teacher) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError) as error:
         raise UnusableInput(
-            f"teacher.model {teacher.model}: no usable tokenizer in the folder: {str(error).splitlines()[0]}"
+            f"teacher.model {teacher.model}: no usable tokenizer in the folder; copy the model's tokenizer.json and "
+            "tokenizer_config.json there"
         ) from error
     if not tokenizer.chat_template:
         raise UnusableInput(

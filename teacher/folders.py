@@ -53,7 +53,7 @@ def weights_folder(teacher: schema.Teacher) -> Path:
     prepared = prepared_folder(teacher)
     if prepared is None:
         return resolve_model(teacher.model)
-    from teacher.manifest import check_source, read_manifest  # pyarrow comes with it, which `plan` can do without
+    from teacher.checkpoint.manifest import check_source, read_manifest  # pyarrow comes with it, which `plan` can do without
 
     check_source(prepared, read_manifest(prepared), EMBEDDED if teacher.model == "embedded" else Path(teacher.model))
     return prepared
@@ -67,7 +67,10 @@ def prepared_folder(teacher: schema.Teacher) -> Path | None:
 
 def read_config_json(folder: Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / "config.json").read_text())
+        found = json.loads((folder / "config.json").read_text())
+        if not isinstance(found, dict):
+            raise UnusableInput(f"{folder / 'config.json'}: a JSON {type(found).__name__}, expected a Hugging Face configuration")
+        return found
     except json.JSONDecodeError as error:
         raise UnusableInput(
             f"{folder / 'config.json'}: not valid JSON at line {error.lineno}; expected a Hugging Face configuration"
@@ -77,7 +80,7 @@ def read_config_json(folder: Path) -> dict[str, Any]:
 def fingerprint_model(folder: Path) -> str:
     """Hex digest (16 characters) over config.json, tokenizer, template and every safetensors file: what a trace depends on.
     Prepared shards answer with that of the checkpoint they were made of."""
-    from teacher.manifest import fingerprint_of, is_prepared, read_manifest
+    from teacher.checkpoint.manifest import fingerprint_of, is_prepared, read_manifest
 
     if is_prepared(folder):
         return read_manifest(folder).source.fingerprint

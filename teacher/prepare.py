@@ -21,13 +21,13 @@ from torch import Tensor
 from configs.errors import UnusableInput
 from configs.progress import Count, Report
 from data.store import code_revision, read_json, sha256_file, versions, write_bytes, write_json
-from teacher.checkpoint_files import Checkpoint
+from teacher.checkpoint.files import Checkpoint
+from teacher.checkpoint.manifest import FORMAT, MANIFEST, Dtype, FileSum, Manifest, Source, as_json, is_prepared, read_manifest
+from teacher.checkpoint.partition import Layout, Part
+from teacher.checkpoint.shard_plan import SHARDS, Piece, ShardFile, ShardPlan, plan_shards
+from teacher.checkpoint.shards import ShardWriter
+from teacher.checkpoint.source import check_unchanged, describe_source
 from teacher.folders import IDENTITY, read_config_json
-from teacher.manifest import FORMAT, MANIFEST, Dtype, FileSum, Manifest, Source, as_json, is_prepared, read_manifest
-from teacher.partition import Layout, Part
-from teacher.shard_plan import SHARDS, Piece, ShardFile, ShardPlan, plan_shards
-from teacher.shards import ShardWriter
-from teacher.source import check_unchanged, describe_source
 
 RECORDS, LOCK = ".done", ".lock"
 COMPANIONS = (
@@ -52,18 +52,21 @@ class Prepared(NamedTuple):
 
 def prepare(folder: Path, output: Path, layout: Layout, dtype: Dtype, report: Report = lambda count: None) -> Prepared:
     """Shards of the checkpoint in `folder` stand in `output`, sealed. Nothing is done where they already do; after a kill it
-    goes on with the first file that was not committed; a changed source is prepared anew.
+    goes on with the first file that was not committed. Finished shards of anything else are never overwritten.
 
     Raises:
-        UnusableInput: an unusable checkpoint, shards for another layout in `output`, no room, or another prepare at work.
+        UnusableInput: an unusable checkpoint, finished shards of another checkpoint or layout in `output`, no room, or another
+            prepare at work.
     """
     plan = plan_shards(folder, layout, dtype)
     output.mkdir(parents=True, exist_ok=True)
     with _alone(output):
         _check_purpose(output, plan)
         source = describe_source(folder, output, report)
-        if (manifest := _readable_manifest(output)) is not None and _is_whole(output, source):
-            return Prepared(output, manifest, written=0)
+        if (manifest := _readable_manifest(output)) is not None:
+            _check_same_source(output, manifest, source)
+            if _is_whole(output, manifest):
+                return Prepared(output, manifest, written=0)
         (output / MANIFEST).unlink(missing_ok=True)
         return _write_all(plan, source, output, report)
 
@@ -163,6 +166,16 @@ def _check_purpose(output: Path, plan: ShardPlan) -> None:
         )
 
 
+def _check_same_source(output: Path, manifest: Manifest, source: Source) -> None:
+    """A checkpoint of a terabyte is not replaced because of a slip in --output."""
+    if manifest.source.files != source.files:
+        raise UnusableInput(
+            f"{output}: holds finished shards of another checkpoint ({manifest.source.folder}, {manifest.source.fingerprint}; "
+            f"asked for {source.folder}, {source.fingerprint}); give another --output, or delete {output / MANIFEST} to "
+            "replace them"
+        )
+
+
 def _readable_manifest(output: Path) -> Manifest | None:
     """None for a missing, damaged or older one: preparing again is the remedy for all three."""
     try:
@@ -204,13 +217,10 @@ def _committed(output: Path, file: ShardFile, identity: str) -> FileSum | None:
     return FileSum(said["num_bytes"], said["sha256"])
 
 
-def _is_whole(output: Path, source: Source) -> bool:
+def _is_whole(output: Path, manifest: Manifest) -> bool:
     """By sizes; hashes of the shards are checked by every rank that loads them."""
-    manifest = read_manifest(output)
     files = {**manifest.files, **manifest.companions}
-    return manifest.source.files == source.files and all(
-        (output / name).is_file() and (output / name).stat().st_size == found.num_bytes for name, found in files.items()
-    )
+    return all((output / name).is_file() and (output / name).stat().st_size == found.num_bytes for name, found in files.items())
 
 
 def _check_room(output: Path, needed: int) -> None:

@@ -14,9 +14,9 @@ from data.chat import dialect_of
 from data.engine import Completion, ExpertStats, Handout, Request, Scores
 from teacher.admission import FIRST_COLUMNS
 from teacher.cache import SlotCache
+from teacher.checkpoint.manifest import is_prepared
 from teacher.decode import Limits, as_it_is, decode, dummy_pass
 from teacher.experts import ExpertWatch
-from teacher.manifest import is_prepared
 from teacher.row import Detokenize
 from teacher.score import Wanted, score_sequences
 from teacher.sparse_attention import attention_for, install

@@ -99,21 +99,49 @@ FAMILIES = {
 }
 
 
+MAY_BE_NOTHING = ("n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers", "n_routed_experts", "num_experts")
+SIZES = (
+    "num_hidden_layers", "hidden_size", "vocab_size", "intermediate_size", "moe_intermediate_size", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
+    "index_n_heads", "index_head_dim", "index_topk", "num_experts_per_tok", "max_position_embeddings", *MAY_BE_NOTHING,
+)  # fmt: skip
+
+
 def read_architecture(config: Config, where: str) -> Architecture:
     """The architecture of a known family's config.json.
 
     Raises:
-        UnusableInput: a family that is not in FAMILIES, or a key that is missing.
+        UnusableInput: a family that is not in FAMILIES, or a key that is missing or no number one can count with.
     """
     model_type = str(config.get("model_type", ""))
     family = FAMILIES.get(model_type)
     if family is None:
         known = ", ".join(FAMILIES)
         raise UnusableInput(f"{where}: model_type {model_type!r} has no size formula; expected one of {known}")
+    _check_values(config, where)
     try:
         return _architecture(config, family, model_type)
+    except (TypeError, AttributeError, ValueError, OverflowError, ZeroDivisionError) as error:
+        raise UnusableInput(f"{where}: a value of config.json cannot be counted with ({error}); restore the file") from error
     except KeyError as error:
         raise UnusableInput(f"{where}: no {error.args[0]} in config.json, which {model_type} needs to be counted") from error
+
+
+def _check_values(config: Config, where: str) -> None:
+    """Sizes are whole numbers, at least 1 (a few may be 0 or absent); a list by layer has an entry for each."""
+    for key in SIZES:
+        value, least = config.get(key), 0 if key in MAY_BE_NOTHING else 1
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+            raise UnusableInput(f"{where}: {key} {value!r} in config.json; expected a whole number of at least {least}")
+    for key in ("indexer_types", "mlp_layer_types"):
+        entries, layers = config.get(key), config.get("num_hidden_layers")
+        if entries is not None and (not isinstance(entries, list) or len(entries) != layers):
+            raise UnusableInput(f"{where}: {key} in config.json; expected a list with an entry for each of {layers} layers")
+    experts, chosen = config.get("n_routed_experts") or config.get("num_experts") or 0, config.get("num_experts_per_tok") or 0
+    if experts and chosen > experts:
+        raise UnusableInput(
+            f"{where}: num_experts_per_tok {chosen} in config.json, of {experts} experts; expected at most as many"
+        )
 
 
 def _architecture(config: Config, family: Family, model_type: str) -> Architecture:

@@ -3,6 +3,7 @@
 from math import ceil
 from typing import NamedTuple
 
+from configs.errors import UnusableInput
 from configs.schema import DeepSpeedEngine, HttpEngine, LocalEngine, Planning, Recipe, Teacher
 from teacher.planning.architecture import Architecture
 from teacher.planning.devices import Degrees, degrees_of, device_of
@@ -35,8 +36,18 @@ class Fit(NamedTuple):
 
 
 def demand_of(architecture: Architecture, recipe: Recipe, lengths: Lengths) -> Demand:
-    """The recipe's workload, within what the model's positions allow."""
+    """The recipe's workload, within what the model's positions allow.
+
+    Raises:
+        UnusableInput: a stated length that is above them.
+    """
     planning, workload, engine = recipe.plan, recipe.plan.workload, recipe.teacher.engine
+    stated = {"plan.context_tokens": planning.context_tokens}
+    if "prompt_tokens" in workload.model_fields_set:
+        stated["plan.workload.prompt_tokens"] = workload.prompt_tokens
+    for name, tokens in stated.items():
+        if tokens is not None and tokens > architecture.max_positions:
+            raise UnusableInput(f"{name} {tokens}: above the model's {architecture.max_positions} positions; lower it")
     output = min(workload.output_tokens_p99, recipe.generate.sampling.max_tokens)
     request = min(planning.context_tokens or workload.prompt_tokens + output, architecture.max_positions)
     live = min(request, ceil(workload.prompt_tokens + lengths.live))
@@ -85,6 +96,11 @@ def indivisible(architecture: Architecture, degrees: Degrees) -> str | None:
         return f"layout.expert_parallel {degrees.expert}: the model has no routed experts; set it to 1"
     if experts % degrees.expert:
         return f"layout.expert_parallel {degrees.expert} does not divide the model's {experts} experts"
+    if not degrees.server and degrees.ranks_per_node % degrees.tensor:
+        return (
+            f"layout.tensor_parallel {degrees.tensor} does not divide the {degrees.ranks_per_node} ranks of a node: a layer's "
+            "slices are summed at every matrix and must not cross the network"
+        )
     if heads % degrees.tensor:
         return f"layout.tensor_parallel {degrees.tensor} does not divide the model's {heads} attention heads"
     kv_heads = getattr(architecture.attention, "kv_heads", 0)  # latents have none; servers copy the heads they cannot cut

@@ -116,7 +116,7 @@ def resident(field: str) -> int:
 
 
 def measure(repeats: int) -> Result:
-    from teacher.partition import Layout
+    from teacher.checkpoint.partition import Layout
     from teacher.prepare import prepare
 
     with tempfile.TemporaryDirectory(prefix="prepared_load-") as temporary:

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from configs.errors import UnusableInput
 from configs.load import Loaded, load_recipe
-from data.stage import Context, Outcome, Stage, exclusive, first_difference, open_run, run_stage
+from data.stage import Context, Outcome, Stage, exclusive, first_difference, open_run, run_stage, without_free
 from data.store import RunFolder, read_rollup
 
 
@@ -138,3 +138,20 @@ def test_a_damaged_input_stops_the_stage_that_would_read_it(context: Context) ->
     (context.run.root / "one" / "made.txt").write_text("2")
     with pytest.raises(UnusableInput, match=r"made\.txt: sha256"):
         run_stage(stage([], depends=("one",), name="two"), context)
+
+
+@pytest.mark.parametrize(
+    ("change", "is_free"),
+    [
+        ("teacher.engine.timeout_s=10", True),
+        ("teacher.engine.batch_size=3", True),
+        ("teacher.layout.expert_parallel=1", True),
+        ("generate.segment_traces=2", True),
+        ("teacher.engine.dtype=bf16", False),
+        ("teacher.model=other", False),
+        ("generate.sampling.top_k=5", False),
+    ],
+)
+def test_where_and_how_fast_may_change_under_a_run_and_what_may_not(change: str, is_free: bool) -> None:
+    one, other = (load_recipe("embedded", changes).recipe.model_dump(mode="json") for changes in ([], [change]))
+    assert (without_free(one) == without_free(other)) == is_free

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from teacher.checkpoint.partition import Layout
 from teacher.local_engine import LocalEngine
-from teacher.partition import Layout
 from teacher.prepare import prepare
 from tests.distributed.launch import launch
 from tests.teacher.models import CONFIGS, QWEN, save_random_model

@@ -9,12 +9,14 @@ from configs.errors import UnusableInput
 from configs.load import load_recipe
 from configs.schema import Planning, Recipe
 from teacher.plan import Plan, architecture_of, kv_budget_bytes, plan_recipe
+from teacher.planning.architecture import read_architecture
 from teacher.planning.devices import DEVICES, WEIGHT_BYTES, Degrees
 from teacher.planning.fit import needed_bytes
 from teacher.planning.placement import TILES_BYTES, cut_weights, extra_bytes, uncut_parameters
 from tests.teacher.models import QWEN
 
 GLM = architecture_of("configs/architectures/glm-5.2")
+REPOSITORY = Path(__file__).parents[2]
 USABLE = DEVICES["h200"].usable
 
 
@@ -239,3 +241,40 @@ def test_our_engine_refuses_a_cache_that_only_a_plan_can_have(override: str) -> 
 
     with pytest.raises(UnusableInput, match=override.split("=")[0]):
         open_engine(load_recipe("embedded", [override]).recipe.teacher)
+
+
+# --- config.json that nobody should plan with ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("hidden_size", "big", "hidden_size 'big'"), ("hidden_size", -1, "hidden_size -1"),
+        ("vocab_size", True, "vocab_size True"),
+        ("kv_lora_rank", 1.5, "kv_lora_rank 1.5"), ("num_hidden_layers", 0, "num_hidden_layers 0"),
+        ("indexer_types", ["full"], "an entry for each of 78 layers"),
+        ("num_experts_per_tok", 1000, "1000 in config.json, of 256"),
+        ("hidden_size", float("inf"), "hidden_size inf"), ("n_shared_experts", None, ""),
+    ],
+)  # fmt: skip
+def test_a_damaged_configuration_is_one_line(key: str, value: object, said: str) -> None:
+    config = json.loads((REPOSITORY / "configs/architectures/glm-5.2/config.json").read_text()) | {key: value}
+    if not said:  # absent, as some families write it
+        assert read_architecture(config, "here").parts.shared_experts == 0
+        return
+    with pytest.raises(UnusableInput, match=said):
+        read_architecture(config, "here")
+
+
+def test_tensor_parallelism_stays_inside_a_node_and_cuts_key_value_heads_evenly() -> None:
+    across = plan_recipe(load_recipe("glm52-bf16-16xh200", ["teacher.layout.tensor_parallel=16"]).recipe)
+    assert across.refusal is not None and "must not cross the network" in across.refusal
+    grouped = plan_recipe(load_recipe("generic-moe", ["teacher.layout.tensor_parallel=8"]).recipe)
+    assert grouped.refusal is not None and "4 key-value heads" in grouped.refusal
+    assert all(one.tensor_parallel <= 4 for one in grouped.alternatives)
+
+
+def test_a_stated_length_above_the_models_positions_is_refused() -> None:
+    for change in ("plan.context_tokens=99999999", "plan.workload.prompt_tokens=5000000"):
+        with pytest.raises(UnusableInput, match="above the model's 1048576 positions"):
+            plan_recipe(load_recipe("glm52-fp8-16xh200", [change]).recipe)

@@ -19,14 +19,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, FineGrainedFP8Config
 from configs import schema
 from configs.errors import UnusableInput
 from data.store import sha256_file
-from teacher import checkpoint_files
-from teacher.empty_model import empty_model, named_tensors
+from teacher.checkpoint import files as checkpoint_files
+from teacher.checkpoint.empty_model import empty_model, named_tensors
+from teacher.checkpoint.manifest import MANIFEST, check_layout, read_manifest
+from teacher.checkpoint.partition import Layout, part_of, targets_of
+from teacher.checkpoint.shard_plan import SHARDS, default_output, layout_of, plan_shards
+from teacher.checkpoint.shards import read_rank
 from teacher.folders import fingerprint_model, fingerprint_teacher, weights_folder
-from teacher.manifest import MANIFEST, check_layout, read_manifest
-from teacher.partition import Layout, part_of, targets_of
 from teacher.prepare import RECORDS, describe_plan, prepare
-from teacher.shard_plan import SHARDS, default_output, layout_of, plan_shards
-from teacher.shards import read_rank
 from tests.teacher.checkpoints import declare_fp8, fuse, load_all, save_sharded, to_fp8
 from tests.teacher.models import GLM, save_random_model
 
@@ -183,12 +183,16 @@ def test_a_second_run_does_nothing(glm_folder: Path, copied: Path) -> None:
     assert stamps == {path: path.stat().st_mtime_ns for path in (copied / SHARDS).iterdir()}
 
 
-def test_a_changed_source_is_prepared_anew(glm_folder: Path, tmp_path: Path) -> None:
+def test_a_changed_source_is_noticed_and_replaces_nothing_unasked(glm_folder: Path, tmp_path: Path) -> None:
     model = shutil.copytree(glm_folder, tmp_path / "model")
     before = prepare(model, tmp_path / "out", EP2, "fp32").manifest
     tensors = load_file(model / "model.safetensors")
     tensors["model.norm.weight"][3] = 7.0
     save_file(tensors, model / "model.safetensors")
+    with pytest.raises(UnusableInput, match="finished shards of another checkpoint .* delete .*prepared.json to"):
+        prepare(model, tmp_path / "out", EP2, "fp32")
+    assert shards_of(tmp_path / "out", 0)["model.norm.weight"][3] != 7.0
+    (tmp_path / "out" / "prepared.json").unlink()
     after = prepare(model, tmp_path / "out", EP2, "fp32")
     assert after.written == len(after.manifest.files)
     assert after.manifest.source.fingerprint != before.source.fingerprint
@@ -216,7 +220,7 @@ def test_shards_of_another_layout_are_not_overwritten(glm_folder: Path, copied: 
 KILLED = """
 import sys
 from pathlib import Path
-from teacher.partition import Layout
+from teacher.checkpoint.partition import Layout
 from teacher.prepare import prepare
 print("ready", flush=True)
 prepare(Path(sys.argv[1]), Path(sys.argv[2]), Layout(2, expert=2), "fp32", lambda count: print(count.note, flush=True))
@@ -277,7 +281,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(glm_folder: Pat
 MEASURED = """
 import sys, torch
 from pathlib import Path
-from teacher.partition import Layout
+from teacher.checkpoint.partition import Layout
 from teacher.prepare import prepare
 def high():
     return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line) * 1024

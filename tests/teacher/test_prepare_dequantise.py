@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
-from teacher.dequantise import dequantise_rows
+from teacher.checkpoint.dequantise import dequantise_rows
 
 BLOCK = (128, 128)
 

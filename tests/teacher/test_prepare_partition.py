@@ -5,7 +5,7 @@ import math
 import pytest
 
 from configs.errors import UnusableInput
-from teacher.partition import Layout, Part, Rows, Target, Tensor, part_of, targets_of, zero_group
+from teacher.checkpoint.partition import Layout, Part, Rows, Target, Tensor, part_of, targets_of, zero_group
 
 MATRIX = Target("model.layers.0.self_attn.q_b_proj.weight", (6, 4), "columns", (Rows("source", 0, 6),))
 

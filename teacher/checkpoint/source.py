@@ -6,8 +6,8 @@ from pathlib import Path
 from configs.errors import UnusableInput
 from configs.progress import Count, Report
 from data.store import read_json, sha256_file, write_json
+from teacher.checkpoint.manifest import FileSum, Source, fingerprint_of
 from teacher.folders import identity_files
-from teacher.manifest import FileSum, Source, fingerprint_of
 
 SUMS = "source.json"
 

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 
 from configs.errors import UnusableInput
-from teacher.dequantise import dequantise_rows
-from teacher.partition import Rows
+from teacher.checkpoint.dequantise import dequantise_rows
+from teacher.checkpoint.partition import Rows
 
 CHUNK_BYTES = 8 << 20
 """Bytes in float32 of the rows that are in memory at once. A chunk exists at most as FP8, float32, scales and result together."""

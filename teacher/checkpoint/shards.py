@@ -20,8 +20,8 @@ from torch import Tensor
 
 from configs.errors import UnusableInput
 from data.store import fsync_folder
-from teacher.checkpoint_files import bytes_of, read_exactly
-from teacher.manifest import FileSum, Manifest
+from teacher.checkpoint.files import bytes_of, read_exactly
+from teacher.checkpoint.manifest import FileSum, Manifest
 
 ALIGNMENT = 64
 READ_BYTES = 4 << 20

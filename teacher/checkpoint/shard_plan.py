@@ -10,13 +10,13 @@ import torch
 
 from configs import schema
 from configs.errors import UnusableInput
-from teacher.checkpoint_files import DEFAULT_BLOCK, Checkpoint, open_checkpoint, scale_name
-from teacher.empty_model import empty_model, named_tensors, tied_names
+from teacher.checkpoint.empty_model import empty_model, named_tensors, tied_names
+from teacher.checkpoint.files import DEFAULT_BLOCK, Checkpoint, open_checkpoint, scale_name
+from teacher.checkpoint.manifest import Dtype
+from teacher.checkpoint.partition import TOP, Layout, Part, Target, part_of, targets_of
+from teacher.checkpoint.shards import Stored
 from teacher.folders import model_folder, read_config_json
-from teacher.manifest import Dtype
-from teacher.partition import TOP, Layout, Part, Target, part_of, targets_of
 from teacher.runner import DTYPES, read_config
-from teacher.shards import Stored
 
 SHARDS = "shards"
 

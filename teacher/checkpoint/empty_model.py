@@ -8,7 +8,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from teacher.partition import Tensor
+from teacher.checkpoint.partition import Tensor
 from teacher.sparse_attention import attention_for, install
 
 

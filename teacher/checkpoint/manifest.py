@@ -10,8 +10,8 @@ from typing import Literal, NamedTuple
 
 from configs.errors import UnusableInput
 from data.store import read_json
+from teacher.checkpoint.partition import Cut, Layout
 from teacher.folders import IDENTITY, sha256_of
-from teacher.partition import Cut, Layout
 
 MANIFEST = "prepared.json"
 FORMAT = 1
