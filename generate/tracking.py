@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from configs.launch import die_with_parent
+from configs.wandb_privacy import PRIVATE
 from data.expert_figures import LOAD_FILE, LayerLoad
 
 log = logging.getLogger(__name__)
@@ -88,18 +89,7 @@ def _send(rows: Sequence[dict[str, float]], target: Target) -> None:
     import wandb  # 1 s, and only where it is wanted
 
     target.folder.mkdir(parents=True, exist_ok=True)
-    settings = wandb.Settings(
-        init_timeout=WANDB_TIMEOUT_S,
-        silent=True,
-        console="off",
-        disable_git=True,
-        disable_code=True,
-        disable_job_creation=True,
-        x_disable_meta=True,
-        x_disable_stats=True,
-        x_disable_machine_info=True,
-        x_save_requirements=False,
-    )
+    settings = wandb.Settings(init_timeout=WANDB_TIMEOUT_S, **PRIVATE)  # type: ignore[arg-type]
     run = wandb.init(
         project=target.project,
         group=target.name,

@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
+from configs.wandb_privacy import PRIVATE
+
 logger = logging.getLogger(__name__)
 
 Metrics = dict[str, float]
@@ -132,18 +134,7 @@ class WandbMirror:
         import wandb  # 1 s, and only where it is wanted
 
         folder.mkdir(parents=True, exist_ok=True)
-        settings = wandb.Settings(
-            init_timeout=WANDB_TIMEOUT_S,
-            silent=True,
-            console="off",
-            disable_git=True,
-            disable_code=True,
-            disable_job_creation=True,
-            x_disable_meta=True,
-            x_disable_stats=True,
-            x_disable_machine_info=True,
-            x_save_requirements=False,
-        )
+        settings = wandb.Settings(init_timeout=WANDB_TIMEOUT_S, **PRIVATE)  # type: ignore[arg-type]
         run = wandb.init(
             project=project,
             name=name,
