@@ -33,7 +33,8 @@ def open_engine(teacher: schema.Teacher) -> Engine:
     """The recipe's engine for generation. Under torchrun every rank opens the deepspeed one."""
     match teacher.engine:
         case schema.DeepSpeedEngine() as engine:
-            from teacher.deepspeed_engine import DeepSpeedEngine, Parallel
+            from teacher.deepspeed_engine import DeepSpeedEngine
+            from teacher.parallel import Parallel
 
             check_cache(teacher)
             layout = teacher.layout

@@ -97,7 +97,8 @@ def launch(folder: Path, scratch: Path) -> Load:
 
 
 def run_rank(folder: Path, scratch: Path) -> None:
-    from teacher.deepspeed_engine import DeepSpeedEngine, Parallel
+    from teacher.deepspeed_engine import DeepSpeedEngine
+    from teacher.parallel import Parallel
 
     torch.set_num_threads(1)
     engine = DeepSpeedEngine(folder, Parallel(expert=WORLD), dtype="bf16", batch_size=4, timeout_s=300)

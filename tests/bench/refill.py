@@ -34,6 +34,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from data.engine import Engine, Request
 from teacher.folders import EMBEDDED
 from teacher.local_engine import LocalEngine
+from teacher.parallel import Parallel
 from teacher.runner import read_config, read_model
 from tests.bench.frame import machine
 
@@ -163,7 +164,7 @@ def two_ranks_here(num_requests: int, repeats: int) -> None:
     import teacher.deepspeed_engine as sharded
 
     rank = int(os.environ["RANK"])
-    parallel = sharded.Parallel(expert=2, tensor=1, zero_stage=3)
+    parallel = Parallel(expert=2, tensor=1, zero_stage=3)
     engine = sharded.DeepSpeedEngine(EMBEDDED, parallel, dtype="fp32", batch_size=SLOTS)
     engine.load()
     config = sharded.read_config(EMBEDDED)

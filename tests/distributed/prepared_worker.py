@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from teacher.deepspeed_engine import DeepSpeedEngine, Parallel, start_process_group
+from teacher.deepspeed_engine import DeepSpeedEngine, start_process_group
+from teacher.parallel import Parallel
 from tests.distributed.worker import to_request
 
 

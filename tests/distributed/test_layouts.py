@@ -7,8 +7,8 @@ from typing import Literal, NamedTuple
 import pytest
 import torch
 
-from teacher.deepspeed_engine import Parallel
 from teacher.local_engine import LocalEngine
+from teacher.parallel import Parallel
 from tests.distributed.launch import Found, as_task, run_ranks, shares
 from tests.teacher.models import save_random_model
 from tests.teacher.test_decode import make_requests

@@ -11,9 +11,10 @@ from transformers.models.glm_moe_dsa.modeling_glm_moe_dsa import GlmMoeDsaTopkRo
 
 from configs.errors import UnusableInput
 from data.engine import Request
-from teacher.deepspeed_engine import BACKSTOP_S, Parallel, check_layout, parallel_config, route_in_float32, zero_config
+from teacher.deepspeed_engine import BACKSTOP_S, route_in_float32
 from teacher.families import FAMILIES
 from teacher.local_engine import LocalEngine
+from teacher.parallel import Parallel, check_layout, parallel_config, zero_config
 from tests.distributed.launch import Found, as_task, run_ranks
 from tests.teacher.models import GLM, save_random_model
 from tests.teacher.test_decode import make_requests

@@ -18,7 +18,8 @@ import torch.distributed as dist
 from configs.errors import TracestillError
 from configs.launch import rank_error_line
 from data.engine import Completion, Request
-from teacher.deepspeed_engine import DeepSpeedEngine, Parallel
+from teacher.deepspeed_engine import DeepSpeedEngine
+from teacher.parallel import Parallel
 
 
 def to_request(fields: dict[str, Any]) -> Request:
