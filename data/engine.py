@@ -28,7 +28,8 @@ class Request:
 
     prefix_ids, prefix_logprobs: output of an earlier attempt that was handed out. It counts against max_tokens, the
     noise goes on at its end, and the completion holds it. top_logits: keep that many best logits of every new token,
-    with log Z at each of log_z_temperatures.
+    with log Z at each of log_z_temperatures. prompt_version: name and content hash of the prompt's template, told to
+    servers in a header. reasoning_budget: most tokens of reasoning before its block is closed; 0 is no bound.
     """
 
     request_id: str
@@ -49,6 +50,8 @@ class Request:
     prefix_logprobs: tuple[float, ...] = ()
     top_logits: int = 0
     log_z_temperatures: tuple[float, ...] = (1.0,)
+    prompt_version: str = ""
+    reasoning_budget: int = 0
 
 
 def request_under(
@@ -109,8 +112,9 @@ class TopLogits(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Completion:
     """What came back. token_ids end with the stop token when finish_reason is `stop`; logprobs has one natural log
-    per id, under the unmodified (temperature 1, no top-p) distribution. seconds: admission to last token. top: of the
-    tokens after the request's prefix."""
+    per id, under the unmodified (temperature 1, no top-p) distribution, or nothing where an engine has none. seconds:
+    admission to last token. top: of the tokens after the request's prefix. error: why it is an `abort`, in one countable
+    word (`busy`, `timed_out`, `bad_reply`); "" for every other reason to end. cost: dollars, where the engine knows."""
 
     request_id: str
     token_ids: tuple[int, ...]
@@ -120,17 +124,24 @@ class Completion:
     seconds: float
     expert_load: ExpertLoad | None = None
     top: TopLogits | None = None
+    error: str = ""
+    cost: float = 0.0
 
 
 class Partial(NamedTuple):
-    """The output of a request so far; prefix_ids and prefix_logprobs of one that continues it."""
+    """The output of a request so far; prefix_ids and prefix_logprobs of one that continues it. top: of the tokens after
+    the prefix that the request itself came with."""
 
     request_id: str
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
+    top: TopLogits | None = None
 
 
 def _nobody(partial: Partial) -> None: ...
+
+
+def _unkept(request_id: str, raw: bytes) -> None: ...
 
 
 def _never() -> bool:
@@ -141,11 +152,13 @@ def _never() -> bool:
 class Handout:
     """How a caller gets at outputs that are not finished. take: called with each live output every `every_tokens` of
     its tokens (0: never), and once more when `stop` first answers True: then `generate` ends on all ranks, after the
-    same forward pass, with nothing more than its partial outputs lost. take and stop run in the loop: keep them short."""
+    same forward pass, with nothing more than its partial outputs lost. keep: called with a request's id and what a server
+    returned for it, byte for byte, before anything parses that. All run in the loop: keep them short."""
 
     every_tokens: int = 0
     take: Callable[[Partial], None] = _nobody
     stop: Callable[[], bool] = _never
+    keep: Callable[[str, bytes], None] = _unkept
 
 
 class Scores(NamedTuple):
@@ -180,3 +193,11 @@ class Engine(Protocol):
     def expert_stats(self) -> ExpertStats | None: ...
 
     def close(self) -> None: ...
+
+
+class ReadsReplies(Protocol):
+    """An engine whose answers come from somewhere else, as bytes that Handout.keep was given."""
+
+    def read(self, request: Request, raw: bytes) -> Completion:
+        """The completion that `raw` holds for `request`. Bytes that cannot be read are an `abort`, never an exception."""
+        ...

@@ -77,7 +77,7 @@ class Row:
         return "length" if is_full else None
 
     def partial(self) -> Partial:
-        return Partial(self.request.request_id, tuple(self.token_ids), tuple(self.logprobs))
+        return Partial(self.request.request_id, tuple(self.token_ids), tuple(self.logprobs), stack(self.best))
 
     def complete(self, reason: FinishReason, load: ExpertLoad | None = None) -> Completion:
         seconds = time.perf_counter() - self.started
