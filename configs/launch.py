@@ -15,6 +15,7 @@ from configs.errors import Interrupted, Refused, TracestillError, UnusableInput
 
 PR_SET_PDEATHSIG = 1
 POLL_S = 0.2
+END_S = 35  # torchrun gives its ranks 30 s after SIGTERM: time to drain
 RENDEZVOUS_S = 600  # nodes of one job start their launchers minutes apart
 
 
@@ -127,7 +128,7 @@ def _run(command: list[str], environment: dict[str, str], log: Path, poll: Calla
         except BaseException:
             process.terminate()
             try:
-                process.wait(timeout=20)
+                process.wait(timeout=END_S)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()

@@ -4,14 +4,14 @@ Validators check relations between values and touch no file: a recipe is judged 
 """
 
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
+
+from configs.prompt_sources import PromptSource
+from configs.section import Section
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 # --- teacher -----------------------------------------------------------------------------------------------------
@@ -50,20 +50,84 @@ class LocalEngine(Section):
 
 
 class HttpEngine(Section):
-    """Any OpenAI-compatible server (vLLM, SGLang, transformers serve)."""
+    """Any OpenAI-compatible server (vLLM, SGLang, transformers serve), or several that serve the same model."""
 
     type: Literal["http"] = "http"
-    base_url: str = "http://localhost:8000/v1"
+    base_urls: tuple[str, ...] = ()
+    """Where servers listen, `/v1` included. Empty, without a servers_file: http://localhost:8000/v1."""
+    servers_file: str = ""
+    """File with one such URL a line, read again every health_s: for servers that come and go while a run goes on."""
     model: str = ""
     """Model name to ask the server for; empty asks for teacher.model."""
+    api: Literal["chat", "completions"] = "chat"
+    """`chat`: the server applies its own template. `completions`: it is sent our token ids and returns its own (vLLM,
+    SGLang), so that an unfinished output can be continued and a reasoning budget kept."""
+    stream: bool = False
+    """Replies arrive token by token: what is there can be salvaged when the run stops. Costs this side some CPU."""
+    logprobs: bool = False
+    """Ask for the log-probability of every token."""
+    top_logprobs: NonNegativeInt = 0
+    """And of this many of the likeliest at each position; they stay in the raw replies. Servers allow 5 or 20."""
     concurrency: PositiveInt = 32
-    timeout_s: PositiveFloat = 600.0
+    """Most requests in flight over all servers. Where the run starts; it falls when servers complain and rises again."""
+    timeout_s: PositiveFloat = 3600.0
+    """Longest silence of a server. Without `stream` a reply is silent until its last token: 65,536 tokens at 20 a second
+    take 3,277 s."""
+    deadline_s: PositiveFloat = 7200.0
+    """A request's time in all, attempts and waits together; after it the request is an abort."""
+    attempts: PositiveInt = 4
+    """Asks of one request whose reply may be paid for in vain (unreadable, torn, timed out). Refusals of a busy server
+    are free and are retried until the deadline."""
+    health_s: PositiveFloat = 10.0
+    """Time between two looks at each server's list of models."""
+    drain_s: NonNegativeFloat = 20.0
+    """When the run is asked to stop: how long what is in flight may go on."""
+    price_input_per_million: NonNegativeFloat = 0.0
+    """Dollars per million prompt tokens."""
+    price_output_per_million: NonNegativeFloat = 0.0
+    """Dollars per million output tokens."""
+    ca_file: str = ""
+    """PEM file of the authority that signed the servers' certificates; empty: the system's."""
     dtype: Literal["bf16", "fp8", "int4"] = "bf16"
-    """What the server loads: the plan's business, the engine never looks. int4 is weight-only: it computes in bf16."""
+    """What the server loads: part of who the teacher is, and the plan's business. int4 is weight-only: it computes in bf16."""
     kv_dtype: Literal["bf16", "fp8"] | None = None
     """What the server keeps in its cache; absent: bf16."""
     api_key_env: str = "OPENAI_API_KEY"
     """Name of the environment variable that holds the key. The key itself is never written anywhere."""
+
+    @field_validator("base_urls", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: object) -> object:
+        """A single URL is a list of one."""
+        return (value,) if isinstance(value, str) else value
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """The servers known before any file is read."""
+        return self.base_urls if self.base_urls or self.servers_file else ("http://localhost:8000/v1",)
+
+    @model_validator(mode="after")
+    def _addresses_hold_no_secret(self) -> "HttpEngine":
+        for index, url in enumerate(self.base_urls):
+            if problem := server_url_problem(url):
+                raise ValueError(f"base_urls[{index}]: {problem}")  # without the URL: what it must not hold is a password
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError(f"top_logprobs {self.top_logprobs} needs logprobs: true")
+        return self
+
+
+def server_url_problem(url: str) -> str:
+    """Why `url` cannot be a server's address, in words that repeat nothing of it; "" when it can."""
+    try:
+        parts = urlsplit(url.strip())
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, brackets that do not close
+        return "not a URL; expected http(s)://host:port/v1"
+    if "@" in parts.netloc:
+        return "holds a user name or password; put the key into the variable that api_key_env names"
+    if parts.query or parts.fragment:
+        return "holds a query or fragment, which would be recorded; expected http(s)://host:port/v1"
+    return "" if usable else "not a URL; expected http(s)://host:port/v1"
 
 
 class Hardware(Section):
@@ -152,32 +216,6 @@ class Teacher(Section):
 # --- prompts and generation --------------------------------------------------------------------------------------
 
 
-class ReasoningGymSource(Section):
-    """Items of one reasoning-gym task. Which side of the split an item falls on is decided by the hash of its text."""
-
-    type: Literal["reasoning_gym"] = "reasoning_gym"
-    task: str
-    params: dict[str, int | float | bool | str] = {}
-    """Passed to reasoning_gym.create_dataset."""
-    count: PositiveInt
-    seed: NonNegativeInt = 0
-    licence: str = "Apache-2.0"
-
-
-class JsonlSource(Section):
-    """One JSON object a line: `question` or `messages`; optional `answer`, `task`, `verifier`, `split`, `domain`, `known`."""
-
-    type: Literal["jsonl"] = "jsonl"
-    path: str
-    """Relative paths are looked up beside the recipe first, then in the working directory."""
-    count: PositiveInt | None = None
-    """Keep at most this many, chosen by hash; all of them when absent."""
-    licence: str = "unknown"
-
-
-PromptSource = Annotated[ReasoningGymSource | JsonlSource, Field(discriminator="type")]
-
-
 class LoopGuard(Section):
     """What counts as a loop: the output's end is one cycle of at most longest_period tokens, `repeats` times over."""
 
@@ -218,15 +256,37 @@ class KeptLogits(Section):
     """Distillation temperatures: log Z is stored at each, because it cannot be had from the kept logits afterwards."""
 
 
+class Budget(Section):
+    """What generation may spend. At a limit nothing more is asked, what is asked is finished, and the rest stays pending."""
+
+    max_cost: PositiveFloat | None = None
+    """Dollars: of a server's replies at the engine's prices, or of our own GPUs at plan.price_per_gpu_hour."""
+    max_tokens: PositiveInt | None = None
+    """Output tokens, of superseded copies too."""
+    max_hours: PositiveFloat | None = None
+    """Wall-clock hours in which at least one worker was alive."""
+
+
 class Generate(Section):
     prompts: tuple[PromptSource, ...] = ()
     samples_per_prompt: PositiveInt = 4
     sampling: Sampling = Sampling()
     seed: NonNegativeInt = 0
+    budget: Budget = Budget()
     segment_traces: PositiveInt = 256
-    """Traces per committed segment: what a SIGKILL can cost a rank, against one fsync group each."""
+    """Traces per committed segment: files of a run, against what other workers and the ledger see late."""
     segment_seconds: PositiveFloat = 120.0
-    """A finished trace waits at most this long for its segment to fill."""
+    """A finished trace waits at most this long, in the journal, for its segment to fill."""
+    checkpoint_tokens: PositiveInt = 256
+    """The journal holds an unfinished output at every so many of its tokens: what a SIGKILL costs each of them at most."""
+    lease_ttl_s: PositiveFloat = 30.0
+    """A worker that has shown no sign of life for so long is taken for dead, and its requests go to others."""
+    drain_seconds: PositiveFloat = 20.0
+    """After SIGTERM, SIGUSR2 or Ctrl-C, a worker has committed and journalled everything within this time and exits 75."""
+    retry_failed: bool = False
+    """Ask once more what failed in earlier launches."""
+    accept_code_change: bool = False
+    """Go on with a run that other code began."""
     logits: KeptLogits | None = None
     """Kept beside the traces in a folder of their own; absent, none are. Only of a teacher that runs here (not http)."""
 

@@ -17,7 +17,7 @@ from configs.schema import Data
 from data.counts import Counts, count
 from data.dataset import save_dataset
 from data.judge import VERSIONS, Collected, collect, judge_all
-from data.ledger import GenerationState, Ledger, generation_ledger, with_view
+from data.ledger import Ledger, generation_ledger, read_fates, with_view
 from data.prompt_set import read_prompts
 from data.records import Verdict
 from data.schema import to_table
@@ -80,7 +80,7 @@ def read_generation_ledger(run: RunFolder) -> Ledger:
     requested = None if rollup is None else rollup.counts.get("requests")
     if not isinstance(requested, int):
         raise UnusableInput(f"{run.prompts}: the prompts stage has not finished; run it and generate first: tracestill run")
-    ledger = generation_ledger(GenerationState(run), requested)
+    ledger = generation_ledger(read_fates(run), requested)
     ledger.check(viewed=False)
     return ledger
 

@@ -6,6 +6,8 @@ occurrence, which may stand in the prompt).
 """
 
 import functools
+import json
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -62,17 +64,56 @@ def dialect_of(tokenizer: PreTrainedTokenizerBase) -> Dialect:
 
 
 def render(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, object]], *, add_generation_prompt: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, object]],
+    *,
+    add_generation_prompt: bool = False,
+    tools: str = "",
 ) -> str:
-    """The conversation as text. Messages have `role`, `content` and, on assistant turns, `reasoning_content`."""
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt)  # type: ignore[arg-type]
+    """The conversation as text. Messages have `role`, `content` and, on assistant turns, `reasoning_content`. tools: JSON
+    text of a list of tool schemas, or ""."""
+    text = tokenizer.apply_chat_template(
+        list(messages),  # type: ignore[arg-type]
+        tools=json.loads(tools) if tools else None,
+        tokenize=False,
+        add_generation_prompt=add_generation_prompt,
+    )
     assert isinstance(text, str)
     return text
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, object]]) -> list[int]:
-    """The ids a server would feed the model, generation prompt included. The template owns BOS: none is added twice."""
-    return tokenizer(render(tokenizer, messages, add_generation_prompt=True), add_special_tokens=False)["input_ids"]  # type: ignore[return-value]
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, object]], tools: str = "") -> list[int]:
+    """The ids a server would feed the model, generation prompt included. The template owns BOS: none is added twice.
+
+    Raises:
+        UnusableInput: the template drops the reasoning of an earlier turn, or the tool schemas. What the teacher does not
+            see, its traces teach the student to leave empty.
+    """
+    text = render(tokenizer, messages, add_generation_prompt=True, tools=tools)
+    _require_earlier_reasoning(tokenizer, messages, tools, text)
+    if tools and text == render(tokenizer, messages, add_generation_prompt=True):
+        raise UnusableInput("chat template: the prompt's tool schemas do not appear in it; use a template that renders tools")
+    return tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[return-value]
+
+
+def _require_earlier_reasoning(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, object]], tools: str, text: str
+) -> None:
+    """Each turn's reasoning is in `text`, and not only because its words stand elsewhere too: rendered with a marker of
+    its own in its place, the marker is there as well."""
+    reasoned = [index for index, message in enumerate(messages) if str(message.get("reasoning_content") or "").strip()]
+    if not reasoned:
+        return
+    markers = {index: f"reasoning of turn {index} {uuid.uuid4().hex}" for index in reasoned}
+    marked = [
+        {**message, "reasoning_content": markers[index]} if index in markers else message for index, message in enumerate(messages)
+    ]
+    probe = render(tokenizer, marked, add_generation_prompt=True, tools=tools)
+    for index in reasoned:
+        if markers[index] not in probe or str(messages[index]["reasoning_content"]).strip() not in text:
+            raise UnusableInput(
+                f"chat template: the reasoning of turn {index} is missing from the prompt; use a template that keeps earlier reasoning"
+            )
 
 
 def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, object]]) -> Encoded:

@@ -4,11 +4,14 @@ generation   requested = completed + failed (by reason) + pending
 view         completed = kept + rejected (by reason) + unjudged
 """
 
+import itertools
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from configs.errors import UnusableInput
+from data.copies import counting_rows, segment_keys
 from data.store import RunFolder, Segment, read_rollup, segments
 
 
@@ -44,43 +47,57 @@ class Ledger:
             )
 
 
-class GenerationState:
-    """Which requests are done, from the sidecars of the trace segments. The first copy of a trace_id decides its fate."""
+class Fates(NamedTuple):
+    """How the committed requests of a run ended. errors: why the aborted ones did."""
 
-    def __init__(self, run: RunFolder) -> None:
-        self.finish_reasons: dict[str, str] = {}
-        self.superseded = 0
-        for segment in segments(run.traces) if run.traces.is_dir() else ():
-            for trace_id, reason in zip(*_fates(segment), strict=True):
-                if trace_id in self.finish_reasons:
-                    self.superseded += 1
-                else:
-                    self.finish_reasons[trace_id] = reason
+    by_reason: Mapping[str, int]
+    errors: Mapping[str, int]
+    superseded: int = 0
 
 
-def _fates(segment: Segment) -> tuple[list[str], list[str]]:
+def read_fates(run: RunFolder) -> Fates:
+    """From the sidecars of the trace segments, of the copies that count."""
+    return fates_of(segments(run.traces))
+
+
+def fates_of(committed: Sequence[Segment]) -> Fates:
+    for segment in committed:
+        _check_facts(segment)
+    counts_N = counting_rows(*segment_keys(committed))
+    reasons, errors, start = Counter[str](), Counter[str](), 0
+    for segment in committed:
+        keep, start = counts_N[start : start + segment.rows], start + segment.rows
+        why = segment.facts.get("errors", {})
+        if keep.all():
+            reasons.update(segment.facts["finish_reasons"])
+            errors.update(why.values())
+        else:
+            reasons.update(itertools.compress(segment.facts["finish_reasons"], keep))
+            errors.update(word for row, word in why.items() if keep[int(row)])
+    return Fates(reasons, errors, superseded=len(counts_N) - int(counts_N.sum()))
+
+
+def _check_facts(segment: Segment) -> None:
     trace_ids, reasons = segment.facts.get("trace_ids"), segment.facts.get("finish_reasons")
     if not (isinstance(trace_ids, list) and isinstance(reasons, list) and len(trace_ids) == len(reasons) == segment.rows):
         raise UnusableInput(
             f"segment {segment.path.stem}: its manifest does not name {segment.rows} traces and their finish reasons; "
             "restore it, or delete it with its .arrow file and generate again"
         )
-    return trace_ids, reasons
 
 
-def generation_ledger(state: GenerationState, requested: int) -> Ledger:
+def generation_ledger(fates: Fates, requested: int) -> Ledger:
     """The first balance. An `abort` is a failed request; every other finish reason completed it."""
-    by_reason = Counter(state.finish_reasons.values())
-    failed_by_reason = {reason: count for reason, count in by_reason.items() if reason == "abort"}
-    failed = sum(failed_by_reason.values())
-    completed = sum(by_reason.values()) - failed
+    failed = fates.by_reason.get("abort", 0)
+    completed = sum(fates.by_reason.values()) - failed
+    unexplained = failed - sum(fates.errors.values())
     return Ledger(
         requested=requested,
         completed=completed,
         failed=failed,
         pending=requested - completed - failed,
-        superseded=state.superseded,
-        failed_by_reason=failed_by_reason,
+        superseded=fates.superseded,
+        failed_by_reason=dict(fates.errors) | ({"abort": unexplained} if unexplained else {}),
     )
 
 
@@ -102,6 +119,6 @@ def read_ledger(run: RunFolder) -> Ledger:
         raise UnusableInput(f"{run.root}: no prompt set yet; run: tracestill run")
     requested = prompts.counts["requests"]
     assert isinstance(requested, int)
-    ledger = generation_ledger(GenerationState(run), requested)
+    ledger = generation_ledger(read_fates(run), requested)
     dataset = read_rollup(run.dataset)
     return ledger if dataset is None else with_view(ledger, dataset.counts)

@@ -31,6 +31,10 @@ class Prompt:
     task: family for per-task figures (`chain_sum`, `facts/metals`). verifier: key of data.verify.VERIFIERS, or "" when
     nothing can judge it. answer: the reference, "" when there is none. known: for closed-book facts, whether the
     teacher is meant to know it; None for other tasks. details: JSON text the verifier needs (reasoning-gym's entry).
+
+    tools: JSON text of a list of tool schemas, or "". max_tokens, reasoning_budget: bounds of this prompt's own; 0 is the
+    recipe's, or none. evidence: JSON text, where in a long prompt the answer stands (places with token offset and depth in
+    [0, 1]), or "". provenance: JSON text, which files a long prompt is made of (path, sha256, licence, tokens), or "".
     """
 
     prompt_id: str
@@ -44,6 +48,11 @@ class Prompt:
     known: bool | None
     details: str
     licence: str
+    tools: str = ""
+    max_tokens: int = 0
+    reasoning_budget: int = 0
+    evidence: str = ""
+    provenance: str = ""
 
 
 def prompt_identity(messages: tuple[Message, ...] | list[Message], prompt_version: str) -> str:
@@ -76,7 +85,8 @@ class Trace:
     raw_text: the decoded generated ids, stop token left out, before anything parsed them. reasoning is the text inside
     the think tags and answer what follows; both are "" when the block never closed. tokens count generated ids
     (reasoning_tokens up to and including `</think>`). seconds: from admission to the last token, batch shared.
-    expert_load: JSON text (max_over_mean, entropy, hottest) or "".
+    expert_load: JSON text (max_over_mean, entropy, hottest) or "". attempt: holders of the request so far, this one
+    included. cost: dollars. error: why it is an `abort`, in one countable word. raw: a server's replies, byte for byte.
     """
 
     trace_id: str
@@ -110,6 +120,8 @@ class Trace:
     cost: float
     teacher_licence: str
     source_licence: str
+    error: str = ""
+    raw: bytes = b""
 
 
 VerdictName = Literal["pass", "fail", "unjudged"]

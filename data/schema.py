@@ -32,6 +32,11 @@ PROMPT = pa.schema(
         ("known", pa.bool_()),
         ("details", pa.string()),
         ("licence", pa.string()),
+        ("tools", pa.string()),
+        ("max_tokens", pa.int32()),
+        ("reasoning_budget", pa.int32()),
+        ("evidence", pa.string()),
+        ("provenance", pa.string()),
     ]
 )
 TRACE = pa.schema(
@@ -67,6 +72,8 @@ TRACE = pa.schema(
         ("cost", pa.float64()),
         ("teacher_licence", pa.string()),
         ("source_licence", pa.string()),
+        ("error", pa.string()),
+        ("raw", pa.large_binary()),
     ]
 )
 VERDICT = pa.schema([("trace_id", pa.string()), ("verdict", pa.string()), ("reason", pa.string()), ("score", pa.float64())])

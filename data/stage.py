@@ -42,7 +42,11 @@ VERIFIED_AT_ONCE_BYTES = 4 << 30
 FREE = (
     "slurm", "plan", "teacher.hardware", "teacher.layout", "teacher.experts", "teacher.engine.processes",
     "teacher.engine.batch_size", "teacher.engine.cache_bytes", "teacher.engine.prepared", "teacher.engine.timeout_s",
-    "teacher.engine.concurrency", "generate.segment_traces", "generate.segment_seconds",
+    "teacher.engine.concurrency", "teacher.engine.base_urls", "teacher.engine.servers_file", "teacher.engine.stream",
+    "teacher.engine.deadline_s", "teacher.engine.attempts", "teacher.engine.health_s", "teacher.engine.drain_s",
+    "teacher.engine.price_input_per_million", "teacher.engine.price_output_per_million", "teacher.engine.api_key_env",
+    "teacher.engine.ca_file", "generate.segment_traces", "generate.segment_seconds", "generate.checkpoint_tokens",
+    "generate.lease_ttl_s", "generate.drain_seconds", "generate.budget", "generate.retry_failed", "generate.accept_code_change",
 )  # fmt: skip
 
 
@@ -83,7 +87,8 @@ class Outcome:
 @dataclass(frozen=True, slots=True)
 class Stage:
     """One step of the pipeline. `depends` name folders whose manifests are its inputs; `identity` gives the values that,
-    besides those, decide its result (their fingerprint is sealed)."""
+    besides those, decide its result (their fingerprint is sealed). `together`: what any number of processes may be at in
+    one run folder, before one of them acts and seals."""
 
     name: str
     unit: str
@@ -92,6 +97,7 @@ class Stage:
     identity: Callable[[Context], dict[str, Any]]
     act: Callable[[Context, Callable[[Count], None]], Outcome]
     plan: Callable[[Context], str]
+    together: Callable[[Context, Callable[[Count], None]], None] | None = None
 
 
 def run_stage(stage: Stage, context: Context) -> Rollup:
@@ -105,28 +111,46 @@ def run_stage(stage: Stage, context: Context) -> Rollup:
     for name in stage.depends:
         _verify_if_small(run, read_rollup(run.root / name))
     identity = fingerprint(stage.identity(context))
-    if is_complete(run, folder, fingerprint=identity, inputs=inputs):
-        rollup = read_rollup(folder)
-        assert rollup is not None
-        _verify_if_small(run, rollup)
-        context.console.print(
-            f"[dim]{stage.name:<9} already complete ({rollup.seconds:.0f} s when it ran): skipped[/dim]", highlight=False
-        )
+    if (rollup := _complete(stage, context, identity, inputs)) is not None:
         return rollup
-    with exclusive(run, stage.name), Display(stage.name, stage.unit, context.console) as display:
+    with Display(stage.name, stage.unit, context.console) as display:
         started = time.perf_counter() - _seconds_so_far(run, stage.name, identity)
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            outcome = stage.act(context, display.show)
+            if stage.together is not None:
+                stage.together(context, display.show)
+            with exclusive(run, stage.name, waits=stage.together is not None):
+                if stage.together and is_complete(run, folder, fingerprint=identity, inputs=inputs):
+                    outcome = None  # somebody who was at it with us was quicker
+                else:
+                    outcome = stage.act(context, display.show)
+                    rollup = seal(
+                        run, folder, stage=stage.name, fingerprint=identity, inputs=inputs, files=outcome.files,
+                        counts=outcome.counts, seconds=time.perf_counter() - started,
+                    )  # fmt: skip
         except BaseException:
             _note_seconds(run, stage.name, identity, time.perf_counter() - started)
             raise
-    rollup = seal(
-        run, folder, stage=stage.name, fingerprint=identity, inputs=inputs, files=outcome.files, counts=outcome.counts,
-        seconds=time.perf_counter() - started,
-    )  # fmt: skip
+    if outcome is None or rollup is None:
+        rollup = read_rollup(folder)
+        assert rollup is not None
     _seconds_file(run, stage.name).unlink(missing_ok=True)
-    context.console.print(f"[bold]{stage.name:<9}[/bold] {rollup.seconds:6.1f} s  {outcome.summary}", highlight=False)
+    summary = "sealed by another process" if outcome is None else outcome.summary
+    context.console.print(f"[bold]{stage.name:<9}[/bold] {rollup.seconds:6.1f} s  {summary}", highlight=False)
+    return rollup
+
+
+def _complete(stage: Stage, context: Context, identity: str, inputs: Mapping[str, str]) -> Rollup | None:
+    """The roll-up of a stage that has nothing to do."""
+    folder = stage.folder(context.run)
+    if not is_complete(context.run, folder, fingerprint=identity, inputs=inputs):
+        return None
+    rollup = read_rollup(folder)
+    assert rollup is not None
+    _verify_if_small(context.run, rollup)
+    context.console.print(
+        f"[dim]{stage.name:<9} already complete ({rollup.seconds:.0f} s when it ran): skipped[/dim]", highlight=False
+    )
     return rollup
 
 
@@ -164,13 +188,14 @@ def _note_seconds(run: RunFolder, stage: str, identity: str, seconds: float) -> 
 
 
 @contextmanager
-def exclusive(run: RunFolder, stage: str) -> Iterator[None]:
-    """Nobody else runs this stage in this folder meanwhile. The kernel drops the lock with the process, however it ends;
-    where a file system has no locks, the commit protocol alone protects the run."""
+def exclusive(run: RunFolder, stage: str, *, waits: bool = False) -> Iterator[None]:
+    """Nobody else runs this stage in this folder meanwhile; whoever does is waited for, or is a reason to refuse. The kernel
+    drops the lock with the process, however it ends; where a file system has no locks, the commit protocol alone protects
+    the run."""
     path = run.root / f".{stage}.lock"
     with _open_lock(path) as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
         except BlockingIOError as error:
             raise UnusableInput(
                 f"{run.root}: the {stage} stage is already running here (process {file.read() or '?'}); wait for it or end it"

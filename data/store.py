@@ -25,6 +25,7 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from configs.errors import UnusableInput
+from data.copies import counting_rows, segment_keys
 from data.schema import SCHEMA_VERSION, schema_hash
 
 ROLLUP = "manifest.json"
@@ -223,7 +224,7 @@ def commit_segment(folder: Path, table: pa.Table, *, worker: str, facts: Mapping
         "versions": versions(),
         "facts": dict(facts),
     }
-    write_json(data.with_suffix(".json"), sidecar, replace=False)
+    write_bytes(data.with_suffix(".json"), json.dumps(sidecar, ensure_ascii=False).encode() + b"\n", replace=False)
     return _segment(data, sidecar)
 
 
@@ -236,24 +237,38 @@ def _segment(data: Path, sidecar: dict) -> Segment:
 
 def segments(folder: Path) -> list[Segment]:
     """The committed segments in log order, from their sidecars alone. Raises UnusableInput for one without its data."""
-    found = []
-    for path in sorted(folder.glob("*.json")):
-        if path.name == ROLLUP:
-            continue
-        sidecar = read_json(path)
-        data = path.with_suffix(".arrow")
+    return SegmentLog(folder).look()
+
+
+class SegmentLog:
+    """A folder of segments that grows while it is read: each look gives those that were committed since the last."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._seen = folder, {ROLLUP}
+
+    def look(self) -> list[Segment]:
+        """In log order. Raises UnusableInput for a segment without its data, or of another schema."""
+        try:
+            names = set(os.listdir(self.folder))  # noqa: PTH208  (one listing for both files of a segment)
+        except FileNotFoundError:
+            return []
+        new = sorted(name for name in names - self._seen if name.endswith(".json") and not name.startswith("."))
+        self._seen.update(new)
+        return [self._read(self.folder / name, names) for name in new]
+
+    def _read(self, path: Path, names: set[str]) -> Segment:
+        sidecar, data = read_json(path), path.with_suffix(".arrow")
         if sidecar.get("schema_version") != SCHEMA_VERSION:
             raise UnusableInput(
                 f"segment {path.stem}: schema {sidecar.get('schema_version')}, expected {SCHEMA_VERSION}; "
                 "use the release that wrote it"
             )
-        if not data.is_file():
+        if data.name not in names:
             raise UnusableInput(
                 f"segment {path.stem}: {data.name} is missing beside its manifest; "
                 "restore it, or delete the manifest and generate again"
             )
-        found.append(_segment(data, sidecar))
-    return found
+        return _segment(data, sidecar)
 
 
 def read_segment(segment: Segment) -> pa.Table:
@@ -277,10 +292,18 @@ def read_segment(segment: Segment) -> pa.Table:
 
 
 def read_first_copies(folder: Path, key: str = "trace_id") -> Iterator[pa.Table]:
-    """Tables of the log in order, each row's first copy only: two workers may finish the same request, and the copy that
-    was committed first is the one that counts for every reader."""
+    """Tables of the log in order, each row's first copy only: two workers may finish the same request, and one copy counts
+    for every reader. Of traces, whose sidecars know how they ended, that is the one of data/copies.py."""
+    committed = segments(folder)
+    if key == "trace_id" and all("trace_ids" in segment.facts for segment in committed):
+        counts_N, start = counting_rows(*segment_keys(committed)), 0
+        for segment in committed:
+            keep, start = counts_N[start : start + segment.rows], start + segment.rows
+            table = read_segment(segment)
+            yield table if keep.all() else table.filter(pa.array(keep))
+        return
     seen: set[str] = set()
-    for segment in segments(folder):
+    for segment in committed:
         table = read_segment(segment)
         keep = []
         for identity in table.column(key).to_pylist():

@@ -1,223 +1,257 @@
-"""One rank's part of the generation stage: ask, keep what came back, commit it in segments.
+"""One worker of the generation stage: claim, ask, journal what comes, commit it in segments, until nothing is left.
 
-What the teacher returned is stored before anything judges it. A SIGKILL costs this rank its unfinished rows and the finished ones
-of the segment that was filling (`segment_traces`, `segment_seconds`); a signal or an error costs no finished one. The next start
-asks only for what is missing.
+Any number of workers may be at one run folder, and each may die at any moment. What the teacher returned is in the journal
+before anything reads it; what is finished is committed by whoever holds its lease next; what is not goes on from its last
+checkpoint. So a SIGKILL costs the tokens since then, `checkpoint_tokens` a request at most.
 """
 
-import json
 import logging
 import os
 import socket
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from configs.errors import UnusableInput
+from configs.draining import Drain, draining
 from configs.progress import Count, Report
 from configs.schema import Recipe
-from data.chat import Dialect, dialect_of, encode_prompt
-from data.engine import Completion, Engine, ExpertLoad, Handout, Request, request_under
-from data.ledger import GenerationState
-from data.logits import commit_logits, to_row
-from data.prompt_set import read_prompts
-from data.records import Message, Trace, Turn, request_seed
-from data.schema import to_table
-from data.store import RunFolder, commit_segment, segments
-from data.structure import count_reasoning_tokens, split_reasoning
-from generate.schedule import Ask, all_asks, mean_output_tokens, pending_asks, share
-from generate.telemetry import ExpertTally
+from data.chat import dialect_of, encode_prompt
+from data.engine import Completion, Engine, Handout, Partial, Request, request_under
+from data.journal import Journal
+from data.prompt_set import PromptSet
+from data.records import request_seed
+from data.store import RunFolder, SegmentLog
+from data.work import Leases, Worker, WorkFolder, ages, read_facts
+from generate import identity
+from generate.budget import Spent, spent
+from generate.claims import Ask, Claims
+from generate.in_hand import InHand, continued, finished_earlier, replies_of
+from generate.pool import Pool
+from generate.schedule import sampling_fingerprint
+from generate.writer import Writer
 
 log = logging.getLogger(__name__)
 
-LOGITS_BYTES = 1 << 29  # ids of kept logits that wait in memory for their segment
-
-
-class Writer:
-    """Turns completions into trace records and commits them `segment_traces` at a time, or when the first has waited for
-    `segment_seconds`."""
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        run: RunFolder,
-        engine: Engine,
-        tokenizer: PreTrainedTokenizerBase,
-        teacher_fingerprint: str,
-        worker: str,
-    ) -> None:
-        self.recipe, self.run, self.engine, self.tokenizer = recipe, run, engine, tokenizer
-        self.teacher_fingerprint, self.worker = teacher_fingerprint, worker
-        self.dialect: Dialect = dialect_of(tokenizer)
-        self.unwritten: list[Trace] = []
-        self.waiting_since = 0.0
-        self.unwritten_logits: list[dict[str, object]] = []
-        self.tally = ExpertTally()
-
-    def add(self, ask: Ask, request: Request, completion: Completion) -> None:
-        if not self.unwritten:
-            self.waiting_since = time.monotonic()
-        self.unwritten.append(self._trace(ask, request, completion))
-        self.tally.add(request, completion)
-        if completion.top is not None:
-            self.unwritten_logits.append(to_row(ask.trace_id, self.worker, completion.top, request.log_z_temperatures))
-        logits_bytes = sum(row["ids"].nbytes for row in self.unwritten_logits)  # type: ignore[attr-defined]
-        if len(self.unwritten) >= self.recipe.generate.segment_traces or logits_bytes >= LOGITS_BYTES:
-            self.commit()
-
-    def commit_if_old(self) -> bool:
-        """Asked before every pass of the model: a long trace must not keep short ones waiting. False: nothing ends by it."""
-        if self.unwritten and time.monotonic() - self.waiting_since >= self.recipe.generate.segment_seconds:
-            self.commit()
-        return False
-
-    def commit(self) -> None:
-        if not self.unwritten:
-            return
-        facts = {
-            "trace_ids": [trace.trace_id for trace in self.unwritten],
-            "finish_reasons": [trace.finish_reason for trace in self.unwritten],
-            "tasks": [trace.task for trace in self.unwritten],
-            "output_tokens": [trace.reasoning_tokens + trace.answer_tokens for trace in self.unwritten],
-            "teacher_fingerprint": self.teacher_fingerprint,
-            **self.tally.save(self.run, self.worker),
-        }
-        commit_logits(self.run, self.unwritten_logits, worker=self.worker)
-        self.unwritten_logits = []
-        commit_segment(self.run.traces, to_table(self.unwritten, Trace), worker=self.worker, facts=facts)
-        self.unwritten = []
-
-    def _trace(self, ask: Ask, request: Request, completion: Completion) -> Trace:
-        ids = list(completion.token_ids)
-        spoken = ids[:-1] if completion.finish_reason == "stop" and ids and ids[-1] in request.stop_ids else ids
-        raw_text = self.tokenizer.decode(spoken, skip_special_tokens=False)
-        assert isinstance(raw_text, str)
-        parsed = split_reasoning(raw_text, prompt_opens_think=self.dialect.prompt_opens_think)
-        reasoning_tokens = count_reasoning_tokens(ids, self.tokenizer, prompt_opens_think=self.dialect.prompt_opens_think)
-        said: Message = {"role": "assistant", "content": parsed.answer, "reasoning_content": parsed.reasoning}
-        sampling = self.recipe.generate.sampling
-        return Trace(
-            trace_id=ask.trace_id,
-            prompt_id=ask.prompt.prompt_id,
-            sample_index=ask.sample_index,
-            source=ask.prompt.source,
-            task=ask.prompt.task,
-            prompt_version=ask.prompt.prompt_version,
-            model_id=self.recipe.teacher.model,
-            model_revision=self.teacher_fingerprint,
-            teacher_fingerprint=self.teacher_fingerprint,
-            engine=self.engine.name,
-            engine_version=self.engine.version,
-            turns=(
-                Turn("user", request.prompt_ids, "given"),
-                Turn("assistant", completion.token_ids, "generated", completion.logprobs),
-            ),
-            messages=(*ask.prompt.messages, said),
-            tools="",
-            raw_text=raw_text,
-            finish_reason=completion.finish_reason,
-            prompt_tokens=len(request.prompt_ids),
-            reasoning_tokens=reasoning_tokens,
-            answer_tokens=len(ids) - reasoning_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            max_tokens=sampling.max_tokens,
-            seed=request.seed,
-            expert_load=_load_text(completion.expert_load),
-            attempt=1,
-            worker=self.worker,
-            started_at=completion.started_at,
-            seconds=completion.seconds,
-            cost=0.0,
-            teacher_licence=self.recipe.teacher.licence,
-            source_licence=ask.prompt.licence,
-        )
-
-
-def _load_text(load: ExpertLoad | None) -> str:
-    """The summary as JSON; the counts behind it go their own way, a segment at a time."""
-    if load is None:
-        return ""
-    return json.dumps({"max_over_mean": load.max_over_mean, "entropy": load.entropy, "hottest": load.hottest})
+TELL_S = 5.0
+OTHERS_S = 1.0
+NAMED_STRAGGLERS = 5
 
 
 def to_request(ask: Ask, tokenizer: PreTrainedTokenizerBase, stop_ids: tuple[int, ...], recipe: Recipe) -> Request:
-    return request_under(
+    """A prompt's own budget is at most the recipe's."""
+    prompt = ask.prompt
+    request = request_under(
         recipe.generate.sampling,
         request_id=ask.trace_id,
-        prompt_ids=encode_prompt(tokenizer, ask.prompt.messages),
+        prompt_ids=encode_prompt(tokenizer, prompt.messages, prompt.tools),
         stop_ids=stop_ids,
         seed=request_seed(ask.trace_id, recipe.generate.seed),
-        messages=ask.prompt.messages,
-        task=ask.prompt.task,
+        messages=prompt.messages,
+        task=prompt.task,
         logits=recipe.generate.logits,
     )
-
-
-def observed_means(run: RunFolder) -> dict[str, float]:
-    """Mean output tokens per task over the committed traces, from sidecars alone."""
-    tasks, tokens = [], []
-    for segment in segments(run.traces) if run.traces.is_dir() else ():
-        tasks += segment.facts["tasks"]
-        tokens += segment.facts["output_tokens"]
-    return mean_output_tokens(tasks, tokens)
-
-
-def generate_share(
-    recipe: Recipe, run: RunFolder, engine: Engine, tokenizer: PreTrainedTokenizerBase, teacher_fingerprint: str,
-    *, rank: int, world: int, report: Report, writes: bool = True,
-) -> int:  # fmt: skip
-    """This rank's pending requests are answered and committed; returns how many. With writes=False another rank, which
-    answers the same requests together with this one (tensor parallelism), commits them.
-
-    The pending list is read before `engine.load`, which is collective: no rank can commit before every rank has read,
-    so all ranks share out one and the same list.
-    """
-    asks = all_asks(
-        read_prompts(run, "train"),
-        recipe.generate.samples_per_prompt,
-        teacher_fingerprint,
-        recipe.generate.sampling,
-        recipe.generate.seed,
+    max_tokens = min(request.max_tokens, prompt.max_tokens or request.max_tokens)
+    return replace(
+        request,
+        max_tokens=max_tokens,
+        min_tokens=min(request.min_tokens, max_tokens),
+        prompt_version=prompt.prompt_version,
+        reasoning_budget=prompt.reasoning_budget,
     )
-    state = GenerationState(run)
-    refuse_strangers(state, asks, run)
-    mine = share(pending_asks(asks, state.finish_reasons.keys(), observed_means(run)), rank, world)
-    stop_ids = dialect_of(tokenizer).stop_ids(tokenizer)
-    asked: dict[str, tuple[Ask, Request]] = {}
 
-    def requests() -> Iterator[Request]:
-        """Encoded as they are asked for: the prompts of a long-context run are gigabytes as ids."""
-        for ask in mine:
-            asked[ask.trace_id] = ask, to_request(ask, tokenizer, stop_ids, recipe)
-            yield asked[ask.trace_id][1]
 
-    worker = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}-r{rank}"  # pids repeat in containers
-    writer = Writer(recipe, run, engine, tokenizer, teacher_fingerprint, worker)
-    finished, tokens, started = 0, 0, time.perf_counter()
-    engine.load()
-    report(Count(0, len(mine)))
-    try:
-        for completion in engine.generate(requests(), Handout(stop=writer.commit_if_old)):
-            ask, request = asked.pop(completion.request_id)
-            if writes:
-                writer.add(ask, request, completion)
-            finished, tokens = finished + 1, tokens + len(completion.token_ids)
-            report(Count(finished, len(mine), f"{tokens * world / (time.perf_counter() - started):.0f} tokens/s"))
-    finally:
-        writer.commit()  # also when it is preempted, or another rank is lost: what is finished was paid for
-    log.info("rank %d: %d traces, %d tokens in %.1f s", rank, finished, tokens, time.perf_counter() - started)
+def make_pool(recipe: Recipe, run: RunFolder, teacher_fingerprint: str, wanted: np.ndarray | None = None) -> Pool:
+    """Every request of the run, in the order of its prompt set."""
+    with PromptSet.open(run) as prompts:
+        index = prompts.index("train")
+    return Pool(
+        index,
+        samples=recipe.generate.samples_per_prompt,
+        teacher_fingerprint=teacher_fingerprint,
+        sampling_fingerprint=sampling_fingerprint(recipe.generate.sampling, recipe.generate.seed),
+        wanted=wanted,
+    )
+
+
+def generate_traces(
+    recipe: Recipe, run: RunFolder, engine: Engine, tokenizer: PreTrainedTokenizerBase, teacher_fingerprint: str,
+    *, report: Report, rank: int = 0, wanted: np.ndarray | None = None,
+) -> int:  # fmt: skip
+    """As many of the run's requests as this worker can get hold of are answered and committed; returns how many.
+
+    wanted: bool [num_prompts], the only prompts to ask. Others may still be at the rest when this returns.
+
+    Raises:
+        Interrupted: a signal asked for a drain, and it is done.
+        UnusableInput: the run was begun with another teacher, template, sampling or code.
+    """
+    identity.join(recipe, run, tokenizer, teacher_fingerprint)
+    pool = make_pool(recipe, run, teacher_fingerprint, wanted)
+    name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}-r{rank}"  # pids repeat in containers
+    with ExitStack() as stack:
+        drain = stack.enter_context(draining(recipe.generate.drain_seconds))
+        worker = stack.enter_context(Worker(WorkFolder.of(run), name, recipe.generate.lease_ttl_s))
+        leases = Leases(worker)
+        stack.callback(leases.release_all)
+        shift = Shift(recipe, run, engine, tokenizer, teacher_fingerprint, leases, pool, drain, report)
+        engine.load()
+        finished = shift.work()
+        drain.end()
     return finished
 
 
-def refuse_strangers(state: GenerationState, asks: Sequence[Ask], run: RunFolder) -> None:
-    """Raises UnusableInput when the folder holds traces that this recipe would never ask for."""
-    wanted = {ask.trace_id for ask in asks}
-    strangers = [trace_id for trace_id in state.finish_reasons if trace_id not in wanted]
-    if strangers:
-        raise UnusableInput(
-            f"{run.traces}: {len(strangers)} of {len(state.finish_reasons)} traces belong to another teacher, "
-            f"sampling or prompt set (first: {strangers[0]}); use another --run-dir"
+class Shift:
+    """What one worker does between its first claim and its last commit."""
+
+    def __init__(
+        self, recipe: Recipe, run: RunFolder, engine: Engine, tokenizer: PreTrainedTokenizerBase, teacher_fingerprint: str,
+        leases: Leases, pool: Pool, drain: Drain, report: Report,
+    ) -> None:  # fmt: skip
+        self.recipe, self.run, self.engine, self.tokenizer, self.drain, self.report = (
+            recipe,
+            run,
+            engine,
+            tokenizer,
+            drain,
+            report,
         )
+        self.worker, self.leases, self.pool = leases.worker, leases, pool
+        self.stop_ids = dialect_of(tokenizer).stop_ids(tokenizer)
+        prompts = PromptSet.open(run)
+        again = recipe.generate.retry_failed
+        self.claims = Claims(
+            pool, SegmentLog(run.traces), leases, prompts.prompts, may_admit=self.may_admit, asks_aborted_again=again
+        )
+        self.journal = Journal(self.worker.folder.journal, self.worker.name)
+        self.writer = Writer(recipe, run, engine, tokenizer, teacher_fingerprint, self.worker.name, self._committed)
+        self.asked: dict[str, InHand] = {}
+        self.tokens_of: dict[str, int] = {}
+        self.finished = self.tokens = 0
+        self.started, self.started_at, self.told = time.perf_counter(), time.time(), -float("inf")
+        self.refusal = ""
+        self.others, self.others_read = Spent(), -float("inf")
+        budget = recipe.generate.budget
+        self.has_budget = any(limit is not None for limit in (budget.max_cost, budget.max_tokens, budget.max_hours))
+
+    def work(self) -> int:
+        self.tell("working")
+        self.report(Count(0, self.pool.num_open))
+        handout = Handout(self.recipe.generate.checkpoint_tokens, self.checkpoint, self.must_stop, self.keep)
+        try:
+            for completion in self.engine.generate(self.requests(), handout):
+                self.take(completion)
+        finally:  # also when another rank is lost: what is finished was paid for
+            self.writer.commit()
+            self.tell("ended")
+            self.journal.close()
+        log.info("%d traces, %d tokens in %.1f s", self.finished, self.tokens, time.perf_counter() - self.started)
+        return self.finished
+
+    def requests(self) -> Iterator[Request]:
+        """Claimed and encoded as they are asked for: the prompts of a long-context run are gigabytes as ids."""
+        while (ask := self.claims.next()) is not None:
+            hand = InHand(ask, to_request(ask, self.tokenizer, self.stop_ids, self.recipe))
+            if (completion := self._taken_up(hand)) is not None:
+                self._add(hand, completion)
+                continue
+            self.asked[ask.trace_id] = hand
+            yield hand.request
+
+    def _taken_up(self, hand: InHand) -> Completion | None:
+        """The answer, where an earlier holder had all of it; else the request goes on from what there is."""
+        salvage = hand.ask.salvage
+        if salvage is None:
+            return None
+        if salvage.ending is None:
+            hand.request = continued(hand.request, salvage)
+            return None
+        if salvage.ending.kind == "finished":
+            return finished_earlier(hand.ask.trace_id, salvage)
+        hand.replies = replies_of(salvage)
+        completion = self.engine.read(hand.request, hand.replies[-1])  # type: ignore[attr-defined]
+        return completion if completion.finish_reason != "abort" else None
+
+    # --- asked by the engine, in its loop ---
+
+    def checkpoint(self, partial: Partial) -> None:
+        self.asked[partial.request_id].checkpoint(self.journal, partial)
+        self.tokens_of[partial.request_id] = len(partial.token_ids)
+
+    def keep(self, request_id: str, raw: bytes) -> None:
+        self.asked[request_id].keep(self.journal, raw)
+
+    def must_stop(self) -> bool:
+        self.writer.commit_if_old()
+        if time.monotonic() - self.told >= TELL_S:
+            self.tell("draining" if self.drain.requested else "working")
+        return bool(self.drain.requested)
+
+    def may_admit(self) -> bool:
+        """Whether the drain and the budget leave room for more."""
+        if self.drain.requested or self.refusal:
+            return False
+        if self.has_budget:
+            self.refusal = self.spent().exceeds(self.recipe.generate.budget)
+        return not self.refusal
+
+    # --- what came back ---
+
+    def take(self, completion: Completion) -> None:
+        hand = self.asked.pop(completion.request_id)
+        self._add(hand, hand.finish(self.journal, completion))
+        self.tokens_of.pop(completion.request_id, None)
+        self.finished, self.tokens = self.finished + 1, self.tokens + len(completion.token_ids)
+        rate = self.tokens / (time.perf_counter() - self.started)
+        self.report(Count(self.finished, self.finished + self.pool.num_open, f"{rate:.0f} tokens/s"))
+
+    def _add(self, hand: InHand, completion: Completion) -> None:
+        self.writer.add(hand.ask, hand.request, completion, hand.replies)
+
+    def _committed(self, asks: Sequence[Ask]) -> None:
+        for ask in asks:
+            self.journal.forget(ask.trace_id)
+        self.claims.committed(asks)
+
+    def tell(self, state: str) -> None:
+        """What `--status` shows, and budgets count, of this worker."""
+        self.told = time.monotonic()
+        oldest = sorted(self.asked.values(), key=lambda hand: hand.asked_at)[:NAMED_STRAGGLERS]
+        tokens, cost = self.in_hand()
+        self.worker.tell(
+            {
+                "state": state, "started_at": self.started_at, "seen_at": time.time(), "finished": self.finished,
+                "tokens": self.tokens, "in_flight": len(self.asked), "uncommitted": len(self.writer.unwritten),
+                "tokens_in_hand": tokens,
+                "cost_in_hand": cost, "engine": self.engine.name,
+                "oldest": [
+                    {"trace_id": hand.ask.trace_id, "task": hand.ask.prompt.task, "since": hand.asked_at,
+                     "tokens": self.tokens_of.get(hand.ask.trace_id, 0), "attempt": hand.ask.attempt} for hand in oldest
+                ],
+            }
+        )  # fmt: skip
+
+    def spent(self) -> Spent:
+        """By all workers so far; of the others what they said a moment ago."""
+        if time.monotonic() - self.others_read >= OTHERS_S:
+            self.others_read, folder = time.monotonic(), self.worker.folder
+            facts = read_facts(folder)
+            alive = [name for name in ages(folder) if name != self.worker.name]
+            self.others = spent(0.0, 0, facts, alive)
+        tokens, cost = self.in_hand()
+        committed = self.claims
+        return Spent(
+            committed.cost_committed + self.others.cost + cost,
+            committed.tokens_committed + self.others.tokens + tokens,
+            self.others.hours,
+        )
+
+    def in_hand(self) -> tuple[int, float]:
+        """Tokens and dollars of answers that are not committed."""
+        traces = self.writer.unwritten
+        tokens = sum(trace.reasoning_tokens + trace.answer_tokens for trace in traces) + sum(self.tokens_of.values())
+        return tokens, sum(trace.cost for trace in traces)

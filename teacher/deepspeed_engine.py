@@ -131,14 +131,16 @@ class DeepSpeedEngine:
 
     def generate(self, requests: Iterable[Request], handout: Handout | None = None) -> Iterator[Completion]:
         """This rank's completions. Iterate to the end: a rank that stops early leaves the others in a collective; to end
-        all of them, let one rank's `handout.stop` say so.
+        all of them, let one rank's `handout.stop` say so. Ranks of a tensor-parallel group answer the requests of the first
+        of them together; what the others are given is not looked at.
 
         Raises:
             RankLost: another rank died, stopped or stands still; the message names it, this rank and the step.
         """
         runner, heart = self.runner, self.heart
+        source = requests if self._tensor_group is None else self._shared(requests)
         with heart.answerable():
-            for completion in runner.generate(requests, handout):
+            for completion in runner.generate(source, handout):
                 heart.leave()  # the caller's time
                 yield completion
                 heart.enter("taking requests")
@@ -181,6 +183,19 @@ class DeepSpeedEngine:
         self.heart.enter("forward pass", step=self.heart.step + 1)
         assert self._engine is not None
         return self._engine(**inputs)
+
+    def _shared(self, requests: Iterable[Request]) -> Iterator[Request]:
+        """The first rank's requests, as it comes by them. All ranks of the group are here at the same point of the loop,
+        because everything that decides when a request is taken is the same on all of them."""
+        first = dist.get_rank() // self.parallel.tensor * self.parallel.tensor
+        source = iter(requests)
+        while True:
+            box = [next(source, None) if dist.get_rank() == first else None]
+            self.heart.enter("sharing a request")
+            dist.broadcast_object_list(box, src=first, group=self._tensor_group)
+            if (request := box[0]) is None:
+                return
+            yield request
 
     def _share(self, sampled: Tensor) -> Tensor:
         """What the first rank of this tensor-parallel group has sampled. Its ranks compute the same logits, but nothing

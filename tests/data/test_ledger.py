@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.errors import UnusableInput
-from data.ledger import GenerationState, Ledger, generation_ledger, read_ledger, with_view
+from data.ledger import Fates, Ledger, generation_ledger, read_ledger, with_view
 from data.store import RunFolder
 from tests.data.make_run import make_prompt, make_run, make_trace
 
@@ -14,12 +14,12 @@ SUM = make_prompt("What is 2 + 2?")
 
 def test_the_ledger_of_a_run_is_counted_from_its_manifests(tmp_path: Path) -> None:
     first = [make_trace(SUM), make_trace(SUM, sample=1, finish="abort"), make_trace(SUM, sample=2, finish="length")]
-    again = [make_trace(SUM, sample=1), make_trace(SUM, sample=3)]  # the abort came first: it is the fate of sample 1
+    again = [make_trace(SUM, sample=1), make_trace(SUM, sample=3)]  # sample 1 was asked again, and answered
     run = make_run(tmp_path, [SUM], [first, again], requests=6)
     ledger = read_ledger(run)
     ledger.check(viewed=False)
-    assert (ledger.requested, ledger.completed, ledger.failed, ledger.pending, ledger.superseded) == (6, 3, 1, 2, 1)
-    assert ledger.failed_by_reason == {"abort": 1}
+    assert (ledger.requested, ledger.completed, ledger.failed, ledger.pending, ledger.superseded) == (6, 4, 0, 2, 1)
+    assert ledger.failed_by_reason == {}
 
 
 def test_a_run_without_prompts_has_no_ledger(tmp_path: Path) -> None:
@@ -41,10 +41,8 @@ def test_traces_that_came_after_the_dataset_do_not_balance() -> None:
         ledger.check(viewed=True)
 
 
-@given(st.dictionaries(st.text(max_size=4), st.sampled_from(["stop", "length", "abort"])), st.integers(0, 50))
-def test_the_first_balance_holds_for_any_state_with_enough_requests(fates: dict[str, str], waiting: int) -> None:
-    state = GenerationState(RunFolder(Path("nowhere")))
-    state.finish_reasons = fates
-    ledger = generation_ledger(state, len(fates) + waiting)
+@given(st.dictionaries(st.sampled_from(["stop", "length", "abort"]), st.integers(0, 9)), st.integers(0, 50))
+def test_the_first_balance_holds_for_any_state_with_enough_requests(by_reason: dict[str, int], waiting: int) -> None:
+    ledger = generation_ledger(Fates(by_reason, {}), sum(by_reason.values()) + waiting)
     ledger.check(viewed=False)
-    assert ledger.pending == waiting and ledger.failed == sum(fate == "abort" for fate in fates.values())
+    assert ledger.pending == waiting and ledger.failed == by_reason.get("abort", 0) == sum(ledger.failed_by_reason.values())

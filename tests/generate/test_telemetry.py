@@ -21,7 +21,7 @@ from data.store import RunFolder, read_first_copies, read_segment, read_table, s
 from generate import tracking
 from generate.telemetry import ExpertTally, write_expert_load
 from generate.tracking import Target, mirror_expert_load
-from generate.worker import generate_share
+from generate.worker import generate_traces
 from teacher.folders import EMBEDDED
 from teacher.local_engine import LocalEngine
 from tests.generate.test_worker import TOKENIZER, prompt
@@ -61,7 +61,7 @@ def new_run(folder: Path) -> RunFolder:
 
 
 def work(recipe: Recipe, run: RunFolder, engine: LocalEngine) -> None:
-    generate_share(recipe, run, engine, TOKENIZER, "teacher", rank=0, world=1, report=lambda count: None)
+    generate_traces(recipe, run, engine, TOKENIZER, "teacher", report=lambda count: None)
 
 
 def written(run: RunFolder, teacher: Teacher) -> list[TaskCounts]:

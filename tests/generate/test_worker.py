@@ -1,20 +1,24 @@
 """The worker: what came back is a record, a record is committed, and nothing is asked twice."""
 
+import dataclasses
+import itertools
+import os
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
-from configs.errors import UnusableInput
+from configs.errors import Interrupted, UnusableInput
 from configs.load import load_recipe
-from configs.schema import Recipe, Teacher
-from data.engine import Completion, ExpertStats, Handout, Request, Scores
-from data.ledger import GenerationState, read_ledger
+from configs.schema import Budget, Recipe, Teacher
+from data.engine import Completion, ExpertStats, Handout, Partial, Request, Scores
+from data.ledger import read_ledger
 from data.prompt_set import write_prompts
 from data.records import Prompt, Trace, prompt_identity
 from data.schema import from_table
 from data.store import RunFolder, read_first_copies, seal, segments
-from generate.worker import generate_share
+from generate.worker import generate_traces
 from teacher.engines import load_tokenizer
 
 TOKENIZER = load_tokenizer(Teacher())
@@ -26,23 +30,36 @@ def prompt(text: str) -> Prompt:
 
 
 class Scripted:
-    """Our own seam, filled by hand: says what it is told to, and fails after `fails_after` completions."""
+    """Our own seam, filled by hand: says what it is told to, and dies after `fails_after` completions, or takes no more after
+    `stops_after`. The first `fails_to_answer` requests come back as aborts."""
 
     name, version = "scripted", "1"
 
-    def __init__(self, text: str = "Hm.</think>5<|user|>", fails_after: int | None = None) -> None:
+    def __init__(
+        self,
+        text: str = "Hm.</think>5<|user|>",
+        *,
+        fails_after: int | None = None,
+        stops_after: int | None = None,
+        fails_to_answer: int = 0,
+        cost: float = 0.0,
+    ) -> None:
         self.ids = tuple(TOKENIZER(text, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
-        self.fails_after, self.asked = fails_after, []
+        self.fails_after, self.stops_after, self.fails_to_answer, self.cost = fails_after, stops_after, fails_to_answer, cost
+        self.requests: list[Request] = []
 
     def load(self) -> None: ...
 
     def generate(self, requests: Iterable[Request], handout: Handout | None = None) -> Iterator[Completion]:
-        for index, request in enumerate(requests):
+        for index, request in enumerate(itertools.islice(requests, self.stops_after)):
             if index == self.fails_after:
                 raise RuntimeError("power cut")
-            self.asked.append(request.request_id)
+            self.requests.append(request)
+            if index < self.fails_to_answer:
+                yield Completion(request.request_id, (), (), "abort", 1.0, 0.5, error="busy")
+                continue
             reason = "stop" if self.ids[-1] in request.stop_ids else "length"
-            yield Completion(request.request_id, self.ids, tuple(-0.5 for _ in self.ids), reason, 1.0, 0.5)
+            yield Completion(request.request_id, self.ids, tuple(-0.5 for _ in self.ids), reason, 1.0, 0.5, cost=self.cost)
 
     def score(
         self, sequences: Sequence[Sequence[int]], top_logits: int = 0, log_z_temperatures: Sequence[float] = (1.0,)
@@ -62,25 +79,22 @@ def recipe() -> Recipe:
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunFolder:
-    run = RunFolder(tmp_path)
-    path = write_prompts(run, [prompt(f"What is {index}?") for index in range(5)])
-    seal(run, run.prompts, stage="prompts", fingerprint="f", inputs={}, files=[path], counts={"requests": 10}, seconds=0.0)
+    return new_run(tmp_path, [prompt(f"What is {index}?") for index in range(5)], requests=10)
+
+
+def new_run(folder: Path, prompts: list[Prompt], requests: int) -> RunFolder:
+    run = RunFolder(folder)
+    path, counts = write_prompts(run, prompts), {"requests": requests}
+    seal(run, run.prompts, stage="prompts", fingerprint="f", inputs={}, files=[path], counts=counts, seconds=0.0)
     return run
 
 
-def work(
-    recipe: Recipe,
-    run: RunFolder,
-    engine: Scripted,
-    *,
-    rank: int = 0,
-    world: int = 1,
-    teacher: str = "teacher",
-    writes: bool = True,
-) -> int:
-    return generate_share(
-        recipe, run, engine, TOKENIZER, teacher, rank=rank, world=world, report=lambda count: None, writes=writes
-    )
+def changed(recipe: Recipe, **values: object) -> Recipe:
+    return recipe.model_copy(update={"generate": recipe.generate.model_copy(update=values)})
+
+
+def work(recipe: Recipe, run: RunFolder, engine: Scripted, *, teacher: str = "teacher") -> int:
+    return generate_traces(recipe, run, engine, TOKENIZER, teacher, report=lambda count: None)
 
 
 def traces(run: RunFolder) -> list[Trace]:
@@ -125,7 +139,7 @@ def test_after_a_failure_only_what_is_missing_is_asked(recipe: Recipe, run: RunF
 
 def test_a_finished_trace_does_not_wait_for_ever_for_its_segment(recipe: Recipe, run: RunFolder) -> None:
     """Asked before every pass, as an engine does, the writer commits what is old enough."""
-    patient = recipe.model_copy(update={"generate": recipe.generate.model_copy(update={"segment_seconds": 1e-9})})
+    patient = changed(recipe, segment_seconds=1e-9)
 
     class Asking(Scripted):
         def generate(self, requests: Iterable[Request], handout: Handout | None = None) -> Iterator[Completion]:
@@ -137,30 +151,156 @@ def test_a_finished_trace_does_not_wait_for_ever_for_its_segment(recipe: Recipe,
     assert [segment.rows for segment in segments(run.traces)] == [1] * 10
 
 
-def test_ranks_share_and_duplicates_are_superseded(recipe: Recipe, run: RunFolder, tmp_path: Path) -> None:
-    first, second = Scripted(), Scripted()
-    work(recipe, run, first, rank=0, world=2)
-    state = GenerationState(run)
-    assert len(state.finish_reasons) == 5
+def test_what_two_workers_finish_twice_counts_once(recipe: Recipe, run: RunFolder, tmp_path: Path) -> None:
+    """A second worker on a copy of the folder, which never sees the first one's leases and commits."""
     other = RunFolder(tmp_path / "other")
     other.root.mkdir()
-    for name in ("prompts",):
-        (other.root / name).symlink_to(run.root / name)
-    work(recipe, other, second, rank=0, world=1)
-    for path in other.traces.iterdir():  # a second worker that asked for everything, without having seen the first
+    (other.root / "prompts").symlink_to(run.root / "prompts")
+    work(recipe, run, Scripted(stops_after=5))
+    work(recipe, other, Scripted())
+    for path in other.traces.iterdir():
         path.rename(run.traces / path.name)
     ledger = read_ledger(run)
     assert (ledger.completed, ledger.superseded, ledger.pending) == (10, 5, 0)
     assert len(traces(run)) == 10
 
 
-def test_traces_of_another_teacher_are_refused(recipe: Recipe, run: RunFolder) -> None:
+def test_another_teacher_template_or_code_is_refused(recipe: Recipe, run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     work(recipe, run, Scripted())
-    with pytest.raises(UnusableInput, match="10 of 10 traces belong to another teacher"):
+    with pytest.raises(UnusableInput, match="this worker's teacher is not the one that began the run"):
+        work(recipe, run, Scripted(), teacher="another")
+    monkeypatch.setattr("generate.identity.source_fingerprint", lambda: "edited")
+    with pytest.raises(UnusableInput, match="this worker's code is not the one that began the run .*accept_code_change=true"):
+        work(recipe, run, Scripted())
+    assert work(changed(recipe, accept_code_change=True), run, Scripted()) == 0
+
+
+def test_traces_that_nobody_asks_for_are_refused(recipe: Recipe, run: RunFolder) -> None:
+    work(recipe, run, Scripted())
+    (run.root / "work" / "identity.json").unlink()
+    with pytest.raises(UnusableInput, match="traces of segment .* belong to another teacher"):
         work(recipe, run, Scripted(), teacher="another")
 
 
-def test_a_tensor_parallel_helper_answers_and_leaves_the_writing_to_its_first_rank(recipe: Recipe, run: RunFolder) -> None:
-    helper = Scripted()
-    assert work(recipe, run, helper, writes=False) == 10 and len(helper.asked) == 10
-    assert read_ledger(run).completed == 0 and not run.metrics.exists()
+# --- killed, and taken up by another worker ----------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL in this process: nothing after it runs for the worker that is "dead"."""
+
+
+class Dying(Scripted):
+    """Finishes `finishes` requests and is half through the next ones when its process is gone."""
+
+    def __init__(self, finishes: int, half_through: int) -> None:
+        super().__init__()
+        self.finishes, self.half_through = finishes, half_through
+
+    def generate(self, requests: Iterable[Request], handout: Handout | None = None) -> Iterator[Completion]:
+        assert handout is not None
+        source = iter(requests)
+        for request in itertools.islice(source, self.finishes):
+            yield Completion(request.request_id, self.ids, tuple(-0.5 for _ in self.ids), "stop", 1.0, 0.5)
+        for request in itertools.islice(source, self.half_through):
+            handout.take(Partial(request.request_id, self.ids[:2], (-0.5, -0.5)))
+            handout.take(Partial(request.request_id, self.ids[:3], (-0.5, -0.5, -0.5)))
+        raise Killed
+
+
+def kill(recipe: Recipe, run: RunFolder, engine: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker ends as by SIGKILL: no commit, no journal closed, leases left behind, and a beat that grows old."""
+    with monkeypatch.context() as patch:
+        for name in ("generate.writer.Writer.commit", "data.journal.Journal.close", "data.work.Leases.release_all"):
+            patch.setattr(name, lambda self: None)
+        patch.setattr("data.work.Worker.__exit__", lambda self, *_: self._stopped.set())
+        with pytest.raises(Killed):
+            work(recipe, run, engine)
+    for beat in (run.root / "work" / "workers").glob("*.beat"):
+        os.utime(beat, (1.0, 1.0))
+
+
+def test_what_a_killed_worker_had_is_committed_or_continued(
+    recipe: Recipe, run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten requests: three finished and not committed, four half said, three not begun."""
+    kill(changed(recipe, segment_traces=100), run, Dying(3, 4), monkeypatch)
+    assert read_ledger(run).completed == 0
+    second = Scripted()
+    assert work(recipe, run, second) == 7
+    prefixes = [len(request.prefix_ids) for request in second.requests]
+    assert sorted(prefixes) == [0, 0, 0, 3, 3, 3, 3] and prefixes[:4] == [3, 3, 3, 3]
+    assert all(request.max_tokens == recipe.generate.sampling.max_tokens for request in second.requests)
+    ledger = read_ledger(run)
+    assert (ledger.completed, ledger.superseded, ledger.pending) == (10, 0, 0)
+    assert {trace.raw_text for trace in traces(run)} == {"Hm.</think>5"}
+    assert sorted(trace.attempt for trace in traces(run)) == [1] * 3 + [2] * 7
+
+
+def test_a_lease_whose_holder_lives_is_left_alone(recipe: Recipe, run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    kill(recipe, run, Dying(0, 4), monkeypatch)
+    for beat in (run.root / "work" / "workers").glob("*.beat"):
+        os.utime(beat)
+    held = len(list((run.root / "work" / "leases").iterdir()))
+    assert held >= 4 and work(recipe, run, Scripted()) == 10 - held
+    assert read_ledger(run).pending == held
+
+
+def test_a_worker_that_ends_in_order_leaves_nothing_but_its_facts(recipe: Recipe, run: RunFolder) -> None:
+    work(recipe, run, Scripted())
+    left = [path.suffix for path in (run.root / "work").rglob("*") if path.is_file()]
+    assert sorted(left) == [".json", ".json"]  # who it was, and what all workers have in common
+
+
+def test_a_drain_journals_what_is_half_said_and_exits_resumable(recipe: Recipe, run: RunFolder) -> None:
+    class Signalled(Dying):
+        def generate(self, requests: Iterable[Request], handout: Handout | None = None) -> Iterator[Completion]:
+            assert handout is not None
+            source = iter(requests)
+            request = next(source)
+            yield Completion(request.request_id, self.ids, tuple(-0.5 for _ in self.ids), "stop", 1.0, 0.5)
+            request = next(source)
+            signal.raise_signal(signal.SIGUSR2)
+            assert handout.stop() and next(source, None) is None, "nothing is asked any more"
+            handout.take(Partial(request.request_id, self.ids[:3], (-0.5, -0.5, -0.5)))
+
+    with pytest.raises(Interrupted, match="stopped by SIGUSR2"):
+        work(recipe, run, Signalled(1, 1))
+    assert read_ledger(run).completed == 1
+    again = Scripted()
+    assert work(recipe, run, again) == 9  # at once: nobody has to wait for a lease to grow old
+    assert [len(request.prefix_ids) for request in again.requests] == [3] + [0] * 8
+
+
+# --- bounds ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [Budget(max_tokens=20), Budget(max_cost=0.25)])
+def test_a_budget_stops_admission_and_leaves_the_rest_pending(recipe: Recipe, run: RunFolder, budget: Budget) -> None:
+    """Six tokens and ten cents an answer: the first three or four are asked before either limit is seen to be reached."""
+    engine = Scripted(cost=0.1)
+    finished = work(changed(recipe, budget=budget, segment_traces=1), run, engine)
+    ledger = read_ledger(run)
+    assert finished == ledger.completed in (3, 4) and ledger.pending == 10 - finished
+    assert sum(trace.cost for trace in traces(run)) == pytest.approx(0.1 * finished)
+
+
+def test_failed_requests_are_asked_again_only_when_told_to(recipe: Recipe, run: RunFolder) -> None:
+    work(recipe, run, Scripted(fails_to_answer=3))
+    assert read_ledger(run).failed_by_reason == {"busy": 3}
+    assert work(recipe, run, Scripted()) == 0
+    assert work(changed(recipe, retry_failed=True), run, Scripted()) == 3
+    ledger = read_ledger(run)
+    assert (ledger.completed, ledger.failed, ledger.superseded) == (10, 0, 3)
+    assert {trace.finish_reason for trace in traces(run)} == {"stop"}
+
+
+def test_a_prompts_own_budget_is_at_most_the_recipes(recipe: Recipe, tmp_path: Path) -> None:
+    limits = [0, 7, 10**6]
+    prompts = [dataclasses.replace(prompt(f"What is {limit}?"), max_tokens=limit, reasoning_budget=3) for limit in limits]
+    run = new_run(tmp_path, prompts, requests=6)
+    engine = Scripted()
+    work(recipe, run, engine)
+    most = recipe.generate.sampling.max_tokens
+    assert sorted(request.max_tokens for request in engine.requests) == [7, 7, most, most, most, most]
+    assert {request.reasoning_budget for request in engine.requests} == {3}
+    assert {trace.max_tokens for trace in traces(run)} == {7, most}

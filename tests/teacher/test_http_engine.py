@@ -15,7 +15,7 @@ from configs.errors import UnusableInput
 from data.byte_tokenizer import build_byte_tokenizer
 from data.engine import Request
 from teacher.folders import EMBEDDED
-from teacher.http_engine import ATTEMPTS, HttpEngine, read_choice
+from teacher.http_engine import HttpEngine
 
 MARKERS = (
     "<|endoftext|>",
@@ -87,7 +87,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 
 def engine_for(server: Server, tokenizer: PreTrainedTokenizerBase, **changes: Any) -> HttpEngine:
-    return HttpEngine(schema.HttpEngine(base_url=server.url, concurrency=4, **changes), "tiny", tokenizer, first_wait_s=0.01)
+    return HttpEngine(schema.HttpEngine(base_urls=(server.url,), concurrency=4, **changes), "tiny", tokenizer, first_wait_s=0.01)
 
 
 def request(index: int = 0) -> Request:
@@ -149,7 +149,7 @@ def test_a_refused_request_is_one_clear_line(server: Server, tokenizer: PreTrain
 
 def test_load_tells_a_wrong_address_before_anything_is_asked(server: Server, tokenizer: PreTrainedTokenizerBase) -> None:
     engine_for(server, tokenizer).load()
-    nowhere = HttpEngine(schema.HttpEngine(base_url="http://127.0.0.1:9/v1"), "tiny", tokenizer)
+    nowhere = HttpEngine(schema.HttpEngine(base_urls=("http://127.0.0.1:9/v1",)), "tiny", tokenizer)
     with pytest.raises(UnusableInput, match="no answer"):
         nowhere.load()
 

@@ -1,0 +1,62 @@
+"""Being asked to stop: the first signal asks for an orderly end, which has to come within a stated time."""
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+from configs.errors import Interrupted
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)  # not SIGUSR1: NCCL catches it
+
+
+@dataclass
+class Drain:
+    """requested: the name of the signal that asked, "" while nobody has."""
+
+    seconds: float
+    requested: str = ""
+    deadline: float = float("inf")
+
+    def ask(self, number: int, _: FrameType | None = None) -> None:
+        if self.requested:
+            raise Interrupted(f"{self._said(number)} again; what the journal holds is continued by the next start")
+        self.requested, self.deadline = signal.Signals(number).name, time.monotonic() + self.seconds
+        signal.setitimer(signal.ITIMER_REAL, self.seconds)
+
+    def give_up(self, number: int, _: FrameType | None) -> None:
+        raise Interrupted(
+            f"stopped by {self.requested}, and not drained within generate.drain_seconds {self.seconds:g}; "
+            "what the journal holds is continued by the next start"
+        )
+
+    def _said(self, number: int) -> str:
+        return f"stopped by {signal.Signals(number).name}"
+
+    def end(self) -> None:
+        """Raises Interrupted when somebody has asked: everything that was to be saved is."""
+        if self.requested:
+            raise Interrupted(
+                f"stopped by {self.requested}; finished traces are committed, unfinished ones journalled: "
+                "the same command continues"
+            )
+
+
+@contextmanager
+def draining(seconds: float) -> Iterator[Drain]:
+    """Signals ask for a drain while this lasts. Outside the main thread, which alone hears signals, nobody can ask."""
+    drain = Drain(seconds)
+    if threading.current_thread() is not threading.main_thread():
+        yield drain
+        return
+    before = {number: signal.signal(number, drain.ask) for number in SIGNALS}
+    before[signal.SIGALRM] = signal.signal(signal.SIGALRM, drain.give_up)
+    try:
+        yield drain
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,57 @@
+"""What all workers of a run must have in common, written down by the first: whoever differs is refused, by name."""
+
+import contextlib
+import hashlib
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from configs.errors import UnusableInput
+from configs.schema import Recipe
+from data.records import digest
+from data.store import RunFolder, code_revision, read_json, sha256_file, write_json
+from data.work import WorkFolder
+from generate.schedule import sampling_fingerprint
+
+PACKAGES = ("configs", "data", "teacher", "generate")
+REMEDIES = {
+    "code": "use the release that began the run, or accept it with -s generate.accept_code_change=true",
+    "template": "use the tokenizer folder that began the run, or another --run-dir",
+}
+
+
+def join(recipe: Recipe, run: RunFolder, tokenizer: PreTrainedTokenizerBase, teacher_fingerprint: str) -> None:
+    """This worker is one of the run's.
+
+    Raises:
+        UnusableInput: the run was begun with other code, template, model, sampling or prompts.
+    """
+    mine = {
+        "code": source_fingerprint(),
+        "template": digest(tokenizer.chat_template),
+        "teacher": teacher_fingerprint,
+        "sampling": sampling_fingerprint(recipe.generate.sampling, recipe.generate.seed),
+        "prompts": sha256_file(run.prompts / "manifest.json"),
+        "revision": code_revision(),
+    }
+    path = WorkFolder.of(run).identity
+    with contextlib.suppress(FileExistsError):
+        write_json(path, mine, replace=False)
+        return
+    first = read_json(path)
+    for name in ("code", "template", "teacher", "sampling", "prompts"):
+        if first.get(name) != mine[name] and not (name == "code" and recipe.generate.accept_code_change):
+            said = f"{first.get('revision', '?')[:12]} against {mine['revision'][:12]}" if name == "code" else "hashes differ"
+            raise UnusableInput(
+                f"{run.root}: this worker's {name} is not the one that began the run ({said}); "
+                f"{REMEDIES.get(name, 'use another --run-dir')}"
+            )
+
+
+def source_fingerprint() -> str:
+    """Hash of every source file that decides a trace: a checkout's revision says nothing about its edits."""
+    root, found = Path(__file__).parent.parent, hashlib.sha256()
+    for package in PACKAGES:
+        for path in sorted((root / package).rglob("*.py")):
+            found.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    return found.hexdigest()[:16]

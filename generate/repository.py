@@ -1,0 +1,235 @@
+"""Long prompts about a source tree: files packed to a token budget, and one versioned task about them.
+
+Each prompt has a focus file, drawn by hash from the code files of its side of the split: a file that evaluation asks about
+is never the focus of a training prompt. Which files go in, until the budget is used: the focus; README and manifests of the
+root; then all others by how many folders lie between them and the focus, and by path. In which order they stand: README and
+manifests first, then by path, so that the focus comes to stand at any depth. Whole files only (generate/packing.py).
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from configs.errors import UnusableInput
+from configs.prompt_sources import RepositorySource
+from data.records import Message, Prompt, Split, digest, prompt_identity
+from data.split import is_held_out
+from generate.packing import (
+    CHAT_TOKENS,
+    NAMED_LEFT_OUT,
+    CountTokens,
+    Fitted,
+    Packed,
+    Piece,
+    Shelf,
+    Text,
+    cut_piece,
+    fit,
+    lines_of,
+    pack,
+    whole_piece,
+)
+from generate.planting import CODE, Planted, find_sites, plant
+from generate.templates import Template, load_template
+from generate.tree import SourceFile, Tree, scan_tree, tree_hash
+
+VARIABLES = ("context", "repository", "focus", "num_files", "pick")
+"""What a template may use. context: the packed files; focus: path of the file asked about; pick: a number of the prompt's
+own, for templates that choose among questions."""
+PREAMBLE = (
+    "readme", "pyproject.toml", "setup.py", "setup.cfg", "requirements.txt", "package.json", "cargo.toml", "go.mod", "pom.xml",
+    "build.gradle", "cmakelists.txt", "makefile", "gemfile", "composer.json",
+)  # fmt: skip
+"""Names (lower case; README with any suffix) of the root's files that come first, in this order."""
+
+
+class _Focus(NamedTuple):
+    """A file to ask about, for the `round`-th time."""
+
+    path: str
+    round: int
+
+
+def read_repository(
+    source: RepositorySource, split: Split, folders: Sequence[Path], count_tokens: CountTokens
+) -> Iterator[Prompt]:
+    """`source.count` prompts of one side, the same ones for the same tree and seed.
+
+    Raises:
+        UnusableInput: an unreadable tree, a template that asks for what it cannot have, a budget too small for one file, or
+            fewer different prompts than asked for.
+    """
+    template = load_template(source.template, folders).require(VARIABLES)
+    if "context" not in template.variables:
+        raise UnusableInput(f"template {template.name}: it never uses {{{{ context }}}}, which holds the packed files")
+    builder = _Builder(source, split, scan_tree(source, folders), template, count_tokens)
+    seen: set[str] = set()
+    for focus in builder.focuses():
+        if (prompt := builder.build(focus)) is None or prompt.prompt_id in seen:
+            continue
+        seen.add(prompt.prompt_id)
+        yield prompt
+        if len(seen) == source.count:
+            return
+    raise UnusableInput(
+        f"repository {source.path}: only {len(seen)} different {split} prompts about {len(builder.candidates)} files, "
+        f"expected count {source.count}; lower count, raise budget_tokens or widen include"
+    )
+
+
+class _Builder:
+    """What all prompts of a source share."""
+
+    def __init__(
+        self, source: RepositorySource, split: Split, tree: Tree, template: Template, count_tokens: CountTokens
+    ) -> None:
+        self.source, self.split, self.tree, self.template, self.count_tokens = source, split, tree, template, count_tokens
+        self.files = {file.path: file for file in tree.files}
+        self.shelf = Shelf(lambda path: tree.read(self.files[path]), count_tokens, numbered=source.plants)
+        self.room = source.budget_tokens - CHAT_TOKENS
+        self.hash = tree_hash(tree)
+        self.candidates = self._candidates()
+        self.rounds = _ROUNDS if source.plants or "pick" in template.variables else 1
+
+    def _candidates(self) -> list[str]:
+        """Paths that may be a focus on this side, in the seed's order. With none of code in the tree, any file may."""
+        code = [path for path in self.files if path.endswith(CODE)]
+        if self.source.plants:
+            code = [path for path in code if find_sites(path, self.tree.read(self.files[path]))]
+        elif not code:
+            code = list(self.files)
+        ours = [path for path in code if is_held_out(path) == (self.split == "eval")]
+        return sorted(ours, key=lambda path: digest(self.source.seed, path))
+
+    def focuses(self) -> Iterator[_Focus]:
+        """Every candidate once, then every one again: no file is asked about twice before each was."""
+        for number in range(self.rounds):
+            for path in self.candidates:
+                yield _Focus(path, number)
+
+    def build(self, focus: _Focus) -> Prompt | None:
+        """None when nothing (more) can be planted in the focus, or not even its first line fits."""
+        empty = self._render(focus, [])
+        room = self.room - self.count_tokens([empty])[0]
+        piece = self._focus_piece(self.shelf.text(focus.path), room)
+        planted = None
+        if piece is not None and self.source.plants:
+            text = "".join(self.shelf.text(focus.path).lines)
+            planted = plant(focus.path, text, str(self.source.seed), focus.round, piece.num_lines)
+            piece = None if planted is None else self._focus_piece(Text(focus.path, lines_of(planted.text)), room)
+        if piece is None or (planted is not None and planted.site.line > piece.num_lines):
+            return None
+        packed = pack(self.shelf, self.by_proximity(focus.path), [piece], room)
+        fitted = fit(packed, 1, self.room, lambda pieces: self._render(focus, pieces), self.count_tokens)
+        return None if fitted is None else self._prompt(focus, fitted, planted)
+
+    def _focus_piece(self, text: Text, room: int) -> Piece | None:
+        whole = whole_piece(text, self.count_tokens, numbered=self.source.plants)
+        return whole if whole.tokens <= room else cut_piece(text, room, self.count_tokens, numbered=self.source.plants)
+
+    def by_proximity(self, focus: str) -> list[str]:
+        """All paths but the focus, in the order in which they are taken."""
+        others = (path for path in self.files if path != focus)
+        return sorted(others, key=lambda path: (preamble_rank(path), folders_between(path, focus), path))
+
+    def _render(self, focus: _Focus, pieces: Sequence[Piece]) -> str:
+        values = {
+            "context": context_of(pieces),
+            "repository": self.tree.name,
+            "focus": focus.path,
+            "num_files": len(pieces),
+            "pick": int(digest(self.source.seed, focus.path, size=4), 16) + focus.round,
+        }
+        return self.template.render(values)
+
+    def _prompt(self, focus: _Focus, fitted: Fitted, planted: Planted | None) -> Prompt:
+        messages: tuple[Message, ...] = ({"role": "user", "content": fitted.content},)
+        answer = "" if planted is None else f"{focus.path}:{planted.site.line}"
+        return Prompt(
+            prompt_id=prompt_identity(messages, self.template.version),
+            source=f"repository {self.tree.name}",
+            task=f"repository/{self.template.name}",
+            prompt_version=self.template.version,
+            messages=messages,
+            answer=answer,
+            verifier=self.source.judged_by if answer else "",
+            split=self.split,
+            known=None,
+            details="",
+            licence=self.source.licence,
+            max_tokens=self.source.max_tokens,
+            reasoning_budget=self.source.reasoning_budget,
+            evidence="" if planted is None else self._evidence(focus, fitted, planted),
+            provenance=self._provenance(focus, fitted.packed),
+        )
+
+    def _evidence(self, focus: _Focus, fitted: Fitted, planted: Planted) -> str:
+        """token: how many tokens of the message stand before the line, counted on their own; depth: over all of them."""
+        before = fitted.content.find(context := context_of(fitted.packed.pieces))
+        if before < 0:
+            raise UnusableInput(f"template {self.template.name}: it changes {{{{ context }}}}, so that no place in it can be named")
+        line = f"{planted.site.line:>5} "
+        block = next(piece.block for piece in fitted.packed.pieces if piece.name == focus.path)
+        before += context.index(block) + block.index(f"\n{line}") + 1
+        [token] = self.count_tokens([fitted.content[:before]])
+        place = {
+            "path": focus.path, "line": planted.site.line, "token": token, "depth": round(token / fitted.tokens, 4),
+            "kind": planted.site.kind, "before": planted.before, "after": planted.after,
+        }  # fmt: skip
+        return json.dumps({"total_tokens": fitted.tokens, "places": [place]}, ensure_ascii=False)
+
+    def _provenance(self, focus: _Focus, packed: Packed) -> str:
+        """sha256 and licence are the original file's, tokens those of its block in the prompt."""
+        files = [_origin(self.files[piece.name], piece) for piece in sorted(packed.pieces, key=_presentation)]
+        return json.dumps(
+            {
+                "repository": self.tree.name,
+                "tree": self.hash,
+                "focus": focus.path,
+                "files": files,
+                "left_out": packed.left_out[:NAMED_LEFT_OUT],
+                "num_left_out": len(packed.left_out),
+                "skipped": self.tree.skipped,
+            },
+            ensure_ascii=False,
+        )
+
+
+_ROUNDS = 64
+"""How often a file may be asked about, each time another bug or another question."""
+
+
+def _origin(file: SourceFile, piece: Piece) -> dict[str, object]:
+    return {
+        "path": file.path,
+        "sha256": file.sha256,
+        "licence": file.licence,
+        "tokens": piece.tokens,
+        "truncated": piece.truncated,
+    }
+
+
+def context_of(pieces: Sequence[Piece]) -> str:
+    """The pieces as they stand in the prompt: README and manifests, then by path."""
+    return "".join(piece.block for piece in sorted(pieces, key=_presentation))
+
+
+def _presentation(piece: Piece) -> tuple[int, str]:
+    return preamble_rank(piece.name), piece.name
+
+
+def preamble_rank(path: str) -> int:
+    """Place among README and manifests of the root; the same number, behind them, for everything else."""
+    name = path.lower()
+    stem = name if name in PREAMBLE else name.partition(".")[0]
+    return PREAMBLE.index(stem) if stem in PREAMBLE and (stem == "readme" or stem == name) else len(PREAMBLE)
+
+
+def folders_between(path: str, other: str) -> int:
+    """Steps from one file's folder to the other's: up to the common one and down again."""
+    ours, theirs = path.split("/")[:-1], other.split("/")[:-1]
+    common = 0
+    while common < min(len(ours), len(theirs)) and ours[common] == theirs[common]:
+        common += 1
+    return len(ours) + len(theirs) - 2 * common

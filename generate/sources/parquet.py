@@ -1,0 +1,57 @@
+"""Prompts from Parquet files: columns are the keys of a row, null is an absent key."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from configs.errors import UnusableInput
+from configs.prompt_sources import ParquetSource
+from data.records import Prompt
+from generate.sources.paths import find_parts
+from generate.sources.rows import Row, Side, select, without_nulls
+
+ROWS_AT_ONCE = 64
+
+
+def read_parquet(source: ParquetSource, side: Side, folders: Sequence[Path], left_out: Counter[str]) -> Iterator[Prompt]:
+    """The prompts of one side, ROWS_AT_ONCE rows in memory at a time. Raises UnusableInput naming file and row."""
+    parts = find_parts(source.path, folders, ".parquet", "prompt file")
+    return select(source, Path(source.path).name, side, folders, left_out, lambda: parquet_rows(parts))
+
+
+def parquet_rows(parts: Sequence[Path]) -> Iterator[Row]:
+    """The rows of files, in order; counted from 1 in each file. Page checksums are verified where the writer left them."""
+    for path in parts:
+        number = 0
+        try:
+            with pq.ParquetFile(path, page_checksum_verification=True) as file:
+                require_plain_tools(file.schema_arrow, path.name)
+                for batch in file.iter_batches(batch_size=ROWS_AT_ONCE):
+                    for values in batch.to_pylist():
+                        number += 1
+                        yield column_row(values, f"{path.name} row {number}")
+        except UnicodeDecodeError as error:
+            raise UnusableInput(f"{path.name}: text after row {number} is not UTF-8 ({error.reason})") from error
+        except (pa.ArrowException, OSError) as error:
+            said = " ".join(str(error).split())
+            raise UnusableInput(f"{path.name}: no readable Parquet after row {number}: {said}") from error
+
+
+def require_plain_tools(schema: pa.Schema, where: str) -> None:
+    """Raises UnusableInput where tool schemas are structs: Arrow has merged their fields, so that one tool's keys stand as
+    nulls in every other's schema, and nobody can tell them from nulls that were meant."""
+    index = schema.get_field_index("tools")
+    if index >= 0 and not _is_text(schema.field(index).type):
+        raise UnusableInput(f"{where}: column tools is {schema.field(index).type}, expected JSON text: structs are merged over rows")
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)
+
+
+def column_row(values: Mapping[str, object], where: str) -> Row:
+    """A row of a columnar table, in which every row has every column."""
+    return Row(where, without_nulls(values))

@@ -1,0 +1,169 @@
+"""The event loop under a synchronous generator: it runs while the caller waits for the next completion, and stands still while
+the caller has one in hand."""
+
+import asyncio
+import os
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+from configs import schema
+from data.engine import Completion, Handout, Request
+from teacher.http.asking import Asker
+from teacher.http.asks import Asks
+from teacher.http.connection import Connection
+from teacher.http.exchange import Exchange, Live
+from teacher.http.reading import Reader
+from teacher.http.servers import Servers
+
+TICK_S = 0.1  # how often `stop` is asked at least
+PULL_S = 0.05  # a source that is slow (it claims leases on a disk) must not keep the sockets waiting longer
+GLANCE_S = 0.002  # between two such pulls
+READERS = max(1, min(4, (os.cpu_count() or 1) - 1))
+BACKLOG = 64  # replies that wait for their ids while their server is asked for more
+
+
+class ListeningLoop(asyncio.SelectorEventLoop):
+    """A loop whose clock stands still while nobody runs it: a caller that commits a segment for a minute must not find that
+    every deadline has passed, with the replies waiting in the sockets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._stood_s = 0.0
+        self._stood_since: float | None = super().time()
+
+    def time(self) -> float:
+        return (self._stood_since or super().time()) - self._stood_s
+
+    def run_forever(self) -> None:
+        if self._stood_since is not None:
+            self._stood_s += super().time() - self._stood_since
+            self._stood_since = None
+        try:
+            super().run_forever()
+        finally:
+            self._stood_since = super().time()
+
+
+class Conversation:
+    """One call of `generate`: everything it opened is closed when it ends, however it ends."""
+
+    def __init__(
+        self, engine: schema.HttpEngine, model: str, servers: Servers, reader: Reader, handout: Handout, first_wait_s: float
+    ) -> None:
+        self.engine, self.servers, self.handout = engine, servers, handout
+        self.loop = ListeningLoop()
+        self.pool = ThreadPoolExecutor(READERS, thread_name_prefix="http-reader")
+        self.done: deque[Completion] = deque()
+        self.live: dict[asyncio.Task[None], Live] = {}
+        self.failure: BaseException | None = None
+        self.connection = self.loop.run_until_complete(self._connect())
+        self.exchange = Exchange(engine, model, servers, self.connection, reader, self.pool, handout)
+        self.asker = Asker(Asks(engine, model, reader), self.exchange, self._deliver, first_wait_s)
+        self.watch = self.loop.create_task(servers.watch(self.connection))
+        self.watch.add_done_callback(self._watched)
+
+    async def _connect(self) -> Connection:
+        return Connection(self.engine)
+
+    def completions(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        """As they come. When the caller wants to stop, or something went wrong for good, nothing more is asked; what is in
+        flight has drain_s to end, and what has not by then is handed out as far as it came."""
+        source, exhausted, drained_at = iter(requests), False, float("inf")
+        while True:
+            if (self.handout.stop() or self.failure) and not self.asker.stopping:
+                drained_at = time.monotonic() + self.engine.drain_s
+                self._stop_asking()
+            if not exhausted and not self.asker.stopping:
+                exhausted = self._pull(source)
+            if self.live:
+                self._listen(TICK_S if exhausted or self.asker.stopping or not self._room() else GLANCE_S)
+            if time.monotonic() >= drained_at:
+                self._cancel(list(self.live))
+            while self.done:
+                yield self.done.popleft()
+            if not self.live and (exhausted or self.asker.stopping):
+                break
+        if self.failure:
+            raise self.failure
+        if not self.asker.stopping:
+            yield from self.servers.withheld()
+
+    def close(self) -> None:
+        """Cancels what is left, and leaves no task, no socket and no thread behind."""
+        self.exchange.closed = True
+        self._cancel([*self.live, self.watch])
+        self._cancel(list(asyncio.all_tasks(self.loop)))
+        self.loop.run_until_complete(self.connection.close())
+        self.loop.run_until_complete(self.loop.shutdown_asyncgens())
+        self.pool.shutdown(cancel_futures=True)
+        self.loop.close()
+        self.servers.forget_run()
+
+    # --- in and out ---------------------------------------------------------------------------------------------------
+
+    def _room(self) -> int:
+        """How many more requests may be pulled: as many as servers would take at once, and a few whose reply only waits to be
+        parsed."""
+        reading = min(BACKLOG, sum(live.reading for live in self.live.values()))
+        return self.servers.capacity - (len(self.live) - reading)
+
+    def _pull(self, source: Iterator[Request]) -> bool:
+        """Starts requests while there is room; True when there are no more."""
+        room, until = self._room(), time.monotonic() + PULL_S
+        while room > 0:
+            try:
+                request = next(source)
+            except StopIteration:
+                return True
+            except Exception as error:  # the caller's own: it gets it back when what is paid for has come in
+                self.failure = error
+                return False
+            self._start(request)
+            room -= 1
+            if time.monotonic() > until:
+                break
+        return False
+
+    def _start(self, request: Request) -> None:
+        live = Live(request, self.loop.time(), time.time())
+        task = self.loop.create_task(self.asker.complete(live))
+        self.live[task] = live
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        del self.live[task]
+        if not task.cancelled() and (error := task.exception()):
+            self.failure = self.failure or error
+        self.loop.stop()
+
+    def _watched(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()):
+            self.failure = self.failure or error
+            self.loop.stop()
+
+    def _deliver(self, completion: Completion) -> None:
+        self.done.append(completion)
+
+    # --- the loop -----------------------------------------------------------------------------------------------------
+
+    def _listen(self, seconds: float) -> None:
+        """Runs the loop until a request ends, at most so long."""
+        timer = self.loop.call_later(seconds, self.loop.stop)
+        self.loop.run_forever()
+        timer.cancel()
+
+    def _stop_asking(self) -> None:
+        """Those that wait for a server or for their next attempt go back to the caller now; so does what streams have said."""
+        self.asker.stopping = True
+        waiting = [task for task, live in self.live.items() if live.arriving is None and not live.reading]
+        for live in self.live.values():
+            self.exchange.hand_out(live)
+        self._cancel(waiting)
+
+    def _cancel(self, tasks: list[asyncio.Task[None]]) -> None:
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            self.loop.run_until_complete(asyncio.wait(tasks))

@@ -1,0 +1,43 @@
+"""What is kept of a reply that was paid for: one JSON line of ours, then the server's body, byte for byte.
+
+The line says what the bytes alone do not: which ids the server was asked to continue, and whether the body ended by itself.
+"""
+
+import json
+from typing import Literal, NamedTuple
+
+
+class Line(NamedTuple):
+    """url: as asked, without credentials. started_at: Unix time; seconds: from sending to the last byte. attempt: 1 is the
+    first ask for this request. streamed: the body is server-sent events. torn: the connection ended before the body did.
+
+    prefix: how many of the request's prefix_ids the ask continued (chat cannot: 0). given, given_logprobs: what earlier asks
+    of this request had produced, which this one continued. phase `reasoning`: asked for no more than was left of the
+    reasoning budget, so that `length` does not end the output.
+    """
+
+    url: str
+    status: int
+    started_at: float
+    seconds: float
+    attempt: int
+    streamed: bool = False
+    torn: bool = False
+    prefix: int = 0
+    given: tuple[int, ...] = ()
+    given_logprobs: tuple[float, ...] = ()
+    phase: Literal["whole", "reasoning"] = "whole"
+
+
+def pack(line: Line, body: bytes) -> bytes:
+    return json.dumps(line._asdict(), separators=(",", ":")).encode() + b"\n" + body
+
+
+def unpack(raw: bytes) -> tuple[Line, bytes]:
+    """Raises ValueError or TypeError when `raw` was not packed here."""
+    head, newline, body = raw.partition(b"\n")
+    if not newline:
+        raise ValueError("no line before the body")
+    fields = json.loads(head)
+    line = Line(**fields)
+    return line._replace(given=tuple(line.given), given_logprobs=tuple(line.given_logprobs)), body
