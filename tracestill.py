@@ -225,21 +225,94 @@ def prompts(config: Config, overrides: Overrides = None, run_dir: RunDir = None,
 
 
 @app.command()
-def generate(config: Config, overrides: Overrides = None, run_dir: RunDir = None, dry_run: DryRun = False) -> None:
-    """Teacher traces, committed in segments; a killed run continues with what is missing."""
-    if "RANK" in os.environ and not dry_run:
-        _as_rank("generate.stages", "generate_rank", config, overrides, run_dir)
-    elif not dry_run and _is_not_the_first_node(config, overrides):
-        from generate.stages import join_generation
+def generate(
+    config: Config,
+    overrides: Overrides = None,
+    run_dir: RunDir = None,
+    dry_run: DryRun = False,
+    canary: Annotated[
+        float | None,
+        typer.Option("--canary", metavar="SHARE", help="Ask a share of the prompts, judge it, and exit 3 if it disappoints."),
+    ] = None,
+    status: Annotated[bool, typer.Option("--status", help="Show the ledger, who is at it, and what it has cost.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Teacher traces; any number of workers on one run folder, each of which may be killed and started again."""
+    if status:
+        _generation_status(config, overrides, run_dir, as_json)
+    elif canary is not None and not dry_run:
+        _canary(config, [*(overrides or []), f"generate.canary.share={canary}"], run_dir, as_json)
+    elif dry_run:
+        _plan(lambda: [_generate_stage()], config, overrides, run_dir)
+        _forecast(config, overrides, run_dir, as_json)
+    elif "RANK" in os.environ:
+        _as_rank("generate.launch", "generate_rank", config, overrides, run_dir)
+    elif _is_not_the_first_node(config, overrides):
+        from generate.launch import join_generation
 
         join_generation(_open(config, overrides, run_dir))
     else:
-        _run_one(_generate_stage, config, overrides, run_dir, dry_run)
+        _run_one(_generate_stage, config, overrides, run_dir, dry_run=False)
+
+
+def _canary(config: str, overrides: list[str], run_dir: Path | None, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    context = _open(config, overrides, run_dir)
+    from generate.canary import canary_table, refusal, violations
+    from generate.launch import ask_canary
+
+    found, thresholds = ask_canary(context), context.recipe.generate.canary
+    context.console.print(canary_table(found, thresholds))
+    said = violations(found, thresholds)
+    if as_json:
+        print(json.dumps(asdict(found) | {"violations": said}))
+    if said:
+        raise refusal(said)
+
+
+def _forecast(config: str, overrides: list[str] | None, run_dir: Path | None, as_json: bool) -> None:
+    """What generation is going to take. Touches nothing: a prompt set that is not made yet is made in a temporary folder."""
+    from configs.load import load_recipe
+    from data.stage import Context
+    from data.store import RunFolder
+
+    loaded = load_recipe(config, overrides or [])
+    run = RunFolder((run_dir or Path("runs") / loaded.recipe.name).resolve())
+    from data.chat import encode_prompt
+    from generate.forecast import forecast, forecast_json, forecast_tables
+    from generate.stages import prompt_stream
+    from teacher.engines import load_tokenizer
+
+    context, tokenizer = (
+        Context(loaded, run, str(loaded.path), tuple(overrides or ()), Console()),
+        load_tokenizer(loaded.recipe.teacher),
+    )
+    found = forecast(
+        loaded.recipe,
+        run,
+        lambda: prompt_stream(context),
+        lambda prompt: len(encode_prompt(tokenizer, prompt.messages, prompt.tools)),
+    )
+    Console(highlight=False).print(forecast_tables(found))
+    if as_json:
+        print(json.dumps(forecast_json(found)))
+
+
+def _generation_status(config: str, overrides: list[str] | None, run_dir: Path | None, as_json: bool) -> None:
+    from configs.load import load_recipe
+    from generate.status import read_status, status_json, status_tables
+
+    settings = load_recipe(config, overrides or []).recipe
+    found = read_status(_existing_run(run_dir or Path("runs") / settings.name), settings.generate.lease_ttl_s)
+    Console(highlight=False).print(status_tables(found, settings.generate.budget))
+    if as_json:
+        print(json.dumps(status_json(found)))
 
 
 def _is_not_the_first_node(config: str, overrides: list[str] | None) -> bool:
     from configs.load import load_recipe
-    from generate.stages import nodes_of
+    from generate.launch import nodes_of
 
     nodes = nodes_of(load_recipe(config, overrides or []).recipe)
     return nodes is not None and nodes.rank > 0
@@ -499,7 +572,7 @@ def _target(context: "Context", name: str) -> Any:
     recipe, run = context.recipe, context.run
     settings = recipe.evaluate
     if name == "teacher":
-        from generate.stages import teacher_fingerprint
+        from generate.launch import teacher_fingerprint
 
         engine = open_evaluation_engine(recipe.teacher, batch_size=settings.batch_size)
         return Target(engine, load_teacher_tokenizer(recipe.teacher), teacher_fingerprint(context))
@@ -515,7 +588,7 @@ def _target(context: "Context", name: str) -> Any:
 
 
 def _evaluate_stage() -> "Stage":
-    from generate.stages import teacher_fingerprint
+    from generate.launch import teacher_fingerprint
     from student.stages import evaluate_stage
 
     return evaluate_stage(_target, teacher_fingerprint)

@@ -15,7 +15,7 @@ class ReasoningGymSource(Section):
 
     type: Literal["reasoning_gym"] = "reasoning_gym"
     task: str
-    params: dict[str, int | float | bool | str] = {}
+    params: dict[str, int | float | bool | str] = Field(default={})
     """Passed to reasoning_gym.create_dataset."""
     count: PositiveInt
     seed: NonNegativeInt = 0

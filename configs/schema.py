@@ -267,12 +267,29 @@ class Budget(Section):
     """Wall-clock hours in which at least one worker was alive."""
 
 
+class Canary(Section):
+    """A small share of the prompts, answered and judged before the fleet is spent; `tracestill generate --canary 0.05`."""
+
+    share: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Of each task's prompts, chosen by hash and the recipe's seed, at least one; absent: everything is asked."""
+    min_kept_share: Share = 0.3
+    """Of the completed traces, those that the filters and verifiers would keep (copies not yet dropped)."""
+    max_truncated_share: Share = 0.1
+    """Of the completed traces, those that ran into max_tokens. Public runs met 19 to 37 % and found out afterwards."""
+    max_failed_share: Share = 0.02
+    """Of the requests."""
+    max_reasoning_tokens_p99: PositiveInt | None = None
+    max_cost: PositiveFloat | None = None
+    """Dollars that the whole run would cost at the canary's price a request."""
+
+
 class Generate(Section):
     prompts: tuple[PromptSource, ...] = ()
     samples_per_prompt: PositiveInt = 4
     sampling: Sampling = Sampling()
     seed: NonNegativeInt = 0
     budget: Budget = Budget()
+    canary: Canary = Canary()
     segment_traces: PositiveInt = 256
     """Traces per committed segment: files of a run, against what other workers and the ledger see late."""
     segment_seconds: PositiveFloat = 120.0
@@ -391,7 +408,7 @@ class Evaluate(Section):
     sampling: Sampling = Sampling(temperature=0.0, top_p=1.0, max_tokens=8192)
     batch_size: PositiveInt = 64
     seed: NonNegativeInt = 0
-    gates: dict[MetricName, Gate] = {}
+    gates: dict[MetricName, Gate] = Field(default={})
     """`accuracy_of_teacher`: student's accuracy over teacher's; `hallucination_above_teacher`: the difference of their rates."""
 
 

@@ -106,13 +106,15 @@ def _require_earlier_reasoning(
         return
     markers = {index: f"reasoning of turn {index} {uuid.uuid4().hex}" for index in reasoned}
     marked = [
-        {**message, "reasoning_content": markers[index]} if index in markers else message for index, message in enumerate(messages)
+        {**message, "reasoning_content": markers[index]} if index in markers else message
+        for index, message in enumerate(messages)
     ]
     probe = render(tokenizer, marked, add_generation_prompt=True, tools=tools)
     for index in reasoned:
         if markers[index] not in probe or str(messages[index]["reasoning_content"]).strip() not in text:
             raise UnusableInput(
-                f"chat template: the reasoning of turn {index} is missing from the prompt; use a template that keeps earlier reasoning"
+                f"chat template: the reasoning of turn {index} is missing from the prompt; "
+                "use a template that keeps earlier reasoning"
             )
 
 

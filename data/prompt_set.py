@@ -236,7 +236,9 @@ def _id_bytes(column: pa.Array, path: Path) -> np.ndarray:
     try:
         return np.frombuffer(bytes.fromhex("".join(column.to_pylist())), np.uint8).reshape(len(column), _ID_BYTES)
     except ValueError as error:
-        raise UnusableInput(f"{path}: a prompt_id is not {_ID_BYTES} bytes in hex ({error}); build the prompt set again") from error
+        raise UnusableInput(
+            f"{path}: a prompt_id is not {_ID_BYTES} bytes in hex ({error}); build the prompt set again"
+        ) from error
 
 
 def _characters(messages: pa.ListArray) -> np.ndarray:

@@ -176,6 +176,8 @@ class Leases:
 
     def claim(self, unit: int) -> bool:
         """Whether the unit is ours now. What was done of it meanwhile has to be read again after the claim."""
+        if not self.is_free(unit):
+            return False
         held = self.others.get(unit)
         generation = 0 if held is None else held.generation + 1
         lease = self._path(unit, generation)
@@ -186,14 +188,14 @@ class Leases:
             if not _is_same_file(lease, self.worker.beat):
                 return False
         self.mine[unit] = generation
-        if generation:
-            self._path(unit, generation - 1).unlink(missing_ok=True)
-            self.others.pop(unit, None)
+        self.others.pop(unit, None)
         return True
 
     def release(self, unit: int) -> None:
-        """Only after everything that was done of the unit is committed, or will be asked again."""
-        self._path(unit, self.mine.pop(unit)).unlink(missing_ok=True)
+        """Only after everything that was done of the unit is committed, or will be asked again. Older generations stand until
+        now: whoever has not looked for a while would else claim a unit that is held."""
+        for generation in range(self.mine.pop(unit), -1, -1):
+            self._path(unit, generation).unlink(missing_ok=True)
 
     def release_all(self) -> None:
         for unit in list(self.mine):

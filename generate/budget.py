@@ -29,9 +29,9 @@ def spent(cost: float, tokens: int, workers: Mapping[str, Mapping[str, object]],
     """cost, tokens: of what is committed. workers: what each told last. A worker's uncommitted part counts while it lives;
     a dead one's is in its journal."""
     for name in living:
-        tokens += int(_number(workers.get(name, {}), "tokens_in_hand"))
-        cost += _number(workers.get(name, {}), "cost_in_hand")
-    spans = [(_number(facts, "started_at"), _number(facts, "seen_at")) for facts in workers.values()]
+        tokens += int(number_of(workers.get(name, {}), "tokens_in_hand"))
+        cost += number_of(workers.get(name, {}), "cost_in_hand")
+    spans = [(number_of(facts, "started_at"), number_of(facts, "seen_at")) for facts in workers.values()]
     return Spent(cost, tokens, union_seconds(spans) / 3600)
 
 
@@ -44,6 +44,6 @@ def union_seconds(spans: Iterable[tuple[float, float]]) -> float:
     return total
 
 
-def _number(facts: Mapping[str, object], name: str) -> float:
+def number_of(facts: Mapping[str, object], name: str) -> float:
     value = facts.get(name, 0.0)
     return float(value) if isinstance(value, int | float) else 0.0

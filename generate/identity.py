@@ -1,10 +1,9 @@
 """What all workers of a run must have in common, written down by the first: whoever differs is refused, by name."""
 
-import contextlib
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from configs.errors import UnusableInput
 from configs.schema import Recipe
@@ -13,6 +12,9 @@ from data.store import RunFolder, code_revision, read_json, sha256_file, write_j
 from data.work import WorkFolder
 from generate.schedule import sampling_fingerprint
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase  # 2 s, and the launcher needs none
+
 PACKAGES = ("configs", "data", "teacher", "generate")
 REMEDIES = {
     "code": "use the release that began the run, or accept it with -s generate.accept_code_change=true",
@@ -20,27 +22,36 @@ REMEDIES = {
 }
 
 
-def join(recipe: Recipe, run: RunFolder, tokenizer: PreTrainedTokenizerBase, teacher_fingerprint: str) -> None:
+def join(recipe: Recipe, run: RunFolder, tokenizer: "PreTrainedTokenizerBase", teacher_fingerprint: str) -> None:
     """This worker is one of the run's.
 
     Raises:
         UnusableInput: the run was begun with other code, template, model, sampling or prompts.
     """
-    mine = {
+    mine = cheap_identity(recipe, run, teacher_fingerprint) | {"template": digest(tokenizer.chat_template)}
+    try:
+        write_json(WorkFolder.of(run).identity, mine, replace=False)
+    except FileExistsError:
+        refuse_others(recipe, run, mine)
+
+
+def cheap_identity(recipe: Recipe, run: RunFolder, teacher_fingerprint: str) -> dict[str, str]:
+    """What is known without a tokenizer."""
+    return {
         "code": source_fingerprint(),
-        "template": digest(tokenizer.chat_template),
         "teacher": teacher_fingerprint,
         "sampling": sampling_fingerprint(recipe.generate.sampling, recipe.generate.seed),
         "prompts": sha256_file(run.prompts / "manifest.json"),
         "revision": code_revision(),
     }
+
+
+def refuse_others(recipe: Recipe, run: RunFolder, mine: Mapping[str, str]) -> None:
+    """Raises UnusableInput when the run was begun with something else than `mine` says."""
     path = WorkFolder.of(run).identity
-    with contextlib.suppress(FileExistsError):
-        write_json(path, mine, replace=False)
-        return
-    first = read_json(path)
+    first = read_json(path) if path.is_file() else mine
     for name in ("code", "template", "teacher", "sampling", "prompts"):
-        if first.get(name) != mine[name] and not (name == "code" and recipe.generate.accept_code_change):
+        if name in mine and first.get(name) != mine[name] and not (name == "code" and recipe.generate.accept_code_change):
             said = f"{first.get('revision', '?')[:12]} against {mine['revision'][:12]}" if name == "code" else "hashes differ"
             raise UnusableInput(
                 f"{run.root}: this worker's {name} is not the one that began the run ({said}); "

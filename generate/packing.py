@@ -124,7 +124,9 @@ class Fitted(NamedTuple):
     packed: Packed
 
 
-def fit(packed: Packed, keep: int, budget: int, render: Callable[[Sequence[Piece]], str], count_tokens: CountTokens) -> Fitted | None:
+def fit(
+    packed: Packed, keep: int, budget: int, render: Callable[[Sequence[Piece]], str], count_tokens: CountTokens
+) -> Fitted | None:
     """The rendered prompt, within `budget` tokens as a whole. A tokenizer may count a text otherwise when it stands beside
     another, so the last pieces taken go again until it fits; the first `keep` never do. None when those alone are too many.
     """

@@ -16,8 +16,27 @@ from typing import NamedTuple
 
 from data.records import digest
 
-C_LIKE = (".c", ".h", ".cc", ".cpp", ".hpp", ".cs", ".java", ".js", ".jsx", ".ts", ".tsx", ".go", ".rs", ".kt", ".swift", ".php", ".scala")
-CODE = (".py", *C_LIKE, ".rb", ".sh", ".jl", ".lua", ".pl", ".r", ".hs", ".ml", ".ex", ".clj", ".sql")
+C_LIKE = (
+    ".c",
+    ".h",
+    ".cc",
+    ".cpp",
+    ".hpp",
+    ".cs",
+    ".java",
+    ".js",
+    ".jsx",
+    ".ts",
+    ".tsx",
+    ".go",
+    ".rs",
+    ".kt",
+    ".swift",
+    ".php",
+    ".scala",
+)
+PLANTABLE = (".py", *C_LIKE)
+CODE = (*PLANTABLE, ".rb", ".sh", ".jl", ".lua", ".pl", ".r", ".hs", ".ml", ".ex", ".clj", ".sql")
 """Suffixes of files that questions are asked about."""
 
 
@@ -85,7 +104,7 @@ _COMPARISONS = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "=
 _ARITHMETIC = {"+": "-", "-": "+", "*": "+"}
 _LOGIC = {"and": "or", "or": "and"}
 # Changes here alter what is checked or shown, not what the program does; and a TYPE_CHECKING block never runs.
-_SPARED = re.compile(r"__name__|TYPE_CHECKING|version_info|\bassert\b|\braise\b|\bwarn|\blog(ger|ging)?\.")
+_SPARED = re.compile(r"^\s*@|__name__|TYPE_CHECKING|version_info|\bassert\b|\braise\b|\bwarn|\blog(ger|ging)?\.")
 
 
 def python_sites(text: str) -> Iterator[Site]:
@@ -123,7 +142,7 @@ def _python_site(before: _Token, token: _Token, after: _Token, bracket: str, sec
             return Site(line, start, after.start[1], "", "negation")
         if token.type == tokenize.NAME and not keyword.iskeyword(word) and after.string == ":":
             return Site(line, start, start, "not ", "negation")
-    if token.type == tokenize.NUMBER and word.isdecimal() and _is_bound(before.string, second_before, bracket):
+    if token.type == tokenize.NUMBER and word.isdecimal() and _is_bound(before.string, second_before, bracket, after.string):
         return Site(line, start, end, str(int(word) + 1), "off_by_one")
     return None
 
@@ -135,9 +154,10 @@ def _is_operand(token: _Token) -> bool:
     return token.type == tokenize.NUMBER or token.string in (")", "]")
 
 
-def _is_bound(before: str, second_before: str, bracket: str) -> bool:
-    """A number after + or -, in a slice, or first in range()."""
-    return before in ("+", "-") or (bracket == "[" and before == ":") or (before == "(" and second_before == "range")
+def _is_bound(before: str, second_before: str, bracket: str, after: str) -> bool:
+    """A number after + or -, at an end of a slice, or first in range()."""
+    in_slice = bracket == "[" and ":" in (before, after)
+    return in_slice or before in ("+", "-") or (before == "(" and second_before == "range")
 
 
 # --- languages with braces ---------------------------------------------------------------------------------------

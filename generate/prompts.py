@@ -26,7 +26,7 @@ from configs.prompt_sources import (
 from data.records import Prompt, Split, digest
 from data.store import sha256_file
 from generate.digests import DigestTable
-from generate.documents import find_documents, read_documents
+from generate.documents import read_documents
 from generate.packing import CountTokens
 from generate.repository import read_repository
 from generate.sources.datasets_folder import read_datasets
@@ -35,6 +35,7 @@ from generate.sources.parquet import read_parquet
 from generate.sources.paths import find_file, find_folder, find_parts, hash_files
 from generate.sources.reasoning_gym import read_reasoning_gym
 from generate.sources.rows import Side
+from generate.sources.texts import find_documents
 from generate.templates import template_path
 from generate.tree import scan_tree, tree_hash
 
@@ -198,7 +199,7 @@ def _content_hashes(source: PromptSource, folders: Sequence[Path]) -> Mapping[st
             )  # of one tree, two sources may see two parts
             return {f"{source.path} {seen}": tree_hash(scan_tree(source, folders))}
         case DocumentsSource():
-            return {" ".join(source.paths): hash_files((path.name, path) for path in find_documents(source, folders))}
+            return {" ".join(source.paths): hash_files(find_documents(source, folders).items())}
         case ReasoningGymSource():
             return {}
 

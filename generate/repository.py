@@ -7,6 +7,7 @@ manifests first, then by path, so that the focus comes to stand at any depth. Wh
 """
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -30,7 +31,7 @@ from generate.packing import (
     pack,
     whole_piece,
 )
-from generate.planting import CODE, Planted, find_sites, plant
+from generate.planting import CODE, PLANTABLE, Planted, plant
 from generate.templates import Template, load_template
 from generate.tree import SourceFile, Tree, scan_tree, tree_hash
 
@@ -65,15 +66,20 @@ def read_repository(
         raise UnusableInput(f"template {template.name}: it never uses {{{{ context }}}}, which holds the packed files")
     builder = _Builder(source, split, scan_tree(source, folders), template, count_tokens)
     seen: set[str] = set()
-    for focus in builder.focuses():
-        if (prompt := builder.build(focus)) is None or prompt.prompt_id in seen:
-            continue
-        seen.add(prompt.prompt_id)
-        yield prompt
-        if len(seen) == source.count:
-            return
+    paths = candidates = builder.candidates()
+    for number in range(builder.rounds):
+        fruitful = []
+        for path in paths:  # no file is asked about twice before each was
+            if (prompt := builder.build(_Focus(path, number))) is None or prompt.prompt_id in seen:
+                continue
+            fruitful.append(path)
+            seen.add(prompt.prompt_id)
+            yield prompt
+            if len(seen) == source.count:
+                return
+        paths = fruitful
     raise UnusableInput(
-        f"repository {source.path}: only {len(seen)} different {split} prompts about {len(builder.candidates)} files, "
+        f"repository {source.path}: only {len(seen)} different {split} prompts about {len(candidates)} files, "
         f"expected count {source.count}; lower count, raise budget_tokens or widen include"
     )
 
@@ -81,37 +87,29 @@ def read_repository(
 class _Builder:
     """What all prompts of a source share."""
 
-    def __init__(
-        self, source: RepositorySource, split: Split, tree: Tree, template: Template, count_tokens: CountTokens
-    ) -> None:
-        self.source, self.split, self.tree, self.template, self.count_tokens = source, split, tree, template, count_tokens
+    def __init__(self, source: RepositorySource, split: Split, tree: Tree, template: Template, count_tokens: CountTokens) -> None:
+        self.source, self.tree, self.template, self.count_tokens = source, tree, template, count_tokens
+        self.split: Split = split
         self.files = {file.path: file for file in tree.files}
         self.shelf = Shelf(lambda path: tree.read(self.files[path]), count_tokens, numbered=source.plants)
         self.room = source.budget_tokens - CHAT_TOKENS
         self.hash = tree_hash(tree)
-        self.candidates = self._candidates()
         self.rounds = _ROUNDS if source.plants or "pick" in template.variables else 1
 
-    def _candidates(self) -> list[str]:
-        """Paths that may be a focus on this side, in the seed's order. With none of code in the tree, any file may."""
-        code = [path for path in self.files if path.endswith(CODE)]
-        if self.source.plants:
-            code = [path for path in code if find_sites(path, self.tree.read(self.files[path]))]
+    def candidates(self) -> list[str]:
+        """Paths that may be a focus on this side, in the seed's order. With no code in the tree, any file may."""
+        code = [path for path in self.files if path.endswith(PLANTABLE if self.source.plants else CODE)]
+        if self.source.plants:  # a bug in a test is no bug of the program
+            code = [path for path in code if not _TEST.search(path)] or code
         elif not code:
             code = list(self.files)
         ours = [path for path in code if is_held_out(path) == (self.split == "eval")]
         return sorted(ours, key=lambda path: digest(self.source.seed, path))
 
-    def focuses(self) -> Iterator[_Focus]:
-        """Every candidate once, then every one again: no file is asked about twice before each was."""
-        for number in range(self.rounds):
-            for path in self.candidates:
-                yield _Focus(path, number)
-
     def build(self, focus: _Focus) -> Prompt | None:
         """None when nothing (more) can be planted in the focus, or not even its first line fits."""
-        empty = self._render(focus, [])
-        room = self.room - self.count_tokens([empty])[0]
+        [frame] = self.count_tokens([self._render(focus, "", len(self.files))])
+        room = self.room - frame
         piece = self._focus_piece(self.shelf.text(focus.path), room)
         planted = None
         if piece is not None and self.source.plants:
@@ -121,7 +119,7 @@ class _Builder:
         if piece is None or (planted is not None and planted.site.line > piece.num_lines):
             return None
         packed = pack(self.shelf, self.by_proximity(focus.path), [piece], room)
-        fitted = fit(packed, 1, self.room, lambda pieces: self._render(focus, pieces), self.count_tokens)
+        fitted = fit(packed, 1, self.room, lambda pieces: self._render(focus, context_of(pieces), len(pieces)), self.count_tokens)
         return None if fitted is None else self._prompt(focus, fitted, planted)
 
     def _focus_piece(self, text: Text, room: int) -> Piece | None:
@@ -133,12 +131,12 @@ class _Builder:
         others = (path for path in self.files if path != focus)
         return sorted(others, key=lambda path: (preamble_rank(path), folders_between(path, focus), path))
 
-    def _render(self, focus: _Focus, pieces: Sequence[Piece]) -> str:
+    def _render(self, focus: _Focus, context: str, num_files: int) -> str:
         values = {
-            "context": context_of(pieces),
+            "context": context,
             "repository": self.tree.name,
             "focus": focus.path,
-            "num_files": len(pieces),
+            "num_files": num_files,
             "pick": int(digest(self.source.seed, focus.path, size=4), 16) + focus.round,
         }
         return self.template.render(values)
@@ -168,7 +166,9 @@ class _Builder:
         """token: how many tokens of the message stand before the line, counted on their own; depth: over all of them."""
         before = fitted.content.find(context := context_of(fitted.packed.pieces))
         if before < 0:
-            raise UnusableInput(f"template {self.template.name}: it changes {{{{ context }}}}, so that no place in it can be named")
+            raise UnusableInput(
+                f"template {self.template.name}: it changes {{{{ context }}}}, so that no place in it can be named"
+            )
         line = f"{planted.site.line:>5} "
         block = next(piece.block for piece in fitted.packed.pieces if piece.name == focus.path)
         before += context.index(block) + block.index(f"\n{line}") + 1
@@ -196,6 +196,7 @@ class _Builder:
         )
 
 
+_TEST = re.compile(r"(^|/)(tests?|specs?)/|(^|/)test_|_test\.|\.(test|spec)\.")
 _ROUNDS = 64
 """How often a file may be asked about, each time another bug or another question."""
 
@@ -222,8 +223,8 @@ def _presentation(piece: Piece) -> tuple[int, str]:
 def preamble_rank(path: str) -> int:
     """Place among README and manifests of the root; the same number, behind them, for everything else."""
     name = path.lower()
-    stem = name if name in PREAMBLE else name.partition(".")[0]
-    return PREAMBLE.index(stem) if stem in PREAMBLE and (stem == "readme" or stem == name) else len(PREAMBLE)
+    name = "readme" if name.startswith("readme.") else name
+    return PREAMBLE.index(name) if name in PREAMBLE else len(PREAMBLE)
 
 
 def folders_between(path: str, other: str) -> int:

@@ -84,7 +84,9 @@ def scan_tree(source: RepositorySource, folders: Sequence[Path]) -> Tree:
         files.append(SourceFile(path, len(content), hashlib.sha256(content).hexdigest(), _licence(path, content, licences)))
     if not files:
         seen = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items())) or "no files"
-        raise UnusableInput(f"repository {source.path}: no text file to ask about ({seen}); correct path, include or max_file_bytes")
+        raise UnusableInput(
+            f"repository {source.path}: no text file to ask about ({seen}); correct path, include or max_file_bytes"
+        )
     return Tree(name, root, tuple(files), dict(sorted(skipped.items())))
 
 
@@ -108,7 +110,9 @@ def walk(root: Path, name: str, skipped: Counter[str]) -> Iterator[str]:
             with os.scandir(root / folder) as entries:
                 found = list(entries)
         except OSError as error:
-            raise UnusableInput(f"repository {name}: {folder or '.'}: {error.strerror}; exclude it in .gitignore or make it readable") from error
+            raise UnusableInput(
+                f"repository {name}: {folder or '.'}: {error.strerror}; exclude it in .gitignore or make it readable"
+            ) from error
         if any(entry.name == ".gitignore" and entry.is_file(follow_symlinks=False) for entry in found):
             rules = (*rules, _Rules(prefix + folder, _parse_rules(_read(root, f"{folder}.gitignore", name) or b"")))
         for entry in found:
@@ -178,7 +182,9 @@ def _read(root: Path, path: str, name: str) -> bytes | None:
         with open(descriptor, "rb") as file:  # noqa: PTH123
             return file.read() if stat.S_ISREG(os.fstat(descriptor).st_mode) else None
     except OSError as error:
-        raise UnusableInput(f"repository {name}: {path}: {error.strerror}; exclude it in .gitignore or make it readable") from error
+        raise UnusableInput(
+            f"repository {name}: {path}: {error.strerror}; exclude it in .gitignore or make it readable"
+        ) from error
 
 
 def _unusable(content: bytes | None, max_bytes: int) -> str:
@@ -197,9 +203,15 @@ def _unusable(content: bytes | None, max_bytes: int) -> str:
 
 def _licence(path: str, content: bytes, licences: dict[str, str]) -> str:
     """What the file says of itself, else the nearest licence file above it."""
-    if found := _SPDX.search(content[:_SPDX_WITHIN].decode(errors="replace")):
-        return found.group(1)
+    if found := spdx_licence(content[:_SPDX_WITHIN].decode(errors="replace")):
+        return found
     return next((f"see {licences[folder]}" for folder in _folders_above(path) if folder in licences), "")
+
+
+def spdx_licence(text: str) -> str:
+    """The SPDX expression near the start of a text, or ""."""
+    found = _SPDX.search(text[:_SPDX_WITHIN])
+    return found.group(1) if found else ""
 
 
 def _folders_above(path: str) -> Iterable[str]:

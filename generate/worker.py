@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from configs.draining import Drain, draining
@@ -29,6 +28,7 @@ from data.store import RunFolder, SegmentLog
 from data.work import Leases, Worker, WorkFolder, ages, read_facts
 from generate import identity
 from generate.budget import Spent, spent
+from generate.canary import canary_prompts
 from generate.claims import Ask, Claims
 from generate.in_hand import InHand, continued, finished_earlier, replies_of
 from generate.pool import Pool
@@ -65,10 +65,12 @@ def to_request(ask: Ask, tokenizer: PreTrainedTokenizerBase, stop_ids: tuple[int
     )
 
 
-def make_pool(recipe: Recipe, run: RunFolder, teacher_fingerprint: str, wanted: np.ndarray | None = None) -> Pool:
-    """Every request of the run, in the order of its prompt set."""
+def make_pool(recipe: Recipe, run: RunFolder, teacher_fingerprint: str) -> Pool:
+    """Every request of the run, in the order of its prompt set; with a canary, all but its own are left alone."""
     with PromptSet.open(run) as prompts:
         index = prompts.index("train")
+    share = recipe.generate.canary.share
+    wanted = None if share is None else canary_prompts(index, share, recipe.generate.seed)
     return Pool(
         index,
         samples=recipe.generate.samples_per_prompt,
@@ -80,18 +82,18 @@ def make_pool(recipe: Recipe, run: RunFolder, teacher_fingerprint: str, wanted: 
 
 def generate_traces(
     recipe: Recipe, run: RunFolder, engine: Engine, tokenizer: PreTrainedTokenizerBase, teacher_fingerprint: str,
-    *, report: Report, rank: int = 0, wanted: np.ndarray | None = None,
+    *, report: Report, rank: int = 0,
 ) -> int:  # fmt: skip
     """As many of the run's requests as this worker can get hold of are answered and committed; returns how many.
 
-    wanted: bool [num_prompts], the only prompts to ask. Others may still be at the rest when this returns.
+    Others may still be at the rest when this returns.
 
     Raises:
         Interrupted: a signal asked for a drain, and it is done.
         UnusableInput: the run was begun with another teacher, template, sampling or code.
     """
     identity.join(recipe, run, tokenizer, teacher_fingerprint)
-    pool = make_pool(recipe, run, teacher_fingerprint, wanted)
+    pool = make_pool(recipe, run, teacher_fingerprint)
     name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}-r{rank}"  # pids repeat in containers
     with ExitStack() as stack:
         drain = stack.enter_context(draining(recipe.generate.drain_seconds))

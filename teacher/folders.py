@@ -98,25 +98,23 @@ def sha256_of(path: Path) -> str:
 
 
 def fingerprint_teacher(teacher: schema.Teacher) -> str:
-    """Identity of what answers: weights, tokenizer and compute dtype; for a server, its address and model name, and the
-    tokenizer that counts its tokens. Layout and rank count are not in it: they must not change a token."""
-    weights = (
-        fingerprint_tokenizer_only(teacher.model)
-        if isinstance(teacher.engine, schema.HttpEngine)
-        else fingerprint_model(weights_folder(teacher))
-    )
+    """Identity of what answers: weights, tokenizer and compute dtype. Layout and rank count are not in it: they must not
+    change a token. For a server: its model's name, the precision it serves, which side owns the template, and the tokenizer
+    that counts; not its address, for servers come and go while a run goes on."""
     if isinstance(teacher.engine, schema.HttpEngine):
-        how = f"{teacher.engine.base_url} {teacher.engine.model or teacher.model}"
+        engine = teacher.engine
+        weights, how = fingerprint_tokenizer_only(teacher.model), f"{engine.model or teacher.model} {engine.api} {engine.dtype}"
     else:
-        how = teacher.engine.dtype
+        weights, how = fingerprint_model(weights_folder(teacher)), teacher.engine.dtype
     return hashlib.sha256(f"{weights} {how}".encode()).hexdigest()[:16]
 
 
 def fingerprint_tokenizer_only(model: str) -> str:
+    """Of the files that turn messages into ids and text into counts. Raises UnusableInput when there is no tokenizer.json."""
     folder = EMBEDDED if model == "embedded" else Path(model)
-    path = folder / "tokenizer.json"
-    if not path.is_file():
+    if not (folder / "tokenizer.json").is_file():
         raise UnusableInput(
             f"teacher.model {model}: no tokenizer.json; the http engine needs the teacher's tokenizer folder to count tokens"
         )
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    found = [folder / name for name in ("tokenizer.json", "chat_template.jinja") if (folder / name).is_file()]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in found)).hexdigest()

@@ -12,7 +12,7 @@ To try it against a real server on this machine:
 """
 
 import asyncio
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
@@ -64,7 +64,7 @@ class HttpEngine:
         finally:
             await connection.close()
 
-    def generate(self, requests: Iterable[Request], handout: Handout | None = None) -> Iterator[Completion]:
+    def generate(self, requests: Iterable[Request], handout: Handout | None = None) -> Generator[Completion, None, None]:
         """Completions as they arrive, one per request. `requests` is pulled from only when there is room.
 
         A request that cannot be completed is an `abort` whose error says why: `busy`, `timed_out`, `no_server`, `refused`,

@@ -45,7 +45,9 @@ def require_plain_tools(schema: pa.Schema, where: str) -> None:
     nulls in every other's schema, and nobody can tell them from nulls that were meant."""
     index = schema.get_field_index("tools")
     if index >= 0 and not _is_text(schema.field(index).type):
-        raise UnusableInput(f"{where}: column tools is {schema.field(index).type}, expected JSON text: structs are merged over rows")
+        raise UnusableInput(
+            f"{where}: column tools is {schema.field(index).type}, expected JSON text: structs are merged over rows"
+        )
 
 
 def _is_text(kind: pa.DataType) -> bool:

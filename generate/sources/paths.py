@@ -13,7 +13,9 @@ def find_file(path: str, folders: Sequence[Path], what: str = "prompt file") -> 
     for folder in folders:
         if (folder / path).is_file():
             return folder / path
-    raise UnusableInput(f"{what} {path}: no such file beside the recipe or in the working directory; correct generate.prompts path")
+    raise UnusableInput(
+        f"{what} {path}: no such file beside the recipe or in the working directory; correct generate.prompts path"
+    )
 
 
 def find_folder(path: str, folders: Sequence[Path], what: str) -> Path:

@@ -16,7 +16,8 @@ from generate.templates import Template, load_template
 
 KEYS = frozenset(
     {
-        "question", "messages", "answer", "task", "verifier", "split", "known", "domain", "tools", "max_tokens", "reasoning_budget",
+        "question", "messages", "answer", "task", "verifier", "split", "known", "domain", "tools", "max_tokens",
+        "reasoning_budget",
     }
 )  # fmt: skip
 PLAIN_VERSION = f"jsonl@{digest('plain', size=4)}"
@@ -57,14 +58,13 @@ def select(
     for row in read():
         prompt = to_prompt(row, name, source.licence, template)
         if prompt.split != side.split:
-            left_out[OTHER_SIDE[side.split]] += side.alone
+            if side.alone:
+                left_out[OTHER_SIDE[side.split]] += 1
         elif last is None or digest(prompt.prompt_id) <= last:
             yield prompt
 
 
-def _last_chosen(
-    source: RowSource, name: str, split: Split, template: Template | None, read: Callable[[], Iterator[Row]]
-) -> str:
+def _last_chosen(source: RowSource, name: str, split: Split, template: Template | None, read: Callable[[], Iterator[Row]]) -> str:
     """The highest hash that is still among the `count` lowest; "" when there is no row at all."""
     prompts = (to_prompt(row, name, source.licence, template) for row in read())
     ranked = (digest(prompt.prompt_id) for prompt in prompts if prompt.split == split)
@@ -88,7 +88,9 @@ def to_prompt(row: Row, source: str, licence: str, template: Template | None = N
     verifier = _verifier(row, "exact" if answer else "")
     max_tokens, reasoning_budget = _tokens(row, "max_tokens"), _tokens(row, "reasoning_budget")
     if max_tokens and reasoning_budget >= max_tokens:
-        raise UnusableInput(f"{where}: reasoning_budget {reasoning_budget} leaves no room for an answer within max_tokens {max_tokens}")
+        raise UnusableInput(
+            f"{where}: reasoning_budget {reasoning_budget} leaves no room for an answer within max_tokens {max_tokens}"
+        )
     known = values.get("known")
     if known is not None and not isinstance(known, bool):
         raise UnusableInput(f"{where}: known is {known!r}, expected true or false")

@@ -36,7 +36,8 @@ class Asker:
         except TimeoutError:
             if not deadline.expired():
                 raise  # ETIMEDOUT, of the disk that keeps replies
-            completion = self._abort(live, live.error or "busy")
+            self.exchange.hand_out(live)
+            completion = self._abort(live, live.error or "busy", self._so_far(live))
         if completion is not None and not self._withhold(live, completion):
             self.deliver(completion)
 
@@ -47,8 +48,7 @@ class Asker:
         while not self.stopping:
             ask = self.asks.next(request, live.given, live.given_logprobs)
             if ask is None:
-                logprobs = (*request.prefix_logprobs, *live.given_logprobs)
-                return self._whole(live, Output((*request.prefix_ids, *live.given), logprobs), "length")
+                return self._whole(live, self._so_far(live), "length")
             found = await self.exchange.once(live, ask)
             completion = self._failed(live, found) if isinstance(found, Failed) else self._read(live, found)
             if completion is not None:
@@ -134,6 +134,13 @@ class Asker:
             server.withheld.clear()
 
     # --- the end ------------------------------------------------------------------------------------------------------
+
+    def _so_far(self, live: Live) -> Output:
+        """What earlier asks brought, if any did: chat brings all or nothing."""
+        if self.engine.api == "chat":
+            return Output((), ())
+        request = live.request
+        return Output((*request.prefix_ids, *live.given), (*request.prefix_logprobs, *live.given_logprobs))
 
     def _abort(self, live: Live, error: str, output: Output = Output((), ())) -> Completion:  # noqa: B008  (immutable)
         return self._whole(live, output, "abort", error)

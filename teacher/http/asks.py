@@ -1,6 +1,5 @@
 """What a server is sent: which part of an output one ask is for, as a JSON body and headers."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,6 +8,7 @@ from urllib.parse import quote
 from configs import schema
 from configs.errors import UnusableInput
 from data.engine import Request
+from teacher.http.raw import ENCODER
 from teacher.http.reading import Reader
 
 MAX_STOPS = 4
@@ -79,7 +79,7 @@ def contains(ids: Sequence[int], part: Sequence[int]) -> bool:
 
 
 def encode(body: Mapping[str, Any]) -> bytes:
-    return json.dumps(body, separators=(",", ":")).encode()  # ASCII: a lone surrogate in a prompt has no UTF-8
+    return ENCODER.encode(body).encode()  # ASCII: a lone surrogate in a prompt has no UTF-8
 
 
 def chat_body(request: Request, model: str, stop_tokens: Sequence[str], engine: schema.HttpEngine) -> dict[str, Any]:

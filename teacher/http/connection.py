@@ -69,17 +69,21 @@ class Connection:
     """Made inside a running loop, and closed there."""
 
     def __init__(self, engine: schema.HttpEngine) -> None:
-        self.key = os.environ.get(engine.api_key_env, "")
+        self._key = os.environ.get(engine.api_key_env, "")
         self._proxies: dict[str, str | None] = {}
         allow_files(engine.concurrency + SPARE_FILES)
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, ttl_dns_cache=60, keepalive_timeout=KEEP_ALIVE_S, ssl=_tls(engine.ca_file)),
             headers={"Accept-Encoding": "identity", "User-Agent": "tracestill"}  # identity: what is kept is what was sent
-            | ({"Authorization": f"Bearer {self.key}"} if self.key else {}),
+            | ({"Authorization": f"Bearer {self._key}"} if self._key else {}),
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=engine.timeout_s),
             read_bufsize=BUFFER_BYTES,
         )
+
+    @property
+    def has_key(self) -> bool:
+        return bool(self._key)
 
     async def close(self) -> None:
         await self._session.close()
@@ -100,6 +104,11 @@ class Connection:
             Unreachable, Lost, Silent: there is no reply. Also when a body was cut off that nobody pays for.
         """
         return await self._exchange("POST", url, body, headers, arriving, heard)
+
+    def without_key(self, body: bytes) -> bytes:
+        """A server may quote the key that it was sent."""
+        key = self._key.encode()
+        return body.replace(key, b"***") if key and key in body else body
 
     def _proxy(self, url: str) -> str | None:
         """Looked up once a URL: aiohttp's trust_env reads environment and ~/.netrc in a thread, twice, for every request."""
@@ -149,7 +158,7 @@ def _in_our_words(error: Exception) -> Exception:
         case aiohttp.ClientHttpProxyError(status=int(status)):
             return Unreachable(f"the proxy of the environment answered HTTP {status}")
         case aiohttp.ClientConnectorError(os_error=OSError() as cause):
-            return Unreachable((cause.strerror or "no connection").lower())
+            return Unreachable((os.strerror(cause.errno) if cause.errno else "no connection").lower())
         case aiohttp.ServerDisconnectedError():
             return Lost("the server closed the connection")
         case OSError(strerror=str(words)):

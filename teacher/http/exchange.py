@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -11,6 +10,7 @@ from data.engine import Handout, Partial, Request
 from teacher.http.asks import PATHS, Ask, headers_of
 from teacher.http.connection import Answer, Arriving, Connection, Heard, Lost, Silent, Unreachable
 from teacher.http.raw import Line, pack
+from teacher.http.readers import Readers
 from teacher.http.reading import Output, Reader, Reading
 from teacher.http.replies import EventStream, Reply, error_words
 from teacher.http.servers import DENIED, Server, Servers, denied
@@ -67,11 +67,13 @@ class Exchange:
     """What the exchanges of one run share."""
 
     def __init__(
-        self, engine: schema.HttpEngine, model: str, servers: Servers, connection: Connection, reader: Reader, pool: Executor,
+        self, engine: schema.HttpEngine, model: str, servers: Servers, connection: Connection, reader: Reader, readers: Readers,
         handout: Handout,
     ) -> None:  # fmt: skip
         self.engine, self.model, self.servers, self.connection = engine, model, servers, connection
-        self.reader, self.pool, self.handout = reader, pool, handout
+        self.reader, self.readers, self.handout = reader, readers, handout
+        self.reading = 0
+        """Replies that are kept and wait to be parsed."""
         self.closed = False
         """The caller is gone: hand out nothing any more."""
 
@@ -125,9 +127,9 @@ class Exchange:
         if answer.status == 200:
             server.window.answered(answer.sent_at, now, len(answer.body))
             return answer
-        server.why = f"HTTP {answer.status}: {error_words(answer.body)}"
         if answer.status in DENIED:
-            raise denied(server, answer, self.engine, self.connection.key)
+            raise denied(server, answer, self.engine, self.connection)
+        server.why = f"HTTP {answer.status}: {error_words(self.connection.without_key(answer.body))}"
         if answer.status in BUSY or answer.status >= 500:
             server.window.complained(answer.sent_at, now)
             if wait_s := retry_after_s(answer.retry_after, time.time()):
@@ -136,25 +138,25 @@ class Exchange:
         return Failed("refused")
 
     async def _read(self, live: Live, ask: Ask, server: Server, answer: Answer) -> Reading:
-        """Kept, then parsed and tokenised in a thread: 16 KB of text take 4 ms, in which a thousand sockets want to be read."""
+        """Kept, then parsed and tokenised in a thread."""
         raw = self._pack(live, ask, server, answer)
         self.handout.keep(live.request.request_id, raw)
         live.reading = True
+        self.reading += 1
         try:
-            reading = await asyncio.get_running_loop().run_in_executor(self.pool, self.reader.read, live.request, raw)
+            reading = await self.readers.run(lambda: self.reader.read(live.request, raw))
         finally:
             live.reading = False
+            self.reading -= 1
         server.remember(reading.model)
         return reading
 
     def _pack(self, live: Live, ask: Ask, server: Server, answer: Answer) -> bytes:
-        url, key = server.path(PATHS[self.engine.api]), self.connection.key
         line = Line(
-            url, answer.status, answer.started_at, answer.seconds, live.asks, answer.streamed, answer.torn,
+            server.path(PATHS[self.engine.api]), answer.status, answer.started_at, answer.seconds, live.asks, answer.streamed, answer.torn,
             ask.prefix, ask.given, ask.given_logprobs, ask.phase,
         )  # fmt: skip
-        body = answer.body.replace(key.encode(), b"***") if key and key.encode() in answer.body else answer.body
-        return pack(line, body)
+        return pack(line, self.connection.without_key(answer.body))
 
     # --- what is there before the end ---------------------------------------------------------------------------------
 
@@ -172,7 +174,7 @@ class Exchange:
             reply = live.catch_up()
             if reply is not None and reply.tokens - live.handed >= every:
                 live.handed = reply.tokens
-                partial = await asyncio.get_running_loop().run_in_executor(self.pool, self._partial, live)
+                partial = await self.readers.run(lambda: self._partial(live))
                 if partial is not None and not self.closed:
                     self.handout.take(partial)
 

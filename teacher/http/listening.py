@@ -2,11 +2,9 @@
 the caller has one in hand."""
 
 import asyncio
-import os
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator, Iterable, Iterator
 
 from configs import schema
 from data.engine import Completion, Handout, Request
@@ -14,13 +12,13 @@ from teacher.http.asking import Asker
 from teacher.http.asks import Asks
 from teacher.http.connection import Connection
 from teacher.http.exchange import Exchange, Live
+from teacher.http.readers import Readers
 from teacher.http.reading import Reader
 from teacher.http.servers import Servers
 
 TICK_S = 0.1  # how often `stop` is asked at least
 PULL_S = 0.05  # a source that is slow (it claims leases on a disk) must not keep the sockets waiting longer
-GLANCE_S = 0.002  # between two such pulls
-READERS = max(1, min(4, (os.cpu_count() or 1) - 1))
+GLANCE_S = 0.01  # what they get between two such pulls
 BACKLOG = 64  # replies that wait for their ids while their server is asked for more
 
 
@@ -54,12 +52,17 @@ class Conversation:
     ) -> None:
         self.engine, self.servers, self.handout = engine, servers, handout
         self.loop = ListeningLoop()
-        self.pool = ThreadPoolExecutor(READERS, thread_name_prefix="http-reader")
+        try:
+            self.connection = self.loop.run_until_complete(self._connect())
+        except BaseException:
+            self.loop.close()
+            raise
+        self.readers = Readers(self.loop)
         self.done: deque[Completion] = deque()
         self.live: dict[asyncio.Task[None], Live] = {}
         self.failure: BaseException | None = None
-        self.connection = self.loop.run_until_complete(self._connect())
-        self.exchange = Exchange(engine, model, servers, self.connection, reader, self.pool, handout)
+        self._listening = False
+        self.exchange = Exchange(engine, model, servers, self.connection, reader, self.readers, handout)
         self.asker = Asker(Asks(engine, model, reader), self.exchange, self._deliver, first_wait_s)
         self.watch = self.loop.create_task(servers.watch(self.connection))
         self.watch.add_done_callback(self._watched)
@@ -67,7 +70,7 @@ class Conversation:
     async def _connect(self) -> Connection:
         return Connection(self.engine)
 
-    def completions(self, requests: Iterable[Request]) -> Iterator[Completion]:
+    def completions(self, requests: Iterable[Request]) -> Generator[Completion, None, None]:
         """As they come. When the caller wants to stop, or something went wrong for good, nothing more is asked; what is in
         flight has drain_s to end, and what has not by then is handed out as far as it came."""
         source, exhausted, drained_at = iter(requests), False, float("inf")
@@ -97,7 +100,7 @@ class Conversation:
         self._cancel(list(asyncio.all_tasks(self.loop)))
         self.loop.run_until_complete(self.connection.close())
         self.loop.run_until_complete(self.loop.shutdown_asyncgens())
-        self.pool.shutdown(cancel_futures=True)
+        self.readers.close()
         self.loop.close()
         self.servers.forget_run()
 
@@ -106,8 +109,7 @@ class Conversation:
     def _room(self) -> int:
         """How many more requests may be pulled: as many as servers would take at once, and a few whose reply only waits to be
         parsed."""
-        reading = min(BACKLOG, sum(live.reading for live in self.live.values()))
-        return self.servers.capacity - (len(self.live) - reading)
+        return self.servers.capacity - (len(self.live) - min(BACKLOG, self.exchange.reading))
 
     def _pull(self, source: Iterator[Request]) -> bool:
         """Starts requests while there is room; True when there are no more."""
@@ -136,12 +138,12 @@ class Conversation:
         del self.live[task]
         if not task.cancelled() and (error := task.exception()):
             self.failure = self.failure or error
-        self.loop.stop()
+        self._rouse()
 
     def _watched(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()):
             self.failure = self.failure or error
-            self.loop.stop()
+            self._rouse()
 
     def _deliver(self, completion: Completion) -> None:
         self.done.append(completion)
@@ -151,8 +153,15 @@ class Conversation:
     def _listen(self, seconds: float) -> None:
         """Runs the loop until a request ends, at most so long."""
         timer = self.loop.call_later(seconds, self.loop.stop)
+        self._listening = True
         self.loop.run_forever()
+        self._listening = False
         timer.cancel()
+
+    def _rouse(self) -> None:
+        """Something for the caller."""
+        if self._listening:
+            self.loop.stop()
 
     def _stop_asking(self) -> None:
         """Those that wait for a server or for their next attempt go back to the caller now; so does what streams have said."""

@@ -7,6 +7,9 @@ import json
 from typing import Literal, NamedTuple
 
 
+ENCODER = json.JSONEncoder(separators=(",", ":"))  # json.dumps makes a new one each time
+
+
 class Line(NamedTuple):
     """url: as asked, without credentials. started_at: Unix time; seconds: from sending to the last byte. attempt: 1 is the
     first ask for this request. streamed: the body is server-sent events. torn: the connection ended before the body did.
@@ -30,7 +33,7 @@ class Line(NamedTuple):
 
 
 def pack(line: Line, body: bytes) -> bytes:
-    return json.dumps(line._asdict(), separators=(",", ":")).encode() + b"\n" + body
+    return b"\n".join((ENCODER.encode(line._asdict()).encode(), body))
 
 
 def unpack(raw: bytes) -> tuple[Line, bytes]:

@@ -208,7 +208,7 @@ class Servers:
             self._missed(server, str(error), at_once=isinstance(error, Unreachable))
             return
         if answer.status in DENIED:
-            raise denied(server, answer, self.engine, connection.key)
+            raise denied(server, answer, self.engine, connection)
         if answer.status in GONE:
             self._missed(server, f"HTTP {answer.status}", at_once=False)
         elif self._check_model(server, answer):
@@ -258,8 +258,8 @@ class Servers:
             server.withheld.clear()
 
 
-def denied(server: Server, answer: Answer, engine: schema.HttpEngine, key: str) -> UnusableInput:
-    """The key is missing or wrong. The server's words may quote it."""
-    words = error_words(answer.body.replace(key.encode(), b"***") if key else answer.body)
-    remedy = f"{'correct' if key else 'set'} {engine.api_key_env} in the environment"
+def denied(server: Server, answer: Answer, engine: schema.HttpEngine, connection: Connection) -> UnusableInput:
+    """The key is missing or wrong."""
+    words = error_words(connection.without_key(answer.body))
+    remedy = f"{'correct' if connection.has_key else 'set'} {engine.api_key_env} in the environment"
     return UnusableInput(f"teacher.engine.base_urls {server.url}: HTTP {answer.status}: {words}; {remedy}")

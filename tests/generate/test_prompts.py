@@ -7,10 +7,10 @@ import pytest
 
 from configs.errors import UnusableInput
 from configs.load import RECIPES, load_recipe
-from configs.schema import JsonlSource, ReasoningGymSource
+from configs.prompt_sources import JsonlSource, ReasoningGymSource
 from data.curriculum import fact_rows
 from data.split import is_held_out
-from generate.prompts import PromptSet, build_prompt_set
+from generate.prompts import PromptList, build_prompt_set
 
 SUMS = ReasoningGymSource(
     task="chain_sum", params={"min_terms": 2, "max_terms": 2, "min_digits": 3, "max_digits": 3}, count=30, seed=5
@@ -22,7 +22,7 @@ def rows(folder: Path, *lines: object) -> JsonlSource:
     return JsonlSource(path="p.jsonl")
 
 
-def build(folder: Path, *lines: object) -> PromptSet:
+def build(folder: Path, *lines: object) -> PromptList:
     return build_prompt_set([rows(folder, *lines)], [], [folder])
 
 

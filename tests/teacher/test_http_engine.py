@@ -1,178 +1,309 @@
-"""The http engine against a small server that speaks the protocol, in this process, over real sockets."""
+"""The http engine against a server that behaves, over real sockets: what is asked, how much at once, what is kept."""
 
-import json
+import gc
+import os
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-from transformers import PreTrainedTokenizerBase
 
 from configs import schema
 from configs.errors import UnusableInput
-from data.byte_tokenizer import build_byte_tokenizer
-from data.engine import Request
-from teacher.folders import EMBEDDED
+from data.engine import Handout, Partial, Request
 from teacher.http_engine import HttpEngine
+from tests.teacher.http_asks import CLOSE, STOP, ask, by_id, engine_for, request, tokenizer
+from tests.teacher.mock_server import Asked, MockServer, Reply, completed, encoded, events, said, serving, token
 
-MARKERS = (
-    "<|endoftext|>",
-    "[gMASK]",
-    "<sop>",
-    "<|system|>",
-    "<|user|>",
-    "<|assistant|>",
-    "<|observation|>",
-    "<think>",
-    "</think>",
-)
-Reply = tuple[int, dict[str, Any]]
-
-
-@dataclass
-class Server:
-    """Answers with what `reply` says; remembers bodies, keys and connections."""
-
-    url: str
-    reply: Callable[[dict[str, Any]], Reply]
-    bodies: list[dict[str, Any]] = field(default_factory=list)
-    keys: list[str] = field(default_factory=list)
-    connections: set[tuple[str, int]] = field(default_factory=set)
-
-
-def said(finish_reason: str = "stop", **message: str | None) -> dict[str, Any]:
-    return {"choices": [{"index": 0, "finish_reason": finish_reason, "message": {"role": "assistant", **message}}]}
+OUTPUT = 40
 
 
 @pytest.fixture
-def server() -> Iterator[Server]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_GET(self) -> None:
-            self.answer(200, {"data": [{"id": "tiny"}]})
-
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-            state.bodies.append(body)
-            state.keys.append(self.headers.get("authorization", ""))
-            state.connections.add(self.client_address)
-            self.answer(*(state.reply(body) if self.path == "/v1/chat/completions" else (404, {})))
-
-        def answer(self, status: int, content: dict[str, Any]) -> None:
-            data = json.dumps(content).encode()
-            self.send_response(status)
-            self.send_header("content-length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, format: str, *args: object) -> None: ...
-
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    state = Server(f"http://127.0.0.1:{http.server_port}/v1", lambda body: (200, said(content="4", reasoning_content="2+2")))
-    thread = threading.Thread(target=http.serve_forever, daemon=True)
-    thread.start()
-    yield state
-    http.shutdown()
-    http.server_close()
-    thread.join()
+def server() -> Iterator[MockServer]:
+    with serving() as found:
+        yield found
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerBase:
-    template = (EMBEDDED / "chat_template.jinja").read_text()
-    return build_byte_tokenizer(MARKERS, eos="<|endoftext|>", pad="<|endoftext|>", chat_template=template)
+def by_ids(asked: Asked) -> Reply:
+    """OUTPUT letters that depend on the request's id and the position alone, from where the prompt ends."""
+    position = len(asked.body["prompt"]) - 2
+    end = min(OUTPUT, position + asked.body["max_tokens"])
+    ids = [token(asked.request_id, index) for index in range(position, end)]
+    chunks = [completed([one], None) for one in ids]
+    if not asked.body["stream"]:
+        return Reply(body=encoded(completed(ids + [STOP] * (end == OUTPUT), "stop" if end == OUTPUT else "length")))
+    return Reply(events=events([*chunks, completed([STOP], "stop")] if end == OUTPUT else [*chunks, completed([], "length")]))
 
 
-def engine_for(server: Server, tokenizer: PreTrainedTokenizerBase, **changes: Any) -> HttpEngine:
-    return HttpEngine(schema.HttpEngine(base_urls=(server.url,), concurrency=4, **changes), "tiny", tokenizer, first_wait_s=0.01)
+def whole(request_id: str) -> tuple[int, ...]:
+    return (*(token(request_id, index) for index in range(OUTPUT)), STOP)
 
 
-def request(index: int = 0) -> Request:
-    messages = ({"role": "user", "content": f"question {index}"},)
-    return Request(f"r{index}", (1, 2), (3,), max_tokens=50, temperature=0.5, top_p=0.9, seed=2**40 + index, messages=messages)  # type: ignore[arg-type]
+# --- what is sent ----------------------------------------------------------------------------------------------------
 
 
-def test_a_completion_holds_the_ids_of_reasoning_answer_and_stop(server: Server, tokenizer: PreTrainedTokenizerBase) -> None:
-    (completion,) = engine_for(server, tokenizer).generate([request()])
-    assert tokenizer.decode(list(completion.token_ids)) == "2+2</think>4<|user|>"
-    assert (completion.request_id, completion.finish_reason, completion.logprobs) == ("r0", "stop", ())
-
-
-def test_the_body_says_what_the_recipe_asks(server: Server, tokenizer: PreTrainedTokenizerBase) -> None:
-    list(engine_for(server, tokenizer).generate([request(5)]))
+def test_a_chat_body_says_what_the_recipe_asks(server: MockServer) -> None:
+    ask(engine_for(server), request(5))
     assert server.bodies == [
         {
             "model": "tiny", "messages": [{"role": "user", "content": "question 5"}], "max_tokens": 50, "temperature": 0.5,
             "top_p": 0.9, "seed": (2**40 + 5) % 2**31, "stop": ["<|user|>", "<|observation|>", "<|endoftext|>"], "stream": False,
         }
     ]  # fmt: skip
+    ask(engine_for(server, logprobs=True, top_logprobs=5), request(top_k=7))
+    assert server.bodies[1].items() >= {"logprobs": True, "top_logprobs": 5, "top_k": 7}.items()
 
 
-def test_many_requests_share_a_few_connections(server: Server, tokenizer: PreTrainedTokenizerBase) -> None:
-    completions = list(engine_for(server, tokenizer).generate(request(index) for index in range(60)))
-    assert {completion.request_id for completion in completions} == {f"r{index}" for index in range(60)}
-    assert len(server.connections) <= 4
+def test_headers_name_the_request_the_model_and_the_prompts_version(server: MockServer) -> None:
+    ask(engine_for(server), request(prompt_version="plan\n@é1"))
+    headers = server.asked[0].headers
+    assert headers["x-tracestill-request-id"] == "r0" and headers["x-tracestill-model-id"] == "tiny"
+    assert headers["x-tracestill-prompt-version"] == "plan%0A@%C3%A91"
 
 
-def test_the_key_comes_from_the_named_variable(
-    server: Server, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MY_KEY", "abc")
-    list(engine_for(server, tokenizer, api_key_env="MY_KEY").generate([request()]))
-    assert server.keys == ["Bearer abc"]
+def test_a_completion_by_ids_sends_the_prompts_ids_and_takes_the_servers(server: MockServer) -> None:
+    server.reply = by_ids
+    (completion,) = ask(engine_for(server, api="completions"), request())
+    assert completion.token_ids == whole("r0") and completion.finish_reason == "stop"
+    body = server.bodies[0]
+    assert body["prompt"] == [1, 2] and body["max_tokens"] == 50 and body["stop_token_ids"] == [STOP]
+    assert body["return_token_ids"] is True and server.asked[0].path == "/v1/completions"
 
 
-def test_a_busy_server_is_asked_again(server: Server, tokenizer: PreTrainedTokenizerBase) -> None:
-    server.reply = lambda body: (503, {}) if len(server.bodies) < 3 else (200, said(content="ok"))
-    (completion,) = engine_for(server, tokenizer).generate([request()])
-    assert completion.finish_reason == "stop" and len(server.bodies) == 3
+def test_a_prefix_is_continued_with_the_budget_that_remains(server: MockServer) -> None:
+    """Pitfall 11: a rollout that is resumed with its full budget overruns the context."""
+    server.reply = by_ids
+    engine = engine_for(server, api="completions")
+    prefix = whole("r0")[:15]
+    (completion,) = ask(engine, request(prefix_ids=prefix, max_tokens=30, min_tokens=20))
+    assert completion.token_ids == whole("r0")[:30] and completion.finish_reason == "length"
+    body = server.bodies[0]
+    assert (body["prompt"], body["max_tokens"], body["min_tokens"]) == ([1, 2, *prefix], 15, 5)
 
 
-def test_a_server_that_stays_busy_aborts_the_request_and_not_the_run(server: Server, tokenizer: PreTrainedTokenizerBase) -> None:
-    server.reply = lambda body: (429, {}) if "question 1" in body["messages"][0]["content"] else (200, said(content="ok"))
-    completions = {c.request_id: c for c in engine_for(server, tokenizer).generate([request(0), request(1), request(2)])}
-    assert [completions[f"r{index}"].finish_reason for index in range(3)] == ["stop", "abort", "stop"]
-    assert completions["r1"].token_ids == () and len(server.bodies) == 2 + ATTEMPTS
+def test_a_prefix_that_is_already_whole_costs_nothing(server: MockServer) -> None:
+    engine = engine_for(server, api="completions")
+    found = by_id(ask(engine, request(0, prefix_ids=(9, STOP)), request(1, prefix_ids=(9,) * 50)))
+    assert (found["r0"].finish_reason, found["r0"].token_ids) == ("stop", (9, STOP))
+    assert (found["r1"].finish_reason, len(found["r1"].token_ids)) == ("length", 50)
+    assert server.asked == []
 
 
-def test_a_refused_request_is_one_clear_line(server: Server, tokenizer: PreTrainedTokenizerBase) -> None:
-    server.reply = lambda body: (400, {"error": "max_tokens is too large"})
-    with pytest.raises(UnusableInput, match=r"HTTP 400: .*max_tokens is too large"):
-        list(engine_for(server, tokenizer).generate([request()]))
-    server.reply = lambda body: (401, {"error": "no key"})
-    with pytest.raises(UnusableInput, match=r"HTTP 401: .*set OPENAI_API_KEY"):
-        list(engine_for(server, tokenizer).generate([request()]))
+def test_reasoning_is_closed_at_its_budget_and_the_answer_gets_the_rest(server: MockServer) -> None:
+    kept: list[bytes] = []
+    server.reply = by_ids
+    engine = engine_for(server, api="completions", price_output_per_million=1e6)
+    asked = request(reasoning_budget=12, max_tokens=60)
+    (completion,) = ask(engine, asked, handout=Handout(keep=lambda _, raw: kept.append(raw)))
+    assert [body["max_tokens"] for body in server.bodies] == [12, 47]
+    assert completion.token_ids == (*whole("r0")[:12], CLOSE, *whole("r0")[13:])
+    assert completion.finish_reason == "stop" and completion.cost == pytest.approx(12 + 28)
+    first, last = (engine.read(asked, raw) for raw in kept)
+    assert (first.error, first.token_ids) == ("unfinished", whole("r0")[:12]) and last.token_ids == completion.token_ids
 
 
-def test_load_tells_a_wrong_address_before_anything_is_asked(server: Server, tokenizer: PreTrainedTokenizerBase) -> None:
-    engine_for(server, tokenizer).load()
-    nowhere = HttpEngine(schema.HttpEngine(base_urls=("http://127.0.0.1:9/v1",)), "tiny", tokenizer)
-    with pytest.raises(UnusableInput, match="no answer"):
-        nowhere.load()
+def test_reasoning_that_closes_early_needs_no_second_ask(server: MockServer) -> None:
+    server.reply = lambda asked: Reply(body=encoded(completed([9, CLOSE, 8, STOP])))
+    (completion,) = ask(engine_for(server, api="completions"), request(reasoning_budget=12))
+    assert completion.token_ids == (9, CLOSE, 8, STOP) and len(server.asked) == 1
+    server.reply = lambda asked: Reply(body=encoded(completed([9, CLOSE, 8] if len(server.asked) == 2 else [7, STOP],
+                                                              "length" if len(server.asked) == 2 else "stop")))  # fmt: skip
+    (completion,) = ask(engine_for(server, api="completions"), request(reasoning_budget=3))
+    assert completion.token_ids == (9, CLOSE, 8, 7, STOP)  # the answer had begun: nothing is forced into it
 
 
 @pytest.mark.parametrize(
-    ("answer", "opens_think", "expected"),
+    ("changes", "words"),
     [
-        (said(content="4", reasoning_content="2+2"), True, ("stop", "2+2</think>4")),
-        (said(content="4", reasoning="2+2"), True, ("stop", "2+2</think>4")),
-        (said(content="4", reasoning="2+2"), False, ("stop", "<think>2+2</think>4")),
-        (said(content="<think>2+2</think>4"), True, ("stop", "2+2</think>4")),
-        (said(content="<think>2+2</think>4"), False, ("stop", "<think>2+2</think>4")),
-        (said(content="2+2 and on"), True, ("stop", "2+2 and on")),
-        (said(content=None, reasoning="2+2 and on"), True, ("stop", "2+2 and on")),
-        (said(content="4"), False, ("stop", "4")),
-        (said("length", content=None, reasoning="2+"), True, ("length", "2+")),
-        (said("length", content="2+"), True, ("length", "2+")),
-        (said("length", content="The ans", reasoning="2+2"), True, ("length", "2+2</think>The ans")),
-        (said("content_filter", content="4"), True, ("abort", "")),
-        ({"choices": [], "usage": {"completion_tokens": 3}}, True, ("abort", "")),
+        ({"reasoning_budget": 5}, "api=completions"),
+        ({"stop_strings": ("a", "b")}, "sampling.stop_strings"),
+        ({"loop_guard": (1, 3)}, "sampling.loop_guard"),
     ],
 )
-def test_think_tags_are_put_back_where_a_parser_cut_them_off(
-    answer: dict[str, Any], opens_think: bool, expected: tuple[str, str]
+def test_what_the_protocol_cannot_carry_is_refused_in_one_line(server: MockServer, changes: dict, words: str) -> None:
+    with pytest.raises(UnusableInput, match=words):
+        ask(engine_for(server), request(**changes))
+
+
+# --- how much at once ------------------------------------------------------------------------------------------------
+
+
+def test_many_requests_share_a_few_connections(server: MockServer) -> None:
+    completions = ask(engine_for(server), *(request(index) for index in range(60)))
+    assert {completion.request_id for completion in completions} == {f"r{index}" for index in range(60)}
+    assert server.connections <= 4
+
+
+def test_more_than_a_thousand_connections_at_once(server: MockServer) -> None:
+    """Pitfall 9: clients that stop at 100, or at 1,024 open files, or at a thread each."""
+    server.reply = lambda asked: Reply(body=encoded(said(content="4")), wait_s=1.0 if len(server.asked) < 1100 else 0.0)
+    before = threading.active_count()
+    threads = 0
+
+    def requests() -> Iterator[Request]:
+        nonlocal threads
+        for index in range(1300):
+            threads = max(threads, threading.active_count())
+            yield request(index)
+
+    completions = list(engine_for(server, concurrency=1100).generate(requests()))
+    assert len(completions) == 1300 and {completion.finish_reason for completion in completions} == {"stop"}
+    assert 1024 < server.peak <= 1100 and server.connections <= 1100 and threads - before <= 4
+
+
+def test_requests_are_pulled_only_when_there_is_room(server: MockServer) -> None:
+    server.reply = lambda asked: Reply(body=encoded(said(content="4")), wait_s=0.05)
+    pulled: list[int] = []
+
+    def requests() -> Iterator[Request]:
+        for index in range(100):
+            pulled.append(index)
+            yield request(index)
+
+    completions = engine_for(server, concurrency=3).generate(requests())
+    next(completions)
+    assert len(pulled) <= 3
+    completions.close()
+
+
+def test_a_slow_source_does_not_keep_what_is_there_waiting(server: MockServer) -> None:
+    def requests() -> Iterator[Request]:
+        for index in range(6):
+            time.sleep(0.1)
+            yield request(index)
+
+    started, came = time.monotonic(), []
+    for _ in engine_for(server).generate(requests()):
+        came.append(time.monotonic() - started)
+    assert came[0] < 0.35 and len(came) == 6
+
+
+def test_a_callers_long_pause_is_no_ones_timeout(server: MockServer) -> None:
+    """The loop's clock stands still while the caller commits; replies wait in the sockets and are not lost."""
+    server.reply = lambda asked: Reply(body=encoded(said(content="4")), wait_s=0.05)
+    completions = engine_for(server, deadline_s=0.5, timeout_s=0.4).generate(request(index) for index in range(8))
+    found = [next(completions)]
+    time.sleep(0.8)
+    found += completions
+    assert [completion.error for completion in found] == [""] * 8 and len(server.asked) == 8
+
+
+def test_an_error_of_the_source_comes_back_after_what_was_paid_for(server: MockServer) -> None:
+    def requests() -> Iterator[Request]:
+        yield request(0)
+        yield request(1)
+        raise OSError("the lease folder is gone")
+
+    completions = engine_for(server).generate(requests())
+    assert {next(completions).request_id, next(completions).request_id} == {"r0", "r1"}
+    with pytest.raises(OSError, match="lease folder"):
+        next(completions)
+
+
+# --- what is kept ----------------------------------------------------------------------------------------------------
+
+
+def test_every_reply_is_kept_before_it_is_parsed_and_reads_the_same_later(server: MockServer) -> None:
+    kept: dict[str, bytes] = {}
+    server.reply = lambda asked: Reply(body=b"no json" if asked.request_id == "r1" else encoded(said(content="4 é")))
+    requests = [request(index) for index in range(3)]
+    engine = engine_for(server, attempts=1)
+    found = by_id(ask(engine, *requests, handout=Handout(keep=kept.__setitem__)))
+    assert kept["r1"].endswith(b"\nno json") and found["r1"].error == "bad_reply"
+    elsewhere = HttpEngine(schema.HttpEngine(), "tiny", tokenizer())
+    for one in (requests[0], requests[2]):
+        assert elsewhere.read(one, kept[one.request_id]).token_ids == found[one.request_id].token_ids
+
+
+def test_a_disk_that_cannot_keep_ends_the_run_with_its_own_error(server: MockServer) -> None:
+    def full(request_id: str, raw: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        ask(engine_for(server), request(), handout=Handout(keep=full))
+
+
+# --- stopping --------------------------------------------------------------------------------------------------------
+
+
+def stream_slowly(asked: Asked) -> Reply:
+    reply = by_ids(asked)
+    return Reply(events=reply.events, pause_s=0.02)
+
+
+def test_stopping_asks_nothing_more_and_waits_for_what_is_in_flight(server: MockServer) -> None:
+    server.reply = lambda asked: Reply(body=encoded(said(content="4")), wait_s=0.3)
+    stop = threading.Event()
+    threading.Timer(0.1, stop.set).start()
+    found = ask(engine_for(server), *(request(index) for index in range(50)), handout=Handout(stop=stop.is_set))
+    assert len(found) == len(server.asked) == 4 and {one.finish_reason for one in found} == {"stop"}
+
+
+def test_what_does_not_end_within_the_drain_is_handed_out_as_far_as_it_came(server: MockServer) -> None:
+    server.reply = stream_slowly
+    partials: dict[str, Partial] = {}
+    kept: list[bytes] = []
+    stop = threading.Event()
+    threading.Timer(0.15, stop.set).start()
+    engine = engine_for(server, api="completions", stream=True, drain_s=0.2)
+    handout = Handout(stop=stop.is_set, take=lambda one: partials.update({one.request_id: one}), keep=lambda _, raw: kept.append(raw))
+    started = time.monotonic()
+    assert ask(engine, request(0), request(1), handout=handout) == []
+    assert time.monotonic() - started < 0.8
+    for name in ("r0", "r1"):
+        ids = partials[name].token_ids
+        assert 5 < len(ids) < OUTPUT and ids == whole(name)[: len(ids)]
+    assert sorted(engine.read(request(0), raw).error for raw in kept) == ["torn", "torn"]
+
+
+def test_partial_outputs_are_handed_out_every_few_tokens_and_can_be_continued(server: MockServer) -> None:
+    server.reply = stream_slowly
+    partials: list[Partial] = []
+    engine = engine_for(server, api="completions", stream=True)
+    (completion,) = ask(engine, request(), handout=Handout(every_tokens=10, take=partials.append))
+    assert completion.token_ids == whole("r0")
+    assert [len(partial.token_ids) for partial in partials] == [10, 20, 30, 40]
+    (again,) = ask(engine, request(prefix_ids=partials[1].token_ids))
+    assert again.token_ids == completion.token_ids and server.bodies[-1]["max_tokens"] == 30
+
+
+def test_partial_text_of_a_chat_stream_is_counted_by_our_tokenizer(server: MockServer) -> None:
+    chunks = [{"choices": [{"index": 0, "delta": {"reasoning_content": "ab"}, "finish_reason": None}]}] * 6
+    server.reply = lambda asked: Reply(events=events(chunks), cut=6, pause_s=0.01)
+    partials: list[Partial] = []
+    ask(engine_for(server, stream=True, attempts=1), request(), handout=Handout(every_tokens=3, take=partials.append))
+    assert [tokenizer().decode(list(partial.token_ids)) for partial in partials] == ["ab" * 3, "ab" * 6]
+
+
+def test_closing_the_generator_leaves_no_task_no_socket_and_no_thread(
+    server: MockServer, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert read_choice(answer, opens_think) == expected
+    server.reply = lambda asked: Reply(body=encoded(said(content="4")), wait_s=0.0 if asked.request_id == "r0" else 30.0)
+    before = threading.active_count()
+    completions = engine_for(server, concurrency=20).generate(request(index) for index in range(50))
+    assert next(completions).request_id == "r0"
+    sockets = len(_sockets())
+    completions.close()
+    gc.collect()
+    assert len(_sockets()) <= sockets - 10 and threading.active_count() <= before
+    for _ in range(3):
+        del completions
+        completions = engine_for(server, concurrency=20).generate(request(index) for index in range(50))
+        next(completions)
+    del completions
+    gc.collect()
+    said_by_asyncio = capfd.readouterr().err
+    assert not said_by_asyncio, said_by_asyncio
+
+
+def _sockets() -> list[Path]:
+    folder = Path("/proc/self/fd")
+    return [path for path in folder.iterdir() if os.path.lexists(path) and "socket" in _target(path)]
+
+
+def _target(path: Path) -> str:
+    try:
+        return str(path.readlink())
+    except OSError:
+        return ""

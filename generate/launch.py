@@ -1,0 +1,185 @@
+"""Getting the requests of a run answered: by this process or by the ranks it starts, and beside whoever else is at it."""
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from configs.errors import Interrupted
+from configs.launch import Nodes, StageFailed, read_nodes, run_ranks
+from configs.progress import Count, Display, file_reporter, read_counts
+from configs.schema import DeepSpeedEngine, Recipe
+from data.ledger import Ledger, read_ledger
+from data.stage import Context
+from data.store import segments
+from data.work import WorkFolder, ages, read_facts
+from generate import identity
+from generate.budget import spent
+
+if TYPE_CHECKING:
+    from generate.canary import CanaryReport
+
+log = logging.getLogger(__name__)
+
+WAIT_S = 1.0
+
+
+def teacher_fingerprint(context: Context) -> str:
+    """Identity of what answers: the weights' hash and the compute dtype (for a server, its model's name)."""
+    from teacher.folders import fingerprint_teacher
+
+    return fingerprint_teacher(context.recipe.teacher)
+
+
+def ask_together(context: Context, show: Callable[[Count], None]) -> None:
+    """Every request has an answer, by these workers or by others on the same run folder.
+
+    Raises:
+        Interrupted: the budget is spent, or a launch over several nodes leaves requests of workers that are gone.
+        StageFailed: requests stay pending though nobody is at them.
+    """
+    ledger, again = read_ledger(context.run), context.recipe.generate.retry_failed
+    if ledger.pending:
+        mine = identity.cheap_identity(context.recipe, context.run, teacher_fingerprint(context))
+        identity.refuse_others(context.recipe, context.run, mine)  # the ranks would too, half a minute later
+    while ledger.pending or (again and ledger.failed):
+        again, before = False, ledger
+        refuse_if_spent(context, ledger.pending)
+        launch(context, show, ledger)
+        waited = wait_for_others(context)
+        ledger = read_ledger(context.run)
+        if ledger.pending:
+            refuse_if_spent(context, ledger.pending)
+            if nodes_of(context.recipe) is not None:  # the other nodes have ended: none would join another launch
+                raise Interrupted(f"{ledger.pending} requests were left by workers that are gone; the same command continues")
+            if ledger.pending == before.pending and not waited:
+                raise StageFailed(f"{context.run.traces}: {ledger.pending} of {ledger.requested} requests stay pending")
+
+
+def ask_canary(context: Context) -> "CanaryReport":
+    """The canary's requests are answered, and judged. Nothing is sealed: the run goes on from there."""
+    from generate.canary import measure
+
+    ledger, run = read_ledger(context.run), context.run
+    mine = identity.cheap_identity(context.recipe, run, teacher_fingerprint(context))
+    identity.refuse_others(context.recipe, run, mine)
+    refuse_if_spent(context, ledger.pending)
+    with Display("canary", "traces", context.console) as display:
+        launch(context, display.show, ledger)
+    return measure(context.recipe, run)
+
+
+def launch(context: Context, show: Callable[[Count], None], ledger: Ledger) -> None:
+    already, requested = ledger.completed + ledger.failed, ledger.requested
+
+    def tell(count: Count) -> None:
+        show(Count(count.done + already, requested, count.note))
+
+    if isinstance(context.recipe.teacher.engine, DeepSpeedEngine):
+        _generate_on_ranks(context, tell)
+    else:
+        generate_here(context, tell)
+
+
+def wait_for_others(context: Context) -> bool:
+    """Whoever is alive and at requests of this run ends; a worker whose beat has stopped is waited for until its leases
+    are free. Returns whether there was anybody."""
+    folder, ttl_s, told = WorkFolder.of(context.run), context.recipe.generate.lease_ttl_s, ""
+    while living := {name: age for name, age in ages(folder).items() if age <= ttl_s}:
+        if not read_ledger(context.run).pending:
+            break
+        if (names := ", ".join(sorted(living))) != told:
+            log.info("waiting for requests that other workers hold: %s", names)
+            told = names
+        time.sleep(min(WAIT_S, ttl_s / 4))
+    return bool(told)
+
+
+def refuse_if_spent(context: Context, pending: int) -> None:
+    run, folder = context.run, WorkFolder.of(context.run)
+    committed = segments(run.traces)
+    cost = sum(float(segment.facts.get("cost", 0.0)) for segment in committed)
+    tokens = sum(sum(segment.facts["output_tokens"]) for segment in committed)
+    if said := spent(cost, tokens, read_facts(folder), ages(folder)).exceeds(context.recipe.generate.budget):
+        raise Interrupted(f"{said}; {pending} requests stay pending: raise it, and the same command continues")
+
+
+def nodes_of(recipe: Recipe) -> Nodes | None:
+    """This node's place in a launch over several; None on one node, and with engines that start no ranks.
+
+    Raises:
+        UnusableInput: the recipe wants several nodes and the environment does not say where they meet.
+    """
+    teacher = recipe.teacher
+    return read_nodes(teacher.hardware.nodes, os.environ) if isinstance(teacher.engine, DeepSpeedEngine) else None
+
+
+def join_generation(context: Context) -> None:
+    """Another node's part of the stage: its ranks, and nothing else.
+
+    The first node shows progress and seals. Both read the same ledger before any rank can commit (ranks start once all
+    launchers have met), so they agree on whether there is anything to do; and a rank commits before the collective in
+    which its engine closes, so the first node's ranks end after everybody's last commit.
+    """
+    if read_ledger(context.run).pending:
+        nodes = nodes_of(context.recipe)
+        _run_ranks_here(context, nodes, context.run.logs / f"generate.n{nodes.rank if nodes else 0}.log", lambda: None)
+
+
+def _run_ranks_here(context: Context, nodes: Nodes | None, log: Path, poll: Callable[[], None]) -> None:
+    """Runs this same command on every rank of this node."""
+    processes, extensions = context.recipe.teacher.ranks_per_node, context.run.cache / "torch_extensions"
+    run_ranks(context.words("generate"), processes=processes, extensions=extensions, log=log, poll=poll, nodes=nodes)
+
+
+def _generate_on_ranks(context: Context, tell: Callable[[Count], None]) -> None:
+    teacher = context.recipe.teacher
+    progress = [_progress_file(context, rank) for rank in range(teacher.world // teacher.layout.tensor_parallel)]
+    for path in progress:
+        path.unlink(missing_ok=True)
+
+    def poll() -> None:
+        if (count := read_counts(progress)) is not None:
+            tell(count)
+
+    _run_ranks_here(context, nodes_of(context.recipe), context.run.logs / "generate.log", poll)
+
+
+def _progress_file(context: Context, rank: int) -> Path:
+    return context.run.cache / f"generate.r{rank}.progress"
+
+
+def generate_rank(context: Context) -> None:
+    """One rank, started by torchrun. Ranks of one tensor-parallel group (neighbours) hold slices of one layer and answer
+    the same requests together: the first of them claims, journals and writes, the others lend their slices."""
+    rank, group = int(os.environ["RANK"]), context.recipe.teacher.layout.tensor_parallel
+    if rank % group:
+        _lend_a_slice(context)
+    else:
+        generate_here(context, file_reporter(_progress_file(context, rank // group)), rank=rank)
+
+
+def generate_here(context: Context, report: Callable[[Count], None], *, rank: int = 0) -> None:
+    from generate.worker import generate_traces
+    from teacher.engines import load_tokenizer, open_engine
+
+    recipe = context.recipe
+    engine, tokenizer = open_engine(recipe.teacher), load_tokenizer(recipe.teacher)
+    generate_traces(recipe, context.run, engine, tokenizer, teacher_fingerprint(context), rank=rank, report=report)
+    # Only after success: closing is collective, and a rank that failed must end at once, not wait for the others.
+    engine.close()
+
+
+def _lend_a_slice(context: Context) -> None:
+    from configs.draining import draining
+    from data.engine import Handout
+    from teacher.engines import open_engine
+
+    engine = open_engine(context.recipe.teacher)
+    with draining(context.recipe.generate.drain_seconds) as drain:
+        for _ in engine.generate((), Handout(stop=lambda: bool(drain.requested))):
+            pass
+        drain.end()
+    engine.close()

@@ -1,0 +1,140 @@
+"""The journal: what was appended comes back after any death, and files go when nobody needs them."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.journal import Entry, Estate, Journal, pack, read_journal
+from tests.e2e.commands import ROOT
+
+
+def tokens(trace_id: str, start: int, *ids: int, kind: str = "partial") -> Entry:
+    arrays = {"ids": np.array(ids, dtype=np.int32), "logprobs": -np.ones(len(ids), dtype=np.float32)}
+    return Entry(kind, trace_id, {"start": start}, arrays)  # type: ignore[arg-type]
+
+
+def entries(path: Path) -> list[Entry]:
+    return [entry for _, entry in read_journal(path)]
+
+
+def newest(folder: Path) -> Path:
+    return max(folder.glob("*.log"))
+
+
+def test_a_record_comes_back_as_it_went_in(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, "w")
+    arrays = {"ids": np.arange(6, dtype=np.int32).reshape(2, 3), "none": np.empty((0, 2), dtype=np.float64)}
+    journal.append(Entry("reply", "t", {"a": [1, "b"]}, arrays, b"\n{raw\x00}"), is_whole=True)
+    (found,) = entries(newest(tmp_path))
+    assert (found.kind, found.trace_id, found.header, found.raw) == ("reply", "t", {"a": [1, "b"]}, b"\n{raw\x00}")
+    assert all(
+        np.array_equal(found.arrays[name], array) and found.arrays[name].dtype == array.dtype for name, array in arrays.items()
+    )
+    journal.close()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 400), st.one_of(st.none(), st.integers(0, 10_000)))
+def test_a_torn_or_damaged_tail_costs_the_records_from_there_on(
+    tmp_path_factory: pytest.TempPathFactory, cut: int, flip: int | None
+) -> None:
+    path = tmp_path_factory.mktemp("journal") / "w.000000.log"
+    frames = [pack(tokens("t", start, start)) for start in range(5)]
+    content = bytearray(b"".join(frames))
+    intact = sum(1 for number in range(1, 6) if sum(map(len, frames[:number])) <= len(content) - cut)
+    if flip is not None:
+        flip %= len(content)
+        content[flip] ^= 4
+        intact = min(intact, sum(1 for number in range(1, 6) if sum(map(len, frames[:number])) <= flip))
+    path.write_bytes(bytes(content[: max(0, len(content) - cut)]))
+    assert [entry.header["start"] for entry in entries(path)] == list(range(intact))
+
+
+def test_what_is_left_of_a_trace_is_its_longest_chain(tmp_path: Path) -> None:
+    """Two workers had it, one after the other; a gap ends a chain; what is finished wins over what is longer."""
+    first, second = Journal(tmp_path, "first"), Journal(tmp_path, "second")
+    for entry in (tokens("t", 0, 1, 2), tokens("u", 0, 7), tokens("t", 2, 3), tokens("u", 5, 9), tokens("v", 0, 1, 1, 1, 1)):
+        first.append(entry, is_whole=entry.header["start"] == 0)
+    second.append(tokens("t", 0, 1, 2, 3, 4), is_whole=True)
+    ended = Entry("finished", "v", {"start": 0, "finish_reason": "stop"}, tokens("v", 0, 5, 6).arrays)
+    second.append(ended, is_whole=True)
+    estate = Estate(tmp_path)
+    estate.look(living={"second"})
+    assert set(estate.trace_ids) == {"t", "u", "v"}
+    estate.look(living=set())
+    left = {name: estate.take(name) for name in ("t", "u", "v", "nobody")}
+    assert [left[name].token_ids for name in ("t", "u", "v")] == [(1, 2, 3, 4), (7,), (5, 6)]  # type: ignore[union-attr]
+    assert left["nobody"] is None and estate.take("t") is None
+    assert left["t"].ending is None and left["v"].ending.header["finish_reason"] == "stop"  # type: ignore[union-attr]
+    assert len(left["t"].arrays["logprobs"]) == 4  # type: ignore[union-attr]
+
+
+def test_a_full_file_is_followed_by_one_that_stands_alone(tmp_path: Path) -> None:
+    """The long trace is written whole into the new file, then the old one goes; a committed trace pins nothing."""
+    first, second = tokens("long", 0, *range(100)), tokens("short", 0, 1)
+    journal = Journal(tmp_path, "w", rotate_bytes=len(pack(first)) + len(pack(second)) + 1)
+    journal.append(first, is_whole=True)
+    journal.append(second, is_whole=True)
+    assert not journal.wants_whole
+    journal.append(tokens("long", 100, 5), is_whole=False)
+    assert journal.wants_whole and len(list(tmp_path.iterdir())) == 1
+    journal.append(tokens("long", 0, *range(100), 5, 6), is_whole=True)
+    assert len(list(tmp_path.iterdir())) == 2
+    journal.forget("short")
+    assert [path.name for path in tmp_path.iterdir()] == ["w.000001.log"]
+    journal.forget("long")
+    journal.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_ends_the_file_with_a_whole_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal(tmp_path, "w")
+    journal.append(tokens("t", 0, 1), is_whole=True)
+    real_write = os.write
+    with monkeypatch.context() as patch:
+        patch.setattr("data.journal.os.write", lambda descriptor, frame: real_write(descriptor, frame[:11]))
+        with pytest.raises(OSError) as caught:
+            journal.append(tokens("t", 1, 2), is_whole=False)
+    assert caught.value.errno == errno.ENOSPC
+    journal.append(tokens("t", 1, 3), is_whole=False)
+    assert [entry.arrays["ids"].tolist() for entry in entries(newest(tmp_path))] == [[1], [3]]
+    journal.close()
+
+
+WRITER = """
+import sys, numpy as np
+from pathlib import Path
+from data.journal import Entry, Journal
+journal = Journal(Path(sys.argv[1]), "w", rotate_bytes=20_000)
+for number in range(10**9):
+    journal.append(Entry("partial", "t", {"start": number}, {"ids": np.array([number], dtype=np.int32)}), is_whole=number == 0)
+    print(number, flush=True)
+"""
+
+
+def test_a_killed_process_loses_no_record_that_it_had_appended(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stdout.readline() == "0\n"
+    time.sleep(0.2)
+    process.send_signal(signal.SIGKILL)
+    said = process.stdout.read().splitlines()
+    process.wait()
+    estate = Estate(tmp_path)
+    estate.look(living=set())
+    left = estate.take("t")
+    assert left is not None and len(left.token_ids) >= int(said[-1]) + 1
+    assert left.token_ids == tuple(range(len(left.token_ids)))
