@@ -29,7 +29,8 @@ class Request:
     prefix_ids, prefix_logprobs: output of an earlier attempt that was handed out. It counts against max_tokens, the
     noise goes on at its end, and the completion holds it. top_logits: keep that many best logits of every new token,
     with log Z at each of log_z_temperatures. prompt_version: name and content hash of the prompt's template, told to
-    servers in a header. reasoning_budget: most tokens of reasoning before its block is closed; 0 is no bound.
+    servers in a header. reasoning_budget: output tokens by which the reasoning block is closed, `reasoning_end` (the id of
+    its closing tag) being the last of them; 0 is no bound.
     """
 
     request_id: str
@@ -52,6 +53,7 @@ class Request:
     log_z_temperatures: tuple[float, ...] = (1.0,)
     prompt_version: str = ""
     reasoning_budget: int = 0
+    reasoning_end: int = -1
 
 
 def request_under(

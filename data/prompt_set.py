@@ -228,7 +228,7 @@ def _on_side(batch: pa.RecordBatch, split: Split | None) -> np.ndarray:
     """Bool, one per row."""
     if split is None:
         return np.ones(batch.num_rows, bool)
-    return pc.equal(batch["split"], split).to_numpy(zero_copy_only=False)
+    return np.array([side == split for side in batch["split"].to_pylist()], bool)
 
 
 def _id_bytes(column: pa.Array, path: Path) -> np.ndarray:
@@ -243,8 +243,9 @@ def _id_bytes(column: pa.Array, path: Path) -> np.ndarray:
 
 def _characters(messages: pa.ListArray) -> np.ndarray:
     """int64: characters of all contents of each row's messages."""
-    lengths = pc.fill_null(pc.utf8_length(messages.flatten().field("content")), 0).to_numpy(zero_copy_only=False)
+    contents = messages.flatten().field("content").fill_null("")
+    lengths = pc.call_function("utf8_length", [contents]).to_numpy(zero_copy_only=False)
     totals = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
-    counts = pc.list_value_length(messages).to_numpy(zero_copy_only=False)
+    counts = np.diff(messages.offsets.to_numpy())
     ends = np.cumsum(counts, dtype=np.int64)
     return totals[ends] - totals[ends - counts]

@@ -11,7 +11,7 @@ class DigestTable:
     Digests must be uniform (a hash); the one of all zeros marks a free slot and cannot be stored.
     """
 
-    def __init__(self, slots: int = 1 << 10) -> None:
+    def __init__(self, slots: int = 1 << 16) -> None:
         assert slots & (slots - 1) == 0, "a power of two"
         self._digests, self._labels = bytearray(slots * SIZE), bytearray(slots * 2)
         self._mask, self._count = slots - 1, 0

@@ -17,6 +17,7 @@ from dataclasses import replace
 from transformers import PreTrainedTokenizerBase
 
 from configs.draining import Drain, draining
+from configs.errors import UnusableInput
 from configs.progress import Count, Report
 from configs.schema import Recipe
 from data.chat import dialect_of, encode_prompt
@@ -25,6 +26,7 @@ from data.journal import Journal
 from data.prompt_set import PromptSet
 from data.records import request_seed
 from data.store import RunFolder, SegmentLog
+from data.structure import CLOSE
 from data.work import Leases, Worker, WorkFolder, ages, read_facts
 from generate import identity
 from generate.budget import Spent, spent
@@ -62,7 +64,16 @@ def to_request(ask: Ask, tokenizer: PreTrainedTokenizerBase, stop_ids: tuple[int
         min_tokens=min(request.min_tokens, max_tokens),
         prompt_version=prompt.prompt_version,
         reasoning_budget=prompt.reasoning_budget,
+        reasoning_end=reasoning_end(tokenizer) if prompt.reasoning_budget else -1,
     )
+
+
+def reasoning_end(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id of `</think>`. Raises UnusableInput where it is more than one."""
+    ids = tokenizer.encode(CLOSE, add_special_tokens=False)
+    if len(ids) != 1:
+        raise UnusableInput(f"reasoning_budget: {CLOSE} is {len(ids)} tokens of the teacher's tokenizer, expected one; leave it out")
+    return ids[0]
 
 
 def make_pool(recipe: Recipe, run: RunFolder, teacher_fingerprint: str) -> Pool:

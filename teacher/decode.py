@@ -34,7 +34,7 @@ from teacher.admission import rectangle
 from teacher.cache import SlotCache
 from teacher.experts import ExpertWatch
 from teacher.row import Detokenize, Row
-from teacher.sampling import Best, Forbidden, Noise, Truncation, best_logits, sample, uniforms
+from teacher.sampling import Best, Noise, Pairs, Truncation, best_logits, sample, uniforms
 
 log = logging.getLogger(__name__)
 
@@ -234,7 +234,7 @@ class Batch:
         self.watch.watch(slice(0, len(rows)), torch.ones_like(ids_B1, dtype=torch.bool))
         self.cache.select_next(positions_B1, columns)
         logits_BV = self.forward(ids_B1, positions_B1, mask_BT[:, None, None], self.cache, keep=1)[:, -1]
-        sampled = sample(logits_BV, self._noise(rows), self.banned_V, self._forbidden(rows))
+        sampled = sample(logits_BV, self._noise(rows), self.banned_V, self._forbidden(rows), self._forced(rows))
         ids, logprobs = self.share(torch.stack([sampled.ids_B.double(), sampled.logprobs_B])).tolist()  # one transfer a step
         if any(map(math.isnan, logprobs)):
             raise NotNumbers(
@@ -273,11 +273,17 @@ class Batch:
         truncation = None if takes_all else Truncation(top_p_B, top_k_B, min_p_B)
         return Noise(temperatures_B, truncation, uniforms(seeds_B, positions_B))
 
-    def _forbidden(self, rows: Sequence[Row]) -> Forbidden | None:
+    def _pairs(self, pairs: list[tuple[int, int]]) -> Pairs | None:
+        return Pairs(*torch.tensor(pairs, device=self.device).T) if pairs else None
+
+    def _forbidden(self, rows: Sequence[Row]) -> Pairs | None:
         """Stop ids of the rows that have not said min_tokens yet."""
         young = [(slot, row.request) for slot, row in enumerate(rows) if len(row.token_ids) + 1 < row.request.min_tokens]
-        pairs = [(slot, token_id) for slot, request in young for token_id in request.stop_ids]
-        return Forbidden(*torch.tensor(pairs, device=self.device).T) if pairs else None
+        return self._pairs([(slot, token_id) for slot, request in young for token_id in request.stop_ids])
+
+    def _forced(self, rows: Sequence[Row]) -> Pairs | None:
+        """The end of the reasoning of rows whose budget for it is spent."""
+        return self._pairs([(slot, row.request.reasoning_end) for slot, row in enumerate(rows) if row.must_end_reasoning])
 
     def _keep_best(self, rows: Sequence[Row], logits_BV: Tensor) -> None:
         asking = [(slot, row) for slot, row in enumerate(rows) if row.request.top_logits]

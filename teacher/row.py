@@ -51,6 +51,12 @@ class Row:
     def next_input(self) -> int:
         return self.token_ids[-1] if self.token_ids else self.request.prompt_ids[-1]
 
+    @property
+    def must_end_reasoning(self) -> bool:
+        """The next token is the last of the budget for reasoning, and its block is still open."""
+        request = self.request
+        return 0 < request.reasoning_budget == len(self.token_ids) + 1 and request.reasoning_end not in self.token_ids
+
     def reach(self, max_length: int) -> int:
         """Columns that it needs within the next HEADROOM steps."""
         now = max(self.length, self.to_load) + 1

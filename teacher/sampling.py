@@ -89,18 +89,25 @@ class Noise(NamedTuple):
     uniforms_B: Tensor
 
 
-class Forbidden(NamedTuple):
-    """(row, id) pairs that may not come next, int64: stop ids of rows below their min_tokens."""
+class Pairs(NamedTuple):
+    """(row, id) pairs, int64: ids that may not come next (stops of rows below their min_tokens), or that have to (the end of
+    a reasoning block whose budget is spent; one a row)."""
 
     rows_N: Tensor
     ids_N: Tensor
 
 
-def sample(logits_BV: Tensor, noise: Noise | None, banned_V: Tensor | None = None, forbidden: Forbidden | None = None) -> Sampled:
+def sample(
+    logits_BV: Tensor,
+    noise: Noise | None,
+    banned_V: Tensor | None = None,
+    forbidden: Pairs | None = None,
+    forced: Pairs | None = None,
+) -> Sampled:
     """One token per row; greedy for all rows when there is no noise, with ties to the lowest id.
 
     logits_BV: any float dtype. banned_V: bool, True on ids that are never emitted (rows of the vocabulary above the
-    tokenizer's size, padding).
+    tokenizer's size, padding). A forced id has the log-probability that the model gave it.
     """
     logits_BV = logits_BV.float()
     allowed_BV = logits_BV if banned_V is None else logits_BV.masked_fill(banned_V, float("-inf"))
@@ -114,6 +121,8 @@ def sample(logits_BV: Tensor, noise: Noise | None, banned_V: Tensor | None = Non
         if noise.truncation is not None:
             probabilities_BV = probabilities_BV.masked_fill(~kept_mask(probabilities_BV, *noise.truncation), 0.0)
         ids_B = torch.where(is_greedy_B, ids_B, inverse_cdf(probabilities_BV, noise.uniforms_B))
+    if forced is not None:
+        ids_B = ids_B.index_put((forced.rows_N,), forced.ids_N)
     return Sampled(ids_B, token_logprobs(logits_BV, ids_B))
 
 

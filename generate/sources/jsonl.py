@@ -34,7 +34,8 @@ def _parse(line: bytes, where: str) -> dict[str, object]:
         values = json.loads(line)
         if not isinstance(values, dict):
             raise UnusableInput(f"{where}: expected a JSON object, found {type(values).__name__}")
-        json.dumps(values, ensure_ascii=False).encode()
+        if b"\\u" in line:  # only an escape can say half a character
+            json.dumps(values, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise UnusableInput(
             f"{where}: text that is no valid Unicode ({error.reason}); expected UTF-8 without lone surrogates"

@@ -23,6 +23,7 @@ KEYS = frozenset(
 PLAIN_VERSION = f"jsonl@{digest('plain', size=4)}"
 """Of rows without a template, in whichever container: the same row is the same prompt in JSONL and in Parquet."""
 MAX_TOKENS = 2**31 - 1
+_KNOWN_VERIFIERS = tuple(name for name in VERIFIERS if name != "reasoning_gym")  # that one needs the generator's own entry
 _ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -91,11 +92,12 @@ def to_prompt(row: Row, source: str, licence: str, template: Template | None = N
         raise UnusableInput(
             f"{where}: reasoning_budget {reasoning_budget} leaves no room for an answer within max_tokens {max_tokens}"
         )
+    task = _text(row, "task") if "task" in values else Path(source).stem
     known = values.get("known")
     if known is not None and not isinstance(known, bool):
         raise UnusableInput(f"{where}: known is {known!r}, expected true or false")
     return Prompt(
-        prompt_identity(messages, version), source, _text(row, "task", Path(source).stem), version, messages, answer, verifier,
+        prompt_identity(messages, version), source, task, version, messages, answer, verifier,
         _split(row, messages), known, "", licence, tools, max_tokens, reasoning_budget,
     )  # fmt: skip
 
@@ -137,15 +139,14 @@ def _tokens(row: Row, key: str) -> int:
 
 def _verifier(row: Row, default: str) -> str:
     verifier = _text(row, "verifier", default)
-    known = [name for name in VERIFIERS if name != "reasoning_gym"]  # that one needs the generator's own entry
-    if verifier and verifier not in known:
-        raise UnusableInput(f"{row.where}: unknown verifier {verifier!r}; known: {', '.join(known)}")
+    if verifier and verifier not in _KNOWN_VERIFIERS:
+        raise UnusableInput(f"{row.where}: unknown verifier {verifier!r}; known: {', '.join(_KNOWN_VERIFIERS)}")
     return verifier
 
 
 def _split(row: Row, messages: Sequence[Message]) -> Split:
     text = " ".join(message.get("content", "") for message in messages)
-    split = row.values.get("split", "eval" if is_held_out(text) else "train")
+    split = row.values["split"] if "split" in row.values else "eval" if is_held_out(text) else "train"
     if split not in ("train", "eval"):
         raise UnusableInput(f"{row.where}: split {split!r}, expected train or eval")
     return cast(Split, split)

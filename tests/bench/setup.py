@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).parents[2] / ".bench"
-# Name -> requirements. datatrove's inference extra needs an older numpy than the project.
-PEERS: dict[str, list[str]] = {"datatrove": ["datatrove[io]", "aiohttp"]}
+# Name -> requirements. datatrove's inference extra wants vllm and sglang too; these are what its runner itself imports.
+PEERS: dict[str, list[str]] = {"datatrove": ["datatrove[io]", "aiohttp", "aiofiles", "aiosqlite", "httpx"]}
 
 
 def install(name: str, requirements: list[str]) -> None:

@@ -13,19 +13,20 @@ import pytest
 
 from configs.errors import UnusableInput
 from data.prompt_set import BATCH_BYTES, BATCH_ROWS, PromptSet, in_batches, prompt_file, read_prompts, write_prompts
-from data.records import Prompt, Split, prompt_identity
+from data.records import Message, Prompt, Split, prompt_identity
 from data.store import RunFolder, seal
 
 ROOT = Path(__file__).parents[2]
 
 
 def made(number: int, *, text: str = "", split: Split = "train") -> Prompt:
-    messages = (
+    messages: tuple[Message, ...] = (
         {"role": "user", "content": text or f"Grüße {number}"},
         {"role": "assistant", "content": "ja", "reasoning_content": "hm"},
     )
+    asked = messages[: 1 + number % 2]
     return Prompt(
-        prompt_identity(messages, "v"), "s", f"t{number % 3}", "v", messages[: 1 + number % 2], "a", "exact", split, None, "", "MIT",  # type: ignore[arg-type]
+        prompt_identity(asked, "v"), "s", f"t{number % 3}", "v", asked, "a", "exact", split, None, "", "MIT",
         max_tokens=number, tools="[]", evidence="{}", provenance="",
     )  # fmt: skip
 
@@ -81,7 +82,9 @@ def test_prompts_are_found_at_any_positions_in_the_order_asked_for(run: RunFolde
 
 def test_batches_are_bounded_by_rows_and_bytes(tmp_path: Path) -> None:
     sizes = [10, 600_000, 600_000, 3_000_000, 5, *[9] * 200, 2**20, 2**20 - 30, 30, 30]
-    prompts = [made(2 * number, text=f"{number:x}".ljust(size, "ü" if size == 3_000_000 else "x")) for number, size in enumerate(sizes)]
+    prompts = [
+        made(2 * number, text=f"{number:x}".ljust(size, "ü" if size == 3_000_000 else "x")) for number, size in enumerate(sizes)
+    ]
     batches = list(in_batches(prompts))
     assert [prompt for batch in batches for prompt in batch] == prompts
     for batch in batches:
@@ -151,7 +154,8 @@ from generate.prompts import PromptStream
 folder, count = Path(sys.argv[1]), int(sys.argv[2])
 with (folder / "p.jsonl").open("w") as file:
     for number in range(count):
-        file.write(json.dumps({"question": f"{number} ".ljust(200, "abcdefgh"[number % 8]), "task": f"t{number % 50}", "split": "train"}) + "\\n")
+        question = f"{number} ".ljust(200, "abcdefgh"[number % 8])
+        file.write(json.dumps({"question": question, "task": f"t{number % 50}", "split": "train"}) + "\\n")
 (folder / "e.jsonl").write_text(json.dumps({"question": "other", "split": "eval"}))
 
 def resident(key):

@@ -201,7 +201,7 @@ def test_what_cannot_be_built_is_refused_in_one_line(tmp_path: Path, changes: di
     (tmp_path / "wrong.md").write_text("{{ context }}{{ files }}")
     (tmp_path / "shouts.md").write_text("{{ context | upper }}")
     with pytest.raises(UnusableInput) as raised:
-        built(tmp_path, about(**changes))
+        built(tmp_path, about(**changes))  # type: ignore[arg-type]
     assert message.partition("only 12")[0] in str(raised.value) and "\n" not in str(raised.value)
 
 

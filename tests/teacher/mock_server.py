@@ -142,7 +142,7 @@ class MockServer:
         with suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
             while await self._one(reader, writer, number):
                 pass
-        writer.transport.abort() if writer.transport.is_closing() else writer.close()
+        writer.close()
 
     async def _one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int) -> bool:
         """Answers one request; False when the connection is to be closed."""
@@ -150,14 +150,15 @@ class MockServer:
         headers = dict(_header(line) for line in head[1:] if line)
         body = await reader.readexactly(int(headers.get("content-length", "0")))
         method, path, _ = head[0].split(" ")
+        stays = headers.get("connection", "").lower() != "close"
         if method == "GET":
-            return await self._send(writer, self.models)
+            return await self._send(writer, self.models) and stays
         asked = Asked(path, headers, json.loads(body), number)
         self.asked.append(asked)
         self.inside += 1
         self.peak = max(self.peak, self.inside)
         try:
-            return await self._send(writer, self.reply(asked))
+            return await self._send(writer, self.reply(asked)) and stays
         finally:
             self.inside -= 1
 

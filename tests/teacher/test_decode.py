@@ -293,7 +293,7 @@ def test_partial_outputs_are_handed_out_every_few_tokens_and_when_it_stops(folde
     last = {partial.request_id: partial for partial in taken}
     rest = []
     for request in requests:
-        _, ids, logprobs = last.get(request.request_id, Partial("", (), ()))
+        _, ids, logprobs, _ = last.get(request.request_id, Partial("", (), ()))
         rest.append(dataclasses.replace(request, prefix_ids=ids, prefix_logprobs=logprobs))
     assert outputs(LocalEngine(folder, batch_size=6).generate(rest)) == whole
 
@@ -305,6 +305,26 @@ def test_a_prefix_that_is_already_the_answer_costs_no_pass(glm_folder: Path) -> 
     engine.runner.model = lambda **_: pytest.fail("a pass was made")
     found = {c.request_id: (c.finish_reason, c.token_ids, c.logprobs) for c in engine.generate([ended, full])}
     assert found == {"stop": ("stop", (9, 3), (-1.0, -2.0)), "length": ("length", (9, 9), (-1.0, -2.0))}
+
+
+def test_reasoning_that_has_spent_its_budget_is_closed_and_goes_on_from_there(folder: Path) -> None:
+    """The closing tag stands last in the budget, with the log-probability that the model gave it; what was said before is what
+    would have been said, and what follows is what a continued prefix says. A block that closed by itself is left alone."""
+    engine, end = LocalEngine(folder, batch_size=5), 17
+    requests = changed([one for one in make_requests(20) if one.max_tokens == 30], stop_ids=())
+    free, budget = outputs(engine.generate(requests)), 9
+    closed = {one.request_id: one for one in engine.generate(changed(requests, reasoning_budget=budget, reasoning_end=end))}
+    for request in requests:
+        said, before = closed[request.request_id].token_ids, free[request.request_id]
+        if end in before[:budget]:
+            assert said == before
+            continue
+        assert said[: budget - 1] == before[: budget - 1] and said[budget - 1] == end and len(said) == 30
+        (whole,) = engine.score([request.prompt_ids + said])
+        recorded = closed[request.request_id].logprobs
+        assert recorded == pytest.approx(whole.logprobs[len(request.prompt_ids) :], abs=1e-4)
+        prefix = dataclasses.replace(request, prefix_ids=said[:budget], prefix_logprobs=recorded[:budget])
+        assert next(iter(engine.generate([prefix]))).token_ids == said
 
 
 def test_nothing_ends_before_min_tokens(folder: Path) -> None:

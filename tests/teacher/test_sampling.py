@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from teacher.sampling import Forbidden, Noise, Truncation, best_logits, inverse_cdf, kept_mask, sample, uniforms
+from teacher.sampling import Pairs, Noise, Truncation, best_logits, inverse_cdf, kept_mask, sample, uniforms
 
 MASK = (1 << 64) - 1
 
@@ -191,7 +191,7 @@ def test_a_row_that_takes_everything_takes_it_beside_any_neighbour() -> None:
 
 def test_forbidden_pairs_are_never_emitted_and_hold_for_their_row_only() -> None:
     logits = torch.tensor([[5.0, 4.0, 0.0]] * 2)
-    assert sample(logits, None, forbidden=Forbidden(torch.tensor([1]), torch.tensor([0]))).ids_B.tolist() == [0, 1]
+    assert sample(logits, None, forbidden=Pairs(torch.tensor([1]), torch.tensor([0]))).ids_B.tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 0.5])
