@@ -496,28 +496,39 @@ def data_stats(run_dir: RunFolderArgument) -> None:
 @data_app.command("show")
 def data_show(
     run_dir: RunFolderArgument,
+    trace: Annotated[str, typer.Option(help="Only traces whose id starts with this.")] = "",
     task: Annotated[str, typer.Option(help="Only tasks that start with this.")] = "",
     fate: Annotated[str, typer.Option(help="Only kept, rejected or unjudged traces.")] = "",
     reason: Annotated[str, typer.Option(help="Only traces with this reason.")] = "",
-    limit: Annotated[int, typer.Option(help="How many.")] = 5,
+    finish: Annotated[str, typer.Option(help="Only traces that ended so: stop, length, loop, abort.")] = "",
+    min_tokens: Annotated[int, typer.Option(help="Only outputs of at least so many tokens.")] = 0,
+    max_tokens: Annotated[int | None, typer.Option(help="Only outputs of at most so many tokens.")] = None,
+    unfold: Annotated[bool, typer.Option("--unfold", help="Show reasoning and long prompts whole.")] = False,
+    limit: Annotated[int | None, typer.Option(help="How many. [default: all on a terminal, else 5]")] = None,
 ) -> None:
-    """Traces in the terminal: prompt, reasoning, answer, verdicts."""
-    from data.stats import show
+    """Traces in the terminal, page by page: prompt, folded reasoning, answer, verdicts."""
+    from data.viewer import Wanted, rendered, show
 
     if fate not in ("", "kept", "rejected", "unjudged"):
         raise UnusableInput(f"--fate {fate}: expected kept, rejected or unjudged")
+    if finish not in ("", "stop", "length", "loop", "abort"):
+        raise UnusableInput(f"--finish {finish}: expected stop, length, loop or abort")
+    wanted = Wanted(trace, task, fate or None, reason, finish, min_tokens, max_tokens)  # type: ignore[arg-type]
     console = Console(highlight=False)
-    for shown in show(_existing_run(run_dir), task=task, fate=fate or None, reason=reason, limit=limit):  # type: ignore[arg-type]
-        trace = shown.trace
-        console.rule(f"{trace.task}  {shown.decision.fate} {shown.decision.reason}  {trace.trace_id}")
-        for message in trace.messages:
-            if reasoning := message.get("reasoning_content"):
-                console.print(f"think      {reasoning}", style="dim", markup=False)
-            console.print(f"{message.get('role', ''):<10} {message.get('content', '')}", markup=False)
-        console.print(
-            "verdicts   " + ", ".join(f"{name} {verdict.reason or verdict.verdict}" for name, verdict in shown.verdicts.items()),
-            markup=False,
-        )
+    found = show(_existing_run(run_dir), wanted, limit if limit is not None or console.is_terminal else 5)
+    one = None
+    for one in found:
+        console.print(rendered(one, unfold=unfold))
+        if console.is_terminal and not _wants_more(console):
+            break
+    if one is None:
+        print("no trace matches")
+
+
+def _wants_more(console: Console) -> bool:
+    """After each trace, as `more` asks: a key goes on, q ends."""
+    console.print("[dim]Enter: next, q: end[/dim]", end="")
+    return sys.stdin.readline().strip().lower() not in ("q", "quit") if sys.stdin.isatty() else True
 
 
 @data_app.command("verify")

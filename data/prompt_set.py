@@ -81,7 +81,7 @@ def _text_bytes(prompt: Prompt) -> int:
 
 
 class PromptIndex(NamedTuple):
-    """What has to be known of N prompts to put them in order and to name them; 33 bytes each. positions are those of
+    """What has to be known of N prompts to put them in order and to name them; 36 bytes each. positions are those of
     PromptSet.prompts, ascending."""
 
     prompt_ids_ND: np.ndarray

@@ -53,8 +53,8 @@ def read_documents(source: DocumentsSource, split: Split, folders: Sequence[Path
             if len(seen) == source.count:
                 return
     raise UnusableInput(
-        f"documents {' '.join(source.paths)}: only {len(seen)} different {split} prompts, expected count {source.count}; "
-        f"the texts are too short for facts {DISTANT} of their length apart, or hold the facts' words: add documents or raise budget_tokens"
+        f"documents {' '.join(source.paths)}: only {len(seen)} different {split} prompts, expected count {source.count}; their "
+        f"texts are too short for facts {DISTANT} of the length apart, or hold the facts' words: add texts or raise budget_tokens"
     )
 
 

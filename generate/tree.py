@@ -37,7 +37,7 @@ class SourceFile(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Tree:
-    """files: sorted by path. skipped: how many others there are, by reason; what .gitignore or the recipe excludes is not
+    """name: what prompts call it. files: sorted by path. skipped: how many others there are, by reason; what .gitignore or the recipe excludes is not
     among them."""
 
     name: str
@@ -67,7 +67,8 @@ def scan_tree(source: RepositorySource, folders: Sequence[Path]) -> Tree:
         UnusableInput: no such folder, a file that cannot be read, or nothing to read.
     """
     root = find_folder(source.path, folders, "repository")
-    name = root.name or "root"
+    name = Path(source.path).name  # as the recipe writes it: where a checkout happens to lie must not change its prompts
+    name = name if name not in ("", "..") else "repository"
     skipped: Counter[str] = Counter()
     include, exclude = (pathspec.GitIgnoreSpec.from_lines(globs) for globs in (source.include, source.exclude))
     paths = sorted(path for path in walk(root, name, skipped) if not exclude.match_file(path))

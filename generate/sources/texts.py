@@ -2,6 +2,7 @@
 
 import glob
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -27,20 +28,24 @@ def find_documents(source: DocumentsSource, folders: Sequence[Path]) -> dict[str
     Raises:
         UnusableInput: for a pattern that means no file, or a name that cannot stand on a line.
     """
-    found: dict[str, Path] = {}
+    found: dict[Path, tuple[str, Path]] = {}
     for pattern in source.paths:
-        for folder in folders:
-            matches = [Path(path) for path in glob.glob(str(folder / pattern), recursive=True)]  # noqa: PTH207
-            if files := [path for path in matches if path.is_file()]:
-                found |= {str(path.relative_to(folder)) if path.is_relative_to(folder) else path.name: path for path in files}
-                break
-        else:
-            raise UnusableInput(
-                f"documents {pattern}: no such file beside the recipe or in the working directory; correct generate.prompts paths"
-            )
-    if bad := [name for name in found if not name.isprintable()]:
-        raise UnusableInput(f"document {min(bad)!r}: its name is no printable UTF-8; rename it")
-    return dict(sorted(found.items()))
+        for name, path in sorted(_matches(pattern, folders).items(), key=lambda match: (match[0].count("/"), match)):
+            found.setdefault(path.resolve(), (name, path))  # a loop of links gives one file forty names, the shortest first
+    names = Counter(name for name, _ in found.values())
+    if bad := [name for name in names if not name.isprintable() or names[name] > 1]:
+        raise UnusableInput(f"document {min(bad)!r}: its name is no printable UTF-8, or another's too; rename it")
+    return dict(sorted(found.values()))
+
+
+def _matches(pattern: str, folders: Sequence[Path]) -> dict[str, Path]:
+    for folder in folders:
+        matches = [Path(path) for path in glob.glob(str(folder / pattern), recursive=True)]  # noqa: PTH207
+        if files := [path for path in matches if path.is_file()]:
+            return {str(path.relative_to(folder)) if path.is_relative_to(folder) else path.name: path for path in files}
+    raise UnusableInput(
+        f"documents {pattern}: no such file beside the recipe or in the working directory; correct generate.prompts paths"
+    )
 
 
 def load_documents(source: DocumentsSource, folders: Sequence[Path]) -> list[Document]:

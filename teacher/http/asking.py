@@ -29,13 +29,11 @@ class Asker:
         Raises:
             UnusableInput: what is wrong is wrong for every request.
         """
-        deadline = asyncio.timeout_at(live.started + self.engine.deadline_s)
         try:
-            async with deadline:
-                completion = await self._until_done(live)
-        except TimeoutError:
-            if not deadline.expired():
-                raise  # ETIMEDOUT, of the disk that keeps replies
+            completion = await self._until_done(live)
+        except asyncio.CancelledError:
+            if live.late != "deadline":
+                raise
             self.exchange.hand_out(live)
             completion = self._abort(live, live.error or "busy", self._so_far(live))
         if completion is not None and not self._withhold(live, completion):

@@ -32,7 +32,8 @@ class Asks:
 
     chat: the server owns the template, so nothing can be continued; a request that comes with a prefix is asked anew.
     completions: prompt ids and all output ids so far go out as they are, with the budget that remains. A reasoning budget is
-    kept in two phases: what is left of it is asked for, and reasoning that has not closed by then is closed by us.
+    kept in two phases: what is left of it is asked for, and reasoning that has not closed by then is closed by us. Such a
+    completion has no logprobs: nobody gave one for the tag.
     """
 
     def __init__(self, engine: schema.HttpEngine, model: str, reader: Reader) -> None:
@@ -47,27 +48,28 @@ class Asks:
         if self.engine.api == "chat":
             return Ask(encode(chat_body(request, self.model, self.reader.dialect.stop_tokens, self.engine)))
         left = request.max_tokens - len(request.prefix_ids) - len(given)
-        budget = self._reasoning_left(request, given)
-        if budget is not None and budget <= 0:
-            if left > len(self.reader.close_ids):
-                given += self.reader.close_ids
-                left -= len(self.reader.close_ids)
-            budget = None
+        free = self._free_reasoning(request, given)
+        if free is not None and free <= 0 and left > len(self._closing(request)):
+            given += self._closing(request)
+            left -= len(self._closing(request))
         if left <= 0:
             return None
-        phase: Literal["whole", "reasoning"] = "whole" if budget is None or budget >= left else "reasoning"
-        tokens = left if budget is None else min(left, budget)
-        body = completion_body(request, given, tokens, self.model, self.reader, self.engine)
-        return Ask(encode(body), len(request.prefix_ids), given, given_logprobs, phase)
+        bounded = free is not None and 0 < free < left
+        body = completion_body(request, given, min(left, free) if bounded else left, self.model, self.reader, self.engine)  # type: ignore[type-var]
+        return Ask(encode(body), len(request.prefix_ids), given, given_logprobs, "reasoning" if bounded else "whole")
 
-    def _reasoning_left(self, request: Request, given: tuple[int, ...]) -> int | None:
-        """Tokens left of the reasoning budget; None when it binds nothing: no budget, or the block has closed."""
+    def _closing(self, request: Request) -> tuple[int, ...]:
+        return (request.reasoning_end,) if request.reasoning_end >= 0 else self.reader.close_ids
+
+    def _free_reasoning(self, request: Request, given: tuple[int, ...]) -> int | None:
+        """Tokens before the closing tag, which is the last of the budget; None when it binds nothing: there is none, or the
+        block has closed."""
         said = request.prefix_ids + given
-        if not request.reasoning_budget or contains(said, self.reader.close_ids):
+        if not request.reasoning_budget or contains(said, self._closing(request)):
             return None
         if said and not self.reader.dialect.prompt_opens_think and not contains(said, self.reader.open_ids):
             return None  # an answer without reasoning
-        return request.reasoning_budget - len(said)
+        return request.reasoning_budget - len(self._closing(request)) - len(said)
 
 
 def contains(ids: Sequence[int], part: Sequence[int]) -> bool:
@@ -149,13 +151,19 @@ def _common(request: Request, stop_tokens: Sequence[str], engine: schema.HttpEng
 
 
 def headers_of(request: Request, model: str) -> dict[str, str]:
-    """What a gateway's log needs to find a request again. Percent-encoded: a header holds visible ASCII alone."""
+    """What a gateway's log needs to find a request again."""
     return {
         "Content-Type": "application/json",
-        "X-Tracestill-Request-Id": quote(request.request_id, safe=VISIBLE),
-        "X-Tracestill-Model-Id": quote(model, safe=VISIBLE),
-        "X-Tracestill-Prompt-Version": quote(request.prompt_version, safe=VISIBLE),
+        "X-Tracestill-Request-Id": visible(request.request_id),
+        "X-Tracestill-Model-Id": visible(model),
+        "X-Tracestill-Prompt-Version": visible(request.prompt_version),
     }
+
+
+def visible(text: str) -> str:
+    """Percent-encoded where it holds anything but visible ASCII, the only thing that a header can hold."""
+    plain = text.isascii() and text.isprintable() and " " not in text and "%" not in text
+    return text if plain else quote(text, safe=VISIBLE)
 
 
 VISIBLE = "!\"#$&'()*+,/:;<=>?@[\\]^`{|}~"

@@ -35,7 +35,7 @@ class Lost(Exception):
 
 
 class Silent(Exception):
-    """Not a byte for timeout_s."""
+    """No answer in time."""
 
 
 class Answer(NamedTuple):
@@ -54,11 +54,19 @@ class Answer(NamedTuple):
 
 @dataclass(slots=True)
 class Arriving:
-    """A reply on its way: what is left when its task is cancelled."""
+    """A reply on its way: what there is of it when its task is cancelled. heard_at: when the last piece came, or the request
+    was sent, on the loop's clock."""
 
+    heard_at: float = 0.0
     status: int = 0
     streamed: bool = False
     pieces: list[bytes] = field(default_factory=list)
+
+    def cut(self, started_at: float, sent_at: float, now: float) -> Answer | None:
+        """What there is, as a torn reply; None when nothing of it was paid for."""
+        if self.status != 200 or not self.pieces:
+            return None
+        return Answer(200, b"".join(self.pieces), self.streamed, True, "", started_at, sent_at, now - sent_at)
 
 
 Heard = Callable[[], Awaitable[None]]
@@ -77,7 +85,7 @@ class Connection:
             headers={"Accept-Encoding": "identity", "User-Agent": "tracestill"}  # identity: what is kept is what was sent
             | ({"Authorization": f"Bearer {self._key}"} if self._key else {}),
             cookie_jar=aiohttp.DummyCookieJar(),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=engine.timeout_s),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S),  # silence: see listening.Conversation
             read_bufsize=BUFFER_BYTES,
         )
 
@@ -101,7 +109,7 @@ class Connection:
         """The server's reply, whatever its status. A body that was cut off comes back as far as it came, `torn`.
 
         Raises:
-            Unreachable, Lost, Silent: there is no reply. Also when a body was cut off that nobody pays for.
+            Unreachable, Lost: there is no reply. Also when a body was cut off that nobody pays for.
         """
         return await self._exchange("POST", url, body, headers, arriving, heard)
 
@@ -121,6 +129,7 @@ class Connection:
     ) -> Answer:
         loop = asyncio.get_running_loop()
         started_at, sent_at = time.time(), loop.time()
+        arriving.heard_at = sent_at
         retry_after, torn = "", False
         try:
             async with self._session.request(
@@ -130,9 +139,10 @@ class Connection:
                 arriving.streamed = response.content_type == "text/event-stream"
                 while piece := await response.content.readany():
                     arriving.pieces.append(piece)
+                    arriving.heard_at = loop.time()
                     if heard and arriving.streamed and arriving.status == 200:
                         await heard()
-        except (aiohttp.ClientError, aiohttp.ServerTimeoutError, OSError, ValueError) as error:
+        except (aiohttp.ClientError, OSError, ValueError) as error:  # ValueError: a head that is no HTTP
             if arriving.status != 200:
                 raise _in_our_words(error) from None
             torn = True
@@ -147,8 +157,6 @@ def _in_our_words(error: Exception) -> Exception:
     match error:
         case aiohttp.ConnectionTimeoutError():
             return Unreachable(f"no connection within {CONNECT_S:g} s")
-        case aiohttp.ServerTimeoutError():
-            return Silent("silent for longer than timeout_s")
         case aiohttp.ClientConnectorCertificateError() | aiohttp.ClientConnectorSSLError() | aiohttp.ClientSSLError():
             return Unreachable("TLS failed: its certificate is not trusted here; name its authority in ca_file")
         case aiohttp.ClientConnectorDNSError():

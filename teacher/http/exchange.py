@@ -3,12 +3,12 @@
 import asyncio
 import time
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from configs import schema
 from data.engine import Handout, Partial, Request
 from teacher.http.asks import PATHS, Ask, headers_of
-from teacher.http.connection import Answer, Arriving, Connection, Heard, Lost, Silent, Unreachable
+from teacher.http.connection import Answer, Arriving, Connection, Heard, Lost, Unreachable
 from teacher.http.raw import Line, pack
 from teacher.http.readers import Readers
 from teacher.http.reading import Output, Reader, Reading
@@ -26,7 +26,8 @@ class Live:
 
     given, given_logprobs: what finished asks added to its prefix. asks: sent so far; paid: of them, those that may be billed
     and brought nothing. error: why the last failed; server: who was asked. arriving, stream: of the ask that is being answered, if one is; handed:
-    tokens of it that were handed out; heard: pieces of it that the stream has seen. reading: all bytes are there and wait to be parsed.
+    tokens of it that were handed out; heard: pieces of it that the stream has seen. reading: all bytes are there and wait to be parsed. late: why its task was cancelled, if it
+    was not for the run's sake.
     """
 
     request: Request
@@ -46,6 +47,7 @@ class Live:
     heard: int = 0
     handed: int = 0
     reading: bool = False
+    late: Literal["", "silence", "deadline"] = ""
 
     def catch_up(self) -> Reply | None:
         """What the stream that is coming in says so far; None when none is."""
@@ -97,30 +99,39 @@ class Exchange:
 
     async def _post(self, live: Live, ask: Ask, server: Server) -> Answer | Failed:
         """The reply of status 200, or what came instead; the server's window learns of it."""
-        loop = asyncio.get_running_loop()
-        sent_at, sent_at_unix = loop.time(), time.time()
-        live.ask, live.arriving, live.stream, live.heard, live.handed = ask, Arriving(), EventStream(), 0, 0
+        live.ask, live.arriving, live.stream, live.heard, live.handed = ask, (arriving := Arriving()), EventStream(), 0, 0
+        url, headers = server.path(PATHS[self.engine.api]), headers_of(live.request, self.model)
         heard = self._listener(live) if self.engine.stream and self.handout.every_tokens else None
+        loop, started_at = asyncio.get_running_loop(), time.time()
+        sent_at = arriving.heard_at = loop.time()
         try:
-            answer = await self.connection.post(
-                server.path(PATHS[self.engine.api]), ask.body, headers_of(live.request, self.model), live.arriving, heard
-            )
+            return self._weigh(server, await self.connection.post(url, ask.body, headers, arriving, heard))
         except Unreachable as error:
             self.servers.down(server, str(error))
             return Failed("no_server")
-        except (Lost, Silent) as error:
+        except Lost as error:
             server.why = str(error)
             server.window.complained(sent_at, loop.time())
-            return Failed("timed_out" if isinstance(error, Silent) else "no_server")
-        except asyncio.CancelledError:  # the request's deadline, or the end of a drain
-            live.error = "timed_out"
-            if not self.closed:
-                self._keep_torn(live, ask, server, sent_at_unix, loop.time() - sent_at)
-                self.hand_out(live)
+            return Failed("no_server")
+        except asyncio.CancelledError:
+            if self.closed:
+                raise
+            cut = arriving.cut(started_at, sent_at, loop.time())
+            if live.late:
+                live.error, server.why = "timed_out", "silent"
+                server.window.complained(sent_at, loop.time())
+            if live.late == "silence":
+                live.late = ""
+                task = asyncio.current_task()
+                assert task is not None
+                task.uncancel()
+                return cut or Failed("timed_out")
+            if cut:
+                self.handout.keep(live.request.request_id, self._pack(live, ask, server, cut))  # it was paid for
+            self.hand_out(live)
             raise
         finally:
             live.arriving = None
-        return self._weigh(server, answer)
 
     def _weigh(self, server: Server, answer: Answer) -> Answer | Failed:
         now = asyncio.get_running_loop().time()
@@ -159,13 +170,6 @@ class Exchange:
         return pack(line, self.connection.without_key(answer.body))
 
     # --- what is there before the end ---------------------------------------------------------------------------------
-
-    def _keep_torn(self, live: Live, ask: Ask, server: Server, started_at: float, seconds: float) -> None:
-        """What had come of a reply that nobody waits for any more: it was paid for."""
-        arriving = live.arriving
-        if arriving and arriving.status == 200 and arriving.pieces:
-            cut = Answer(200, b"".join(arriving.pieces), arriving.streamed, True, "", started_at, 0.0, seconds)
-            self.handout.keep(live.request.request_id, self._pack(live, ask, server, cut))
 
     def _listener(self, live: Live) -> Heard:
         every = self.handout.every_tokens

@@ -27,21 +27,21 @@ class ListeningLoop(asyncio.SelectorEventLoop):
     every deadline has passed, with the replies waiting in the sockets."""
 
     def __init__(self) -> None:
-        super().__init__()
         self._stood_s = 0.0
-        self._stood_since: float | None = super().time()
+        self._stood_since: float | None = time.monotonic()
+        super().__init__()
 
     def time(self) -> float:
-        return (self._stood_since or super().time()) - self._stood_s
+        return (self._stood_since or time.monotonic()) - self._stood_s
 
     def run_forever(self) -> None:
         if self._stood_since is not None:
-            self._stood_s += super().time() - self._stood_since
+            self._stood_s += time.monotonic() - self._stood_since
             self._stood_since = None
         try:
             super().run_forever()
         finally:
-            self._stood_since = super().time()
+            self._stood_since = time.monotonic()
 
 
 class Conversation:
@@ -61,7 +61,7 @@ class Conversation:
         self.done: deque[Completion] = deque()
         self.live: dict[asyncio.Task[None], Live] = {}
         self.failure: BaseException | None = None
-        self._listening = False
+        self._listening, self._looked_at = False, 0.0
         self.exchange = Exchange(engine, model, servers, self.connection, reader, self.readers, handout)
         self.asker = Asker(Asks(engine, model, reader), self.exchange, self._deliver, first_wait_s)
         self.watch = self.loop.create_task(servers.watch(self.connection))
@@ -80,6 +80,7 @@ class Conversation:
                 self._stop_asking()
             if not exhausted and not self.asker.stopping:
                 exhausted = self._pull(source)
+            self._give_up_the_late()
             if self.live:
                 self._listen(TICK_S if exhausted or self.asker.stopping or not self._room() else GLANCE_S)
             if time.monotonic() >= drained_at:
@@ -149,6 +150,22 @@ class Conversation:
         self.done.append(completion)
 
     # --- the loop -----------------------------------------------------------------------------------------------------
+
+    def _give_up_the_late(self) -> None:
+        """Ends exchanges whose server is silent for longer than timeout_s, and requests past their deadline. Looked at once a
+        tick: timers of their own cost each request as much as its headers."""
+        now = self.loop.time()
+        if now < self._looked_at + TICK_S:
+            return
+        self._looked_at = now
+        for task, live in self.live.items():
+            if now > live.started + self.engine.deadline_s:
+                live.late = "deadline"
+            elif live.arriving is not None and now > live.arriving.heard_at + self.engine.timeout_s:
+                live.late = "silence"
+            else:
+                continue
+            task.cancel()
 
     def _listen(self, seconds: float) -> None:
         """Runs the loop until a request ends, at most so long."""

@@ -162,7 +162,9 @@ class Servers:
             return None
         now = asyncio.get_running_loop().time()
         usable = [server for server in self.all.values() if server.usable(now)]
-        return min(usable, key=lambda server: server.window.in_flight / server.window.size, default=None)
+        if len(usable) < 2:
+            return usable[0] if usable else None
+        return min(usable, key=lambda server: server.window.in_flight / server.window.size)
 
     def _take(self, server: Server) -> Server:
         server.window.in_flight += 1

@@ -31,7 +31,7 @@ from pathlib import Path
 import aiohttp
 from rich.console import Console
 from rich.table import Table
-from tokenizers import ByteLevelBPETokenizer
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from configs import schema
@@ -165,7 +165,7 @@ def train_tokenizer() -> PreTrainedTokenizerBase:
     files = sorted(str(path) for folder in ("data", "teacher", "train", "student") for path in (REPOSITORY / folder).rglob("*.py"))
     bpe = ByteLevelBPETokenizer()
     bpe.train(files, vocab_size=16_000, special_tokens=["<|im_end|>", "<|endoftext|>"], show_progress=False)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(bpe.to_str()), eos_token="<|endoftext|>")
     tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}<think>"
     return tokenizer
 

@@ -4,7 +4,7 @@ import pytest
 
 from configs.errors import UnusableInput
 from configs.schema import Data
-from data.stats import dataset_hash, dataset_stats, show
+from data.stats import dataset_hash, dataset_stats
 from data.store import RunFolder, read_rollup
 from tests.data.make_run import build_and_seal, make_prompt, make_run, make_trace
 
@@ -36,33 +36,7 @@ def test_the_dataset_hash_follows_its_content_and_nothing_else(tmp_path: Path, r
     assert hashes[0] == hashes[1] != hashes[2]
 
 
-def test_a_trace_is_shown_with_its_fate_and_every_verdict(run: RunFolder) -> None:
-    (shown,) = show(run, trace_id=make_trace(FACT, sample=1).trace_id[:12])
-    assert shown.trace == make_trace(FACT, "gold", sample=1)
-    assert (shown.decision.fate, shown.decision.reason, shown.decision.judgement) == ("rejected", "wrong", "verifier")
-    assert {name: verdict.verdict for name, verdict in shown.verdicts.items()} == {
-        "answer_present-v1": "pass", "decontaminate-v1": "pass", "dedup-v1": "pass", "finish_reason-v1": "pass",
-        "think_tags-v1": "pass", "verifier-exact-v1": "fail",
-    }  # fmt: skip
-
-
-def test_traces_are_found_by_task_fate_and_reason_up_to_a_limit(run: RunFolder) -> None:
-    assert [shown.trace.task for shown in show(run)] == ["sums", "sums", "facts", "facts"]
-    assert [shown.trace.task for shown in show(run, limit=3)] == ["sums", "sums", "facts"]
-    assert [shown.trace.task for shown in show(run, fate="kept")] == ["sums", "facts"]
-    assert [shown.trace.messages[-1].get("content") for shown in show(run, task="fac", reason="wrong")] == ["gold"]
-    assert show(run, reason="timed_out") == []
-
-
-def test_changed_verdicts_are_not_shown(run: RunFolder) -> None:
-    path = run.verdicts / "verifier-exact-v1.arrow"
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UnusableInput, match=r"verifier-exact-v1\.arrow: sha256"):
-        show(run)
-
-
 def test_without_a_sealed_dataset_there_is_nothing_to_tell(tmp_path: Path) -> None:
     run = make_run(tmp_path / "empty", [SUM], [[make_trace(SUM)]])
-    for tell in (dataset_stats, show):
-        with pytest.raises(UnusableInput, match="no dataset yet"):
-            tell(run)
+    with pytest.raises(UnusableInput, match="no dataset yet"):
+        dataset_stats(run)

@@ -152,6 +152,14 @@ def test_unusable_documents_are_named_in_one_line(tmp_path: Path, name: str, con
     assert message in str(raised.value) and "\n" not in str(raised.value)
 
 
+def test_a_loop_of_links_is_one_document(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.md").write_text(prose(1, 80))
+    (tmp_path / "a" / "loop").symlink_to(tmp_path / "a")
+    [prompt] = built(tmp_path, asking(paths=("**/*.md",), count=1))
+    assert [file["path"] for file in json.loads(prompt.provenance)["files"]] == ["a/x.md"]
+
+
 def test_tokens_before_places_add_up() -> None:
     text = "one\ntwo\nthree\n"
     assert tokens_before(text, [8, 0, 4, 8], count_bytes) == [8, 0, 4, 8]

@@ -159,7 +159,7 @@ def test_the_evidence_is_where_it_is_said_to_be(folder: Path) -> None:
 
 def test_the_same_tree_and_seed_give_the_same_bytes_whatever_the_directory_order(tmp_path: Path) -> None:
     write(tmp_path / "one" / "tree", FILES)
-    write(tmp_path / "two" / "tree", dict(reversed(FILES.items())))
+    write(tmp_path / "two" / "tree", dict(reversed(FILES.items())))  # this and its name change how a file system lists it
     source = about("find-planted-bug")
     assert built(tmp_path / "one", source) == built(tmp_path / "two", source)
     assert source_hashes([source], [tmp_path / "one"]) == source_hashes([source], [tmp_path / "two"])
@@ -167,6 +167,12 @@ def test_the_same_tree_and_seed_give_the_same_bytes_whatever_the_directory_order
     assert {prompt.answer for prompt in other} != {prompt.answer for prompt in built(tmp_path / "one", source)}
     (tmp_path / "two" / "tree" / "docs" / "guide.md").write_text("other words\n")
     assert source_hashes([source], [tmp_path / "one"]) != source_hashes([source], [tmp_path / "two"])
+
+
+def test_where_a_checkout_lies_changes_no_prompt(folder: Path, tmp_path: Path) -> None:
+    source = about(path=".", count=2)
+    shutil.copytree(folder / "tree", tmp_path / "elsewhere")
+    assert built(folder / "tree", source) == built(tmp_path / "elsewhere", source)
 
 
 def test_no_file_is_the_focus_of_both_training_and_evaluation(folder: Path) -> None:

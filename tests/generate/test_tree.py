@@ -1,11 +1,13 @@
 """The files of a hostile tree: what git would list is listed, and nothing else is read, followed or waited for."""
 
+import hashlib
 import os
 import shutil
 import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,7 +33,7 @@ def paths(tree: Tree) -> list[str]:
 
 
 IGNORES: dict[str, str | bytes] = {
-    ".gitignore": "*.log\n!kept.log\nbuild/\n/only-top\n# comment\n\ndoc/**/draft.md\n*.[oa]\ntrailing \nescaped\\ \n!\n**/deep/\n",
+    ".gitignore": "*.log\n!kept.log\nbuild/\n/only-top\n# words\n\ndoc/**/draft.md\n*.[oa]\ntrailing \nescaped\\ \n!\n**/deep/\n",
     "sub/.gitignore": "!a.log\n*.py\n!main.py\nnested/*\n!nested/keep.txt\n",
     "sub/more/.gitignore": "!b.py\n",
     "build/.gitignore": "!x.py\n",
@@ -104,17 +106,17 @@ def test_a_tree_of_nothing_is_refused(tmp_path: Path) -> None:
         scan(tmp_path, path="nowhere")
 
 
-def test_ten_thousand_files_in_any_order_have_one_hash(tmp_path: Path) -> None:
+def test_ten_thousand_files_come_sorted_and_hashed(tmp_path: Path) -> None:
     names = [f"d{number % 100}/f{number}.py" for number in range(10_000)]
-    for root, order in (("one", names), ("two", names[::-1])):
-        for folder in range(100):
-            (tmp_path / root / f"d{folder}").mkdir(parents=True)
-        for name in order:
-            (tmp_path / root / name).write_text(name)
-    one, two = scan(tmp_path / "one"), scan(tmp_path / "two")
-    assert paths(one) == sorted(names) and tree_hash(one) == tree_hash(two)
-    (tmp_path / "two" / names[7]).write_text("changed")
-    assert tree_hash(scan(tmp_path / "two")) != tree_hash(two)
+    for folder in range(100):
+        (tmp_path / f"d{folder}").mkdir(parents=True)
+    for name in names:
+        (tmp_path / name).write_text(name)
+    tree = scan(tmp_path)
+    assert paths(tree) == sorted(names)
+    assert all(file.sha256 == hashlib.sha256(file.path.encode()).hexdigest() for file in tree.files)
+    changed = tree.files[7]._replace(sha256="0" * 64)
+    assert tree_hash(tree) == tree_hash(scan(tmp_path)) != tree_hash(replace(tree, files=(changed, *tree.files[1:])))
 
 
 def test_a_file_that_changes_after_the_scan_is_refused(tmp_path: Path) -> None:

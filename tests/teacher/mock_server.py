@@ -21,6 +21,13 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 LETTERS = b"abcdefghijklmnopqrstuvwxyz "
+PROSE = (
+    "The two stations stand eleven miles apart, so the first train has gone some way before the second one leaves. Let us write "
+    "down what we know: the speed of each, the hour at which it starts, and the distance between them. If they meet after t "
+    "hours, both have covered the whole line together, hence 40 t + 30 (t - 1/2) = 11. That gives t = 26/70, or a little over "
+    "twenty-two minutes; but the second train has not left by then, so something is wrong with the order of the two. Check it "
+    "again: the timetable lists the departure in local time, and the clocks differ by a quarter of an hour.\n"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +252,7 @@ class Author:
     def _chat(self, asked: Asked, wait_s: float) -> Reply:
         letters = min(self.reply_bytes, asked.body.get("max_tokens") or self.reply_bytes)
         start = hashlib.blake2b(asked.request_id.encode(), digest_size=2).digest()
-        text = (start.hex() + " ") * (letters // 5 + 1)
+        text = f"{start.hex()} " + PROSE * (letters // len(PROSE) + 1)
         half = letters // 2
         content = said("stop" if letters == self.reply_bytes else "length", reasoning_content=text[:half], content=text[half:letters])
         return Reply(body=encoded(content), wait_s=wait_s)

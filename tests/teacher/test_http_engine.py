@@ -94,7 +94,7 @@ def test_reasoning_is_closed_at_its_budget_and_the_answer_gets_the_rest(server: 
     kept: list[bytes] = []
     server.reply = by_ids
     engine = engine_for(server, api="completions", price_output_per_million=1e6)
-    asked = request(reasoning_budget=12, max_tokens=60)
+    asked = request(reasoning_budget=13, reasoning_end=CLOSE, max_tokens=60)
     (completion,) = ask(engine, asked, handout=Handout(keep=lambda _, raw: kept.append(raw)))
     assert [body["max_tokens"] for body in server.bodies] == [12, 47]
     assert completion.token_ids == (*whole("r0")[:12], CLOSE, *whole("r0")[13:])
@@ -105,11 +105,11 @@ def test_reasoning_is_closed_at_its_budget_and_the_answer_gets_the_rest(server: 
 
 def test_reasoning_that_closes_early_needs_no_second_ask(server: MockServer) -> None:
     server.reply = lambda asked: Reply(body=encoded(completed([9, CLOSE, 8, STOP])))
-    (completion,) = ask(engine_for(server, api="completions"), request(reasoning_budget=12))
+    (completion,) = ask(engine_for(server, api="completions"), request(reasoning_budget=13))
     assert completion.token_ids == (9, CLOSE, 8, STOP) and len(server.asked) == 1
     server.reply = lambda asked: Reply(body=encoded(completed([9, CLOSE, 8] if len(server.asked) == 2 else [7, STOP],
                                                               "length" if len(server.asked) == 2 else "stop")))  # fmt: skip
-    (completion,) = ask(engine_for(server, api="completions"), request(reasoning_budget=3))
+    (completion,) = ask(engine_for(server, api="completions"), request(reasoning_budget=4))
     assert completion.token_ids == (9, CLOSE, 8, 7, STOP)  # the answer had begun: nothing is forced into it
 
 

@@ -1,0 +1,158 @@
+"""Single traces with everything that was said about them, a segment in memory at a time. Values first, then how a terminal
+shows them."""
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from rich.console import Group, RenderableType
+from rich.rule import Rule
+from rich.text import Text
+
+from configs.errors import UnusableInput
+from data.records import Message, Trace, Verdict
+from data.schema import VERDICT, from_table
+from data.select import VIEW, VIEW_FILE, Decision, Fate
+from data.store import Rollup, RunFolder, read_first_copies, read_rollup, read_table
+
+FOLDED_CHARACTERS = 240
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What to show: everything that is given has to match; trace_id and task by prefix. tokens: of the output. finish: how it
+    ended. fate and reason need a dataset."""
+
+    trace_id: str = ""
+    task: str = ""
+    fate: Fate | None = None
+    reason: str = ""
+    finish: str = ""
+    min_tokens: int = 0
+    max_tokens: int | None = None
+
+
+class Shown(NamedTuple):
+    """One trace, its fate, and every verdict on it by the name of the judge's file (`length-v1`). Both are empty before a
+    dataset is built, and of an abort, which no dataset counts."""
+
+    trace: Trace
+    decision: Decision | None
+    verdicts: Mapping[str, Verdict]
+
+
+def show(run: RunFolder, wanted: Wanted = Wanted(), limit: int | None = None) -> Iterator[Shown]:
+    """Traces in log order, read as they are asked for.
+
+    Raises UnusableInput when there are none, when a fate is wanted and no dataset is sealed, or when a verdict file or a
+    segment is not what was committed.
+    """
+    rollup = read_rollup(run.dataset)
+    if rollup is None and (wanted.fate or wanted.reason):
+        raise UnusableInput(f"{run.dataset}: no dataset yet, so no fates; run: tracestill data build")
+    if not run.traces.is_dir():
+        raise UnusableInput(f"{run.traces}: no traces yet; run: tracestill generate")
+    decisions = (
+        {} if rollup is None else {row["trace_id"]: Decision(**row) for row in _read(run, rollup, VIEW_FILE, VIEW).to_pylist()}
+    )
+    return itertools.islice(_matching(run, wanted, rollup, decisions), limit)
+
+
+def _matching(run: RunFolder, wanted: Wanted, rollup: Rollup | None, decisions: Mapping[str, Decision]) -> Iterator[Shown]:
+    tables = {} if rollup is None else _verdict_tables(run, rollup)
+    for table in read_first_copies(run.traces):
+        identities = table["trace_id"].to_pylist()
+        right_fate = pa.array([_has_fate(wanted, decisions.get(identity)) for identity in identities], pa.bool_())
+        chosen = table.filter(pc.and_(_mask(table, wanted), right_fate))
+        for row in range(chosen.num_rows):
+            [trace] = from_table(chosen.slice(row, 1), Trace)
+            yield Shown(trace, decisions.get(trace.trace_id), _verdicts(tables, trace.trace_id))
+
+
+def _mask(table: pa.Table, wanted: Wanted) -> pa.ChunkedArray:
+    """What Arrow can say without a record being made."""
+    tokens = pc.add(table["reasoning_tokens"], table["answer_tokens"])
+    mask = pc.and_(pc.starts_with(table["trace_id"], wanted.trace_id), pc.starts_with(table["task"], wanted.task))
+    mask = pc.and_(mask, pc.greater_equal(tokens, wanted.min_tokens))
+    if wanted.max_tokens is not None:
+        mask = pc.and_(mask, pc.less_equal(tokens, wanted.max_tokens))
+    return pc.and_(mask, pc.equal(table["finish_reason"], wanted.finish)) if wanted.finish else mask
+
+
+def _has_fate(wanted: Wanted, decision: Decision | None) -> bool:
+    if not wanted.fate and not wanted.reason:
+        return True
+    return decision is not None and wanted.fate in (None, decision.fate) and wanted.reason in ("", decision.reason)
+
+
+def _verdict_tables(run: RunFolder, rollup: Rollup) -> dict[str, pa.Table]:
+    """By the judge's name and version."""
+    names = sorted(path.removeprefix("verdicts/") for path in rollup.files if path.startswith("verdicts/"))
+    return {name.removesuffix(".arrow"): _read(run, rollup, name, VERDICT) for name in names if name != VIEW_FILE}
+
+
+def _verdicts(tables: Mapping[str, pa.Table], trace_id: str) -> dict[str, Verdict]:
+    """They are sorted by trace_id, each at most once in a file."""
+    found = {}
+    for name, table in tables.items():
+        row = pc.index(table["trace_id"], trace_id).as_py()
+        if row >= 0:
+            [found[name]] = from_table(table.slice(row, 1), Verdict)
+    return found
+
+
+def _read(run: RunFolder, rollup: Rollup, name: str, schema: pa.Schema) -> pa.Table:
+    path = run.verdicts / name
+    table = read_table(path, sha256=rollup.files[f"verdicts/{name}"])
+    if table.schema != schema:
+        raise UnusableInput(f"{path}: columns {table.schema.names}, expected {schema.names}; run tracestill data build again")
+    return table
+
+
+# --- on a terminal -----------------------------------------------------------------------------------------------
+
+
+def rendered(shown: Shown, *, unfold: bool) -> RenderableType:
+    """One trace: who said what, reasoning folded to its beginning and its end unless it is unfolded."""
+    trace = shown.trace
+    fate = "" if shown.decision is None else f"  {shown.decision.fate} {shown.decision.reason}".rstrip()
+    ended = trace.finish_reason + (f" ({trace.error})" if trace.error else "")
+    facts = (
+        f"{ended}, {trace.prompt_tokens:,} + {trace.reasoning_tokens:,} reasoning + {trace.answer_tokens:,} answer tokens, "
+        f"{trace.seconds:,.1f} s, attempt {trace.attempt}, {trace.engine} {trace.model_id}"
+    )
+    verdicts = ", ".join(f"{name} {verdict.reason or verdict.verdict}" for name, verdict in shown.verdicts.items())
+    parts: list[RenderableType] = [Rule(f"{trace.task}{fate}  {trace.trace_id}", align="left"), Text(facts, style="dim")]
+    for message in trace.messages:
+        parts += _message(message, unfold)
+    if trace.messages and not trace.messages[-1].get("content") and not trace.messages[-1].get("reasoning_content"):
+        parts.append(_line("raw", trace.raw_text if unfold else folded(trace.raw_text), "dim"))
+    if verdicts:
+        parts.append(_line("verdicts", verdicts))
+    return Group(*parts)
+
+
+def _message(message: Message, unfold: bool) -> list[RenderableType]:
+    reasoning, said = message.get("reasoning_content", ""), message.get("content", "")
+    is_long = message.get("role") != "assistant" and not unfold
+    parts: list[RenderableType] = [_line("think", reasoning if unfold else folded(reasoning), "dim")] if reasoning else []
+    return [*parts, _line(message.get("role", ""), folded(said, 8 * FOLDED_CHARACTERS) if is_long else said)]
+
+
+def _line(label: str, text: str, style: str = "") -> Text:
+    """Model output is data: no markup in it is ever obeyed, and no control character reaches the terminal."""
+    safe = "".join(
+        character if character.isprintable() or character in "\n\t" else "\N{REPLACEMENT CHARACTER}" for character in text
+    )
+    return Text(f"{label:<10} {safe}", style=style)
+
+
+def folded(text: str, limit: int = FOLDED_CHARACTERS) -> str:
+    """The text, or its two ends and how much stands between them."""
+    if len(text) <= limit:
+        return text
+    half = limit // 2
+    return f"{text[:half].rstrip()} [... {len(text) - 2 * half:,} characters ...] {text[-half:].lstrip()}"
