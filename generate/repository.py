@@ -3,7 +3,9 @@
 Each prompt has a focus file, drawn by hash from the code files of its side of the split: a file that evaluation asks about
 is never the focus of a training prompt. Which files go in, until the budget is used: the focus; README and manifests of the
 root; then all others by how many folders lie between them and the focus, and by path. In which order they stand: README and
-manifests first, then by path, so that the focus comes to stand at any depth. Whole files only (generate/packing.py).
+manifests first, then by path, beginning with the file from which on the focus comes to stand at a depth drawn evenly (and
+after the last path the first; in plain path order neighbours of a deep folder all stood at the end). Whole files only
+(generate/packing.py).
 """
 
 import json
@@ -119,7 +121,9 @@ class _Builder:
         if piece is None or (planted is not None and planted.site.line > piece.num_lines):
             return None
         packed = pack(self.shelf, self.by_proximity(focus.path), [piece], room)
-        fitted = fit(packed, 1, self.room, lambda pieces: self._render(focus, context_of(pieces), len(pieces)), self.count_tokens)
+        fitted = fit(
+            packed, 1, self.room, lambda pieces: self._render(focus, self._context(focus, pieces), len(pieces)), self.count_tokens
+        )
         return None if fitted is None else self._prompt(focus, fitted, planted)
 
     def _focus_piece(self, text: Text, room: int) -> Piece | None:
@@ -130,6 +134,12 @@ class _Builder:
         """All paths but the focus, in the order in which they are taken."""
         others = (path for path in self.files if path != focus)
         return sorted(others, key=lambda path: (preamble_rank(path), folders_between(path, focus), path))
+
+    def _arranged(self, focus: _Focus, pieces: Sequence[Piece]) -> list[Piece]:
+        return arrange(pieces, focus.path, int(digest(self.source.seed, *focus, "depth", size=4), 16) / 2**32)
+
+    def _context(self, focus: _Focus, pieces: Sequence[Piece]) -> str:
+        return "".join(piece.block for piece in self._arranged(focus, pieces))
 
     def _render(self, focus: _Focus, context: str, num_files: int) -> str:
         values = {
@@ -164,7 +174,7 @@ class _Builder:
 
     def _evidence(self, focus: _Focus, fitted: Fitted, planted: Planted) -> str:
         """token: how many tokens of the message stand before the line, counted on their own; depth: over all of them."""
-        before = fitted.content.find(context := context_of(fitted.packed.pieces))
+        before = fitted.content.find(context := self._context(focus, fitted.packed.pieces))
         if before < 0:
             raise UnusableInput(
                 f"template {self.template.name}: it changes {{{{ context }}}}, so that no place in it can be named"
@@ -181,7 +191,7 @@ class _Builder:
 
     def _provenance(self, focus: _Focus, packed: Packed) -> str:
         """sha256 and licence are the original file's, tokens those of its block in the prompt."""
-        files = [_origin(self.files[piece.name], piece) for piece in sorted(packed.pieces, key=_presentation)]
+        files = [_origin(self.files[piece.name], piece) for piece in self._arranged(focus, packed.pieces)]
         return json.dumps(
             {
                 "repository": self.tree.name,
@@ -211,13 +221,20 @@ def _origin(file: SourceFile, piece: Piece) -> dict[str, object]:
     }
 
 
-def context_of(pieces: Sequence[Piece]) -> str:
-    """The pieces as they stand in the prompt: README and manifests, then by path."""
-    return "".join(piece.block for piece in sorted(pieces, key=_presentation))
-
-
-def _presentation(piece: Piece) -> tuple[int, str]:
-    return preamble_rank(piece.name), piece.name
+def arrange(pieces: Sequence[Piece], focus: str, depth: float) -> list[Piece]:
+    """README and manifests, then the others by path, turned until about `depth` of their tokens stand before the focus."""
+    ordered = sorted(pieces, key=lambda piece: (preamble_rank(piece.name), piece.name))
+    first = sum(preamble_rank(piece.name) < len(PREAMBLE) for piece in pieces)
+    others = ordered[first:]
+    place = next((index for index, piece in enumerate(others) if piece.name == focus), None)
+    if place is None:  # the focus is of the README's kind
+        return ordered
+    wanted, start = depth * sum(piece.tokens for piece in others), place
+    for _ in others[1:]:
+        if (wanted := wanted - others[start - 1].tokens) < 0:
+            break
+        start = (start - 1) % len(others)
+    return [*ordered[:first], *others[start:], *others[:start]]
 
 
 def preamble_rank(path: str) -> int:

@@ -37,8 +37,8 @@ class SourceFile(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Tree:
-    """name: what prompts call it. files: sorted by path. skipped: how many others there are, by reason; what .gitignore or the recipe excludes is not
-    among them."""
+    """name: what prompts call it. files: sorted by path. skipped: how many others there are, by reason; what .gitignore or the
+    recipe excludes is not among them."""
 
     name: str
     root: Path

@@ -55,7 +55,9 @@ class HttpEngine:
         asyncio.run(self._look())
         if not self.servers.healthy:
             key = "servers_file" if self.engine.servers_file and not self.engine.base_urls else "base_urls"
-            raise UnusableInput(f"teacher.engine.{key}: no answer ({self.servers.describe()}); start a server or correct the list")
+            raise UnusableInput(
+                f"teacher.engine.{key}: no answer ({self.servers.describe()}); start a server or correct the list"
+            )
 
     async def _look(self) -> None:
         connection = Connection(self.engine)
@@ -74,9 +76,7 @@ class HttpEngine:
         Raises:
             UnusableInput: every request would fail: the key, the model, or what the recipe asks is refused.
         """
-        conversation = Conversation(
-            self.engine, self.model, self.servers, self.reader, handout or Handout(), self.first_wait_s
-        )
+        conversation = Conversation(self.engine, self.model, self.servers, self.reader, handout or Handout(), self.first_wait_s)
         try:
             yield from conversation.completions(requests)
         finally:

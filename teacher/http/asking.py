@@ -35,7 +35,8 @@ class Asker:
             if live.late != "deadline":
                 raise
             self.exchange.hand_out(live)
-            completion = self._abort(live, live.error or "busy", self._so_far(live))
+            error = live.error or ("busy" if self.exchange.servers.healthy else "no_server")
+            completion = self._abort(live, error, self._so_far(live))
         if completion is not None and not self._withhold(live, completion):
             self.deliver(completion)
 
@@ -147,6 +148,4 @@ class Asker:
         """A completion with the request's time and cost in all: the sum over its kept replies."""
         seconds = asyncio.get_running_loop().time() - live.started
         ids, logprobs = output.fitted()
-        return Completion(
-            live.request.request_id, ids, logprobs, reason, live.started_at, seconds, error=error, cost=live.cost
-        )
+        return Completion(live.request.request_id, ids, logprobs, reason, live.started_at, seconds, error=error, cost=live.cost)

@@ -85,7 +85,6 @@ class Exchange:
         Raises:
             UnusableInput: the key is refused, or another model answers than before.
         """
-        live.error = "" if self.servers.healthy else "no_server"
         live.server = server = await self.servers.acquire()
         live.asks += 1
         try:

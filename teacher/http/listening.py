@@ -84,7 +84,7 @@ class Conversation:
             if self.live:
                 self._listen(TICK_S if exhausted or self.asker.stopping or not self._room() else GLANCE_S)
             if time.monotonic() >= drained_at:
-                self._cancel(list(self.live))
+                self._cancel([task for task, live in self.live.items() if not live.reading])
             while self.done:
                 yield self.done.popleft()
             if not self.live and (exhausted or self.asker.stopping):
@@ -159,6 +159,8 @@ class Conversation:
             return
         self._looked_at = now
         for task, live in self.live.items():
+            if live.reading:
+                continue  # it is here, it only has to be parsed
             if now > live.started + self.engine.deadline_s:
                 live.late = "deadline"
             elif live.arriving is not None and now > live.arriving.heard_at + self.engine.timeout_s:

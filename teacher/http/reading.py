@@ -107,7 +107,9 @@ class Reader:
         Raises:
             ValueError: ids that the teacher's vocabulary does not have.
         """
-        new = tuple(reply.ids) or self.encode(reply.spoken(self.dialect.prompt_opens_think and not line.prefix and not line.given))
+        new = tuple(reply.ids) or self.encode(
+            reply.spoken(self.dialect.prompt_opens_think and not line.prefix and not line.given)
+        )
         if new and (set(map(type, new)) != {int} or min(new) < 0 or max(new) >= self.vocabulary):
             raise ValueError("token ids outside the teacher's vocabulary")
         ids = (*request.prefix_ids[: line.prefix], *line.given, *new)
@@ -115,10 +117,11 @@ class Reader:
         return Output(ids, logprobs)
 
     def _with_stop(self, request: Request, output: Output, reply: Reply) -> Output:
-        """The output with the stop token at its end, which text does not show and some servers' ids leave out. One that a
-        stop string ended keeps that string, as the other engines do, and has no stop token."""
+        """The output with the stop token at its end, which most texts do not show (that of `transformers serve` does) and some
+        servers' ids leave out. One that a stop string ended keeps that string, as the other engines do, and has no stop
+        token."""
         ends = {*request.stop_ids, *self.stop_ids, self._eos}
-        if reply.ids and output.ids[-1] in ends:
+        if output.ids and output.ids[-1] in ends:
             return output
         match reply.stop_reason:
             case str(text) if text in request.stop_strings:

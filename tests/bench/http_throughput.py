@@ -162,7 +162,9 @@ def mock_server() -> Iterator[str]:
 
 def train_tokenizer() -> PreTrainedTokenizerBase:
     """A tokenizer of a real one's kind: byte-level BPE that splits at words."""
-    files = sorted(str(path) for folder in ("data", "teacher", "train", "student") for path in (REPOSITORY / folder).rglob("*.py"))
+    files = sorted(
+        str(path) for folder in ("data", "teacher", "train", "student") for path in (REPOSITORY / folder).rglob("*.py")
+    )
     bpe = ByteLevelBPETokenizer()
     bpe.train(files, vocab_size=16_000, special_tokens=["<|im_end|>", "<|endoftext|>"], show_progress=False)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(bpe.to_str()), eos_token="<|endoftext|>")

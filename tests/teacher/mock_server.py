@@ -75,7 +75,11 @@ def said(finish_reason: str | None = "stop", **message: str | None) -> dict[str,
 
 def completed(ids: Sequence[int], finish_reason: str | None = "stop", **more: object) -> dict[str, Any]:
     """A completion by token ids, as vLLM gives it."""
-    return {"model": "tiny", "choices": [{"index": 0, "text": "", "finish_reason": finish_reason, "token_ids": list(ids)}], **more}
+    return {
+        "model": "tiny",
+        "choices": [{"index": 0, "text": "", "finish_reason": finish_reason, "token_ids": list(ids)}],
+        **more,
+    }
 
 
 def events(chunks: Sequence[Mapping[str, Any]], *, end: bool = True) -> tuple[bytes, ...]:
@@ -254,7 +258,9 @@ class Author:
         start = hashlib.blake2b(asked.request_id.encode(), digest_size=2).digest()
         text = f"{start.hex()} " + PROSE * (letters // len(PROSE) + 1)
         half = letters // 2
-        content = said("stop" if letters == self.reply_bytes else "length", reasoning_content=text[:half], content=text[half:letters])
+        content = said(
+            "stop" if letters == self.reply_bytes else "length", reasoning_content=text[:half], content=text[half:letters]
+        )
         return Reply(body=encoded(content), wait_s=wait_s)
 
     def _by_ids(self, asked: Asked, wait_s: float) -> Reply:
@@ -268,9 +274,7 @@ class Author:
             return Reply(body=encoded(completed(ids, reason)), wait_s=wait_s * len(ids) / self.reply_bytes)
         size = self.tokens_per_event
         chunks = [completed(ids[start : start + size], None) for start in range(0, len(ids), size)]
-        return Reply(
-            events=events([*chunks, completed([], reason)]), pause_s=wait_s * size / self.reply_bytes
-        )
+        return Reply(events=events([*chunks, completed([], reason)]), pause_s=wait_s * size / self.reply_bytes)
 
 
 def main() -> None:

@@ -247,7 +247,9 @@ def test_what_does_not_end_within_the_drain_is_handed_out_as_far_as_it_came(serv
     stop = threading.Event()
     threading.Timer(0.15, stop.set).start()
     engine = engine_for(server, api="completions", stream=True, drain_s=0.2)
-    handout = Handout(stop=stop.is_set, take=lambda one: partials.update({one.request_id: one}), keep=lambda _, raw: kept.append(raw))
+    handout = Handout(
+        stop=stop.is_set, take=lambda one: partials.update({one.request_id: one}), keep=lambda _, raw: kept.append(raw)
+    )
     started = time.monotonic()
     assert ask(engine, request(0), request(1), handout=handout) == []
     assert time.monotonic() - started < 0.8

@@ -107,7 +107,11 @@ def test_a_server_that_drips_a_byte_at_a_time_meets_the_deadline_and_its_bytes_a
     started = time.monotonic()
     (completion,) = ask(engine_for(server, timeout_s=0.3, deadline_s=0.6), request(), handout=handout)
     assert completion.error == "timed_out" and time.monotonic() - started < 1.5
-    assert len(kept) == 1 and b'"torn":true' in kept[0] and kept[0].partition(b"\n")[2] == GOOD.body[: len(kept[0].partition(b"\n")[2])]
+    assert (
+        len(kept) == 1
+        and b'"torn":true' in kept[0]
+        and kept[0].partition(b"\n")[2] == GOOD.body[: len(kept[0].partition(b"\n")[2])]
+    )
 
 
 # --- replies that were paid for --------------------------------------------------------------------------------------
@@ -182,7 +186,9 @@ def test_a_torn_stream_of_ids_is_continued_where_it_was_cut(server: MockServer, 
 
 
 def test_a_torn_chat_stream_is_asked_again_from_the_start(server: MockServer) -> None:
-    chunks = events([{"choices": [{"index": 0, "delta": {"content": letter}, "finish_reason": None}]} for letter in "abcd"], end=False)
+    chunks = events(
+        [{"choices": [{"index": 0, "delta": {"content": letter}, "finish_reason": None}]} for letter in "abcd"], end=False
+    )
     end = events([{"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}])
     server.reply = lambda asked: Reply(events=chunks, cut=3) if len(server.asked) == 1 else Reply(events=(*chunks, *end))
     (completion,) = ask(engine_for(server, stream=True), request())

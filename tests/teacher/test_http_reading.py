@@ -79,7 +79,8 @@ def test_ids_may_come_as_the_names_of_tokens() -> None:
 
 
 @pytest.mark.parametrize(
-    ("stop_reason", "last"), [(STOP + 2, STOP + 2), (256, 256), ("<|observation|>", STOP + 2), (None, STOP), ("elsewhere", STOP), (7, STOP)]
+    ("stop_reason", "last"),
+    [(STOP + 2, STOP + 2), (256, 256), ("<|observation|>", STOP + 2), (None, STOP), ("elsewhere", STOP), (7, STOP)],
 )
 def test_the_stop_is_the_one_the_server_names(stop_reason: int | str | None, last: int) -> None:
     reply = said(content="4")
@@ -92,6 +93,11 @@ def test_a_stop_string_stays_in_the_output_and_takes_the_place_of_the_stop_token
     reply["choices"][0]["stop_reason"] = ";;"
     raw = pack(LINE, encoded(reply))
     assert text_of(READER.read(request(stop_strings=(";;",)), raw).completion) == "the sum is 4;;"
+
+
+def test_a_stop_that_the_text_shows_is_not_written_twice() -> None:
+    """`transformers serve` leaves the stop string in the content."""
+    assert text_of(read(said(content="2+2</think>4<|user|>"))) == "2+2</think>4<|user|>"
 
 
 def test_logprobs_are_kept_only_where_each_belongs_to_an_id() -> None:
