@@ -111,7 +111,7 @@ def parse(raw: dict[str, Any], where: str) -> Recipe:
 
 
 # pydantic puts the tag of a union into the location; no recipe has it there.
-_UNION_TAGS = ("deepspeed", "local", "http", "reasoning_gym", "jsonl")
+_UNION_TAGS = ("deepspeed", "local", "http", "reasoning_gym", "jsonl", "parquet", "datasets", "repository", "documents")
 
 
 def describe(error: ValidationError) -> str:

@@ -57,12 +57,18 @@ def _prompts_identity(context: Context) -> dict[str, Any]:
     from generate.prompts import source_hashes
 
     recipe = context.recipe
-    return {
+    sources = [*recipe.generate.prompts, *recipe.evaluate.suites]
+    found = {
         "prompts": [source.model_dump(mode="json") for source in recipe.generate.prompts],
         "suites": [source.model_dump(mode="json") for source in recipe.evaluate.suites],
         "samples": recipe.generate.samples_per_prompt,
-        "files": source_hashes([*recipe.generate.prompts, *recipe.evaluate.suites], context.folders),
+        "files": source_hashes(sources, context.folders),
     }
+    if any(source.type in ("repository", "documents") for source in sources):  # packed to a budget of the teacher's tokens
+        from teacher.folders import fingerprint_tokenizer_only
+
+        found["tokenizer"] = fingerprint_tokenizer_only(recipe.teacher.model)
+    return found
 
 
 def _seal_traces(context: Context, show: Callable[[Count], None]) -> Outcome:

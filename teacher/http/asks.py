@@ -18,10 +18,9 @@ PATHS = {"chat": "chat/completions", "completions": "completions"}
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """One HTTP request for (a part of) one output. prefix, given, given_logprobs, phase: as in raw.Line."""
+    """One HTTP request for (a part of) one output. given, given_logprobs, phase: as in raw.Line."""
 
     body: bytes
-    prefix: int = 0
     given: tuple[int, ...] = ()
     given_logprobs: tuple[float, ...] = ()
     phase: Literal["whole", "reasoning"] = "whole"
@@ -47,24 +46,24 @@ class Asks:
         """
         if self.engine.api == "chat":
             return Ask(encode(chat_body(request, self.model, self.reader.dialect.stop_tokens, self.engine)))
-        left = request.max_tokens - len(request.prefix_ids) - len(given)
-        free = self._free_reasoning(request, given)
+        said = request.prefix_ids + given
+        left, free = request.max_tokens - len(said), self._free_reasoning(request, said)
         if free is not None and free <= 0 and left > len(self._closing(request)):
-            given += self._closing(request)
+            said += self._closing(request)
             left -= len(self._closing(request))
         if left <= 0:
             return None
         bounded = free is not None and 0 < free < left
-        body = completion_body(request, given, min(left, free) if bounded else left, self.model, self.reader, self.engine)  # type: ignore[type-var]
-        return Ask(encode(body), len(request.prefix_ids), given, given_logprobs, "reasoning" if bounded else "whole")
+        tokens = min(left, free) if free is not None and bounded else left
+        body = completion_body(request, said, tokens, self.model, self.reader, self.engine)
+        return Ask(encode(body), said, request.prefix_logprobs + given_logprobs, "reasoning" if bounded else "whole")
 
     def _closing(self, request: Request) -> tuple[int, ...]:
         return (request.reasoning_end,) if request.reasoning_end >= 0 else self.reader.close_ids
 
-    def _free_reasoning(self, request: Request, given: tuple[int, ...]) -> int | None:
+    def _free_reasoning(self, request: Request, said: tuple[int, ...]) -> int | None:
         """Tokens before the closing tag, which is the last of the budget; None when it binds nothing: there is none, or the
         block has closed."""
-        said = request.prefix_ids + given
         if not request.reasoning_budget or contains(said, self._closing(request)):
             return None
         if said and not self.reader.dialect.prompt_opens_think and not contains(said, self.reader.open_ids):
@@ -106,17 +105,16 @@ def chat_body(request: Request, model: str, stop_tokens: Sequence[str], engine: 
 
 
 def completion_body(
-    request: Request, given: tuple[int, ...], max_tokens: int, model: str, reader: Reader, engine: schema.HttpEngine
+    request: Request, said: tuple[int, ...], max_tokens: int, model: str, reader: Reader, engine: schema.HttpEngine
 ) -> dict[str, Any]:
     """The JSON body of one completion by token ids. Special tokens stay in the text, or its ids could not be counted.
 
     Raises:
         UnusableInput: the request asks for what the protocol cannot carry.
     """
-    said = len(request.prefix_ids) + len(given)
     body = {
         "model": model,
-        "prompt": [*request.prompt_ids, *request.prefix_ids, *given],
+        "prompt": [*request.prompt_ids, *said],
         "max_tokens": max_tokens,
         **_common(request, reader.dialect.stop_tokens, engine),
         **({"logprobs": engine.top_logprobs} if engine.logprobs else {}),
@@ -125,7 +123,7 @@ def completion_body(
         "skip_special_tokens": False,
     }
     if request.min_tokens:
-        body["min_tokens"] = min(max_tokens, max(0, request.min_tokens - said))
+        body["min_tokens"] = min(max_tokens, max(0, request.min_tokens - len(said)))
     return body
 
 

@@ -25,9 +25,9 @@ class Live:
     """A request that is neither completed nor given up. started: on the loop's clock; started_at: Unix time.
 
     given, given_logprobs: what finished asks added to its prefix. asks: sent so far; paid: of them, those that may be billed
-    and brought nothing. error: why the last failed; server: who was asked. arriving, stream: of the ask that is being answered, if one is; handed:
-    tokens of it that were handed out; heard: pieces of it that the stream has seen. reading: all bytes are there and wait to be parsed. late: why its task was cancelled, if it
-    was not for the run's sake.
+    and brought nothing. error: why the last failed; server: who was asked. arriving, stream: of the ask that is being
+    answered, if one is; heard: pieces of it that the stream has seen; handed: tokens of it that were handed out. reading: all
+    bytes are there and wait to be parsed. late: why its task was cancelled, if it was not for the run's sake.
     """
 
     request: Request
@@ -163,8 +163,8 @@ class Exchange:
 
     def _pack(self, live: Live, ask: Ask, server: Server, answer: Answer) -> bytes:
         line = Line(
-            server.path(PATHS[self.engine.api]), answer.status, answer.started_at, answer.seconds, live.asks, answer.streamed, answer.torn,
-            ask.prefix, ask.given, ask.given_logprobs, ask.phase,
+            server.path(PATHS[self.engine.api]), answer.status, answer.started_at, answer.seconds, live.asks, answer.streamed,
+            answer.torn, ask.given, ask.given_logprobs, ask.phase,
         )  # fmt: skip
         return pack(line, self.connection.without_key(answer.body))
 
@@ -196,9 +196,9 @@ class Exchange:
             if not live.given:
                 return None
         else:
-            line = Line("", 200, 0.0, 0.0, live.asks, True, True, ask.prefix, ask.given, ask.given_logprobs)
+            line = Line("", 200, 0.0, 0.0, live.asks, True, True, ask.given, ask.given_logprobs)
             try:
-                ids, logprobs = self.reader.output(live.request, line, reply)
+                ids, logprobs = self.reader.output(line, reply)
             except (ValueError, TypeError):
                 return None  # the reader will call the whole reply bad
         return Partial(live.request.request_id, *Output(ids, logprobs).fitted())

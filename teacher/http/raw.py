@@ -6,7 +6,6 @@ The line says what the bytes alone do not: which ids the server was asked to con
 import json
 from typing import Literal, NamedTuple
 
-
 ENCODER = json.JSONEncoder(separators=(",", ":"))  # json.dumps makes a new one each time
 
 
@@ -14,9 +13,9 @@ class Line(NamedTuple):
     """url: as asked, without credentials. started_at: Unix time; seconds: from sending to the last byte. attempt: 1 is the
     first ask for this request. streamed: the body is server-sent events. torn: the connection ended before the body did.
 
-    prefix: how many of the request's prefix_ids the ask continued (chat cannot: 0). given, given_logprobs: what earlier asks
-    of this request had produced, which this one continued. phase `reasoning`: asked for no more than was left of the
-    reasoning budget, so that `length` does not end the output.
+    given, given_logprobs: the output that the ask continued, the request's prefix included; written down here, so that these
+    bytes give the whole output whatever prefix the request has by the time they are read. phase `reasoning`: asked for no
+    more than was left of the reasoning budget, so that `length` does not end the output.
     """
 
     url: str
@@ -26,7 +25,6 @@ class Line(NamedTuple):
     attempt: int
     streamed: bool = False
     torn: bool = False
-    prefix: int = 0
     given: tuple[int, ...] = ()
     given_logprobs: tuple[float, ...] = ()
     phase: Literal["whole", "reasoning"] = "whole"

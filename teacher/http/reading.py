@@ -35,7 +35,7 @@ class Reading(NamedTuple):
 
 
 class Output(NamedTuple):
-    """Ids of one output, the request's prefix and earlier asks included. logprobs: as many as the servers sent."""
+    """Ids of one output, all that the ask continued included. logprobs: as many as the servers sent."""
 
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
@@ -78,8 +78,8 @@ class Reader:
             return Reading(_abort(request, line, "bad_reply", cost=cost), reply.model, detail=type(error).__name__)
 
     def _reading(self, request: Request, line: Line, reply: Reply) -> Reading:
-        output = self.output(request, line, reply)
-        cost = self._cost(request, line, reply, len(output.ids) - line.prefix - len(line.given))
+        output = self.output(line, reply)
+        cost = self._cost(request, line, reply, len(output.ids) - len(line.given))
         reason = ENDED.get(reply.reason)
         error = self._why_not(line, reply) if reason is None else ""
         if line.phase == "reasoning" and reason == "length":
@@ -100,21 +100,17 @@ class Reader:
             return REFUSALS[reply.reason]
         return "torn" if line.streamed and reply.choices and not reply.reason else "bad_reply"
 
-    def output(self, request: Request, line: Line, reply: Reply) -> Output:
+    def output(self, line: Line, reply: Reply) -> Output:
         """The output so far. ids are the server's where it returns them, else those of its text, counted by our tokenizer:
         servers report 0 reasoning tokens when `<think>` is part of the prompt.
 
         Raises:
             ValueError: ids that the teacher's vocabulary does not have.
         """
-        new = tuple(reply.ids) or self.encode(
-            reply.spoken(self.dialect.prompt_opens_think and not line.prefix and not line.given)
-        )
+        new = tuple(reply.ids) or self.encode(reply.spoken(self.dialect.prompt_opens_think and not line.given))
         if new and (set(map(type, new)) != {int} or min(new) < 0 or max(new) >= self.vocabulary):
             raise ValueError("token ids outside the teacher's vocabulary")
-        ids = (*request.prefix_ids[: line.prefix], *line.given, *new)
-        logprobs = (*request.prefix_logprobs[: line.prefix], *line.given_logprobs, *reply.logprobs)
-        return Output(ids, logprobs)
+        return Output((*line.given, *new), (*line.given_logprobs, *reply.logprobs))
 
     def _with_stop(self, request: Request, output: Output, reply: Reply) -> Output:
         """The output with the stop token at its end, which most texts do not show (that of `transformers serve` does) and some
@@ -136,7 +132,7 @@ class Reader:
 
     def _cost(self, request: Request, line: Line, reply: Reply, new: int) -> float:
         """Dollars, of the tokens that the server bills or, when it does not say, of ours."""
-        ours = len(request.prompt_ids) + line.prefix + len(line.given)
+        ours = len(request.prompt_ids) + len(line.given)
         prompt, output = reply.usage or (ours, new)
         return (prompt * self.prices.prompt + output * self.prices.output) / 1e6
 

@@ -58,7 +58,7 @@ class Reply:
         if (stop_reason := choice.get("stop_reason")) is not None:
             self.stop_reason = stop_reason
         tokens = tokens_of(choice.get("logprobs") or {})
-        self.ids += choice.get("token_ids") or tokens.ids
+        self.ids += choice.get("token_ids") or choice.get("response_token_ids") or tokens.ids  # vLLM; SGLang
         self.logprobs += tokens.logprobs
 
     @property

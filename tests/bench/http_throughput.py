@@ -141,8 +141,8 @@ def bare(url: str, number: int, folder: Path) -> float:
 
 def datatrove(url: str, number: int, folder: Path) -> float:
     words = [
-        str(PEER), str(REPOSITORY / "tests" / "bench" / "datatrove_peer.py"), url.removesuffix("/v1"), str(number), str(CONCURRENCY),
-        str(folder / f"datatrove{next(_numbers)}"),
+        str(PEER), str(REPOSITORY / "tests" / "bench" / "datatrove_peer.py"), url.removesuffix("/v1"), str(number),
+        str(CONCURRENCY), str(folder / f"datatrove{next(_numbers)}"),
     ]  # fmt: skip
     done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=True)
     return number / float(done.stdout.split()[-1])

@@ -1,4 +1,4 @@
-"""The http engine against a server that misbehaves: nothing is lost, nothing is passed off as whole, nothing is paid for twice."""
+"""The http engine against a server that misbehaves: nothing paid for is lost, nothing torn is passed off as whole."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -120,7 +120,8 @@ def test_a_server_that_drips_a_byte_at_a_time_meets_the_deadline_and_its_bytes_a
 @pytest.mark.parametrize(
     "bad",
     [
-        Reply(body=b"<html>sorry</html>"), Reply(body=b""), Reply(body=b'{"choices": []}'), Reply(body=b'{"choices"', cut=10, length=500),
+        Reply(body=b"<html>sorry</html>"), Reply(body=b""), Reply(body=b'{"choices": []}'),
+        Reply(body=b'{"choices"', cut=10, length=500),
         Reply(body=GOOD.body, cut=40), Reply(body=GOOD.body, cut=40, reset=True, pause_s=0.001),
     ],
     ids=["html", "empty", "no-choices", "cut", "torn", "reset"],

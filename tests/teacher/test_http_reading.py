@@ -1,5 +1,6 @@
 """Kept bytes to completions: every shape of reply, and none at all."""
 
+import itertools
 import json
 from typing import Any
 
@@ -69,6 +70,8 @@ def test_the_servers_own_ids_are_taken_as_they_are() -> None:
     assert read(completed([10, 11, CLOSE, 12, STOP])).token_ids == (10, 11, CLOSE, 12, STOP)
     assert read(completed([10, 11])).token_ids == (10, 11, STOP)  # a server that leaves the stop out
     assert read(completed([10, 11], "length")).token_ids == (10, 11)
+    choice = {"index": 0, "message": {"content": "?"}, "finish_reason": "length", "response_token_ids": [10, 11]}  # SGLang
+    assert read({"choices": [choice]}).token_ids == (10, 11)
 
 
 def test_ids_may_come_as_the_names_of_tokens() -> None:
@@ -198,7 +201,7 @@ def test_a_stream_may_be_cut_into_pieces_anywhere(cuts: list[int], windows_newli
     body = body.replace(b"\n", b"\r\n") if windows_newlines else body
     places = sorted({min(cut, len(body)) for cut in cuts} | {0, len(body)})
     stream = EventStream()
-    for start, end in zip(places, places[1:], strict=False):
+    for start, end in itertools.pairwise(places):
         stream.feed(body[start:end])
     assert stream.end() == read_stream(body) and stream.reply.spoken(True) == "2+2</think>4"
 
@@ -229,13 +232,14 @@ def test_a_server_that_answers_a_stream_with_an_error_is_torn_or_bad() -> None:
 
 
 def test_a_continuation_holds_the_prefix_what_was_given_and_what_came() -> None:
-    asked = request(prefix_ids=(5, 6), prefix_logprobs=(-0.5, -0.6))
+    """Whatever prefix the request has when the bytes are read: the line says what was continued."""
     choice = completed([9, STOP])
     choice["choices"][0]["logprobs"] = {"token_logprobs": [-0.9, -1.0]}
-    line = LINE._replace(prefix=2, given=(7, 8), given_logprobs=(-0.7, -0.8))
-    completion = READER.read(asked, pack(line, encoded(choice))).completion
-    assert completion.token_ids == (5, 6, 7, 8, 9, STOP)
-    assert completion.logprobs == (-0.5, -0.6, -0.7, -0.8, -0.9, -1.0)
+    line = LINE._replace(given=(5, 6, 7, 8), given_logprobs=(-0.5, -0.6, -0.7, -0.8))
+    for asked in (request(), request(prefix_ids=(5, 6), prefix_logprobs=(-0.5, -0.6)), request(prefix_ids=(5, 6, 7, 8))):
+        completion = READER.read(asked, pack(line, encoded(choice))).completion
+        assert completion.token_ids == (5, 6, 7, 8, 9, STOP)
+        assert completion.logprobs == (-0.5, -0.6, -0.7, -0.8, -0.9, -1.0)
 
 
 def test_a_reasoning_phase_that_used_up_its_tokens_is_unfinished_and_keeps_them() -> None:
