@@ -6,6 +6,7 @@ DECREASE = 0.5
 STEPS = 16  # replies to a full window add bound / STEPS: from nothing back to the bound in 16 round trips, however large it is
 SLOWER = 3.0
 JUDGED_REPLIES = 16
+JUDGED_S = 0.5  # replies that take less on average are slowed by this machine as easily as by the server
 
 
 @dataclass(slots=True)
@@ -77,5 +78,6 @@ class Window:
         self._now = Pace()
         if self._best is None or pace.throughput > self._best.throughput:
             self._best = pace
-        elif pace.load >= 0.9 * self._best.load and pace.throughput * SLOWER < self._best.throughput:
-            self.complained(now, now)
+        elif pace.seconds >= JUDGED_S * pace.replies and pace.load >= 0.9 * self._best.load:
+            if pace.throughput * SLOWER < self._best.throughput:
+                self.complained(now, now)

@@ -1,6 +1,6 @@
 """The peer of http_throughput: datatrove's checkpointed inference runner. Run with the Python of .bench/datatrove.
 
-    .bench/datatrove/bin/python tests/bench/datatrove_peer.py URL COUNT CONCURRENCY FOLDER
+    .bench/datatrove/bin/python -P tests/bench/datatrove_peer.py URL COUNT CONCURRENCY FOLDER
 
 Prints the seconds from the first document to the last written one; starting Python and importing are outside.
 """

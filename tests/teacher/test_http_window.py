@@ -75,3 +75,11 @@ def test_a_thin_stream_of_requests_is_no_latency() -> None:
         window.in_flight = 1
         window.answered(10.0, 11.0, 1000)
     assert window.size == 32
+
+
+def test_milliseconds_are_no_latency() -> None:
+    """A busy machine makes a reply of 2 ms one of 20; that says nothing of the server."""
+    window = Window(32)
+    answer(window, 64, sent_at=0.0, seconds=0.002)
+    answer(window, 64, sent_at=10.0, seconds=0.02)
+    assert window.size == 32
