@@ -1,9 +1,11 @@
 """Getting the requests of a run answered: by this process or by the ranks it starts, and beside whoever else is at it."""
 
 import logging
+import math
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +15,7 @@ from configs.progress import Count, Display, file_reporter, read_counts
 from configs.schema import DeepSpeedEngine, Recipe
 from data.ledger import Ledger, read_ledger
 from data.stage import Context
-from data.store import segments
+from data.store import SegmentLog, segments
 from data.work import WorkFolder, ages, read_facts
 from generate import identity
 from generate.budget import spent
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 WAIT_S = 1.0
+LOOK_S = 5.0
 
 
 def teacher_fingerprint(context: Context) -> str:
@@ -72,15 +75,31 @@ def ask_canary(context: Context) -> "CanaryReport":
 
 
 def launch(context: Context, show: Callable[[Count], None], ledger: Ledger) -> None:
-    already, requested = ledger.completed + ledger.failed, ledger.requested
+    """This process's part, or its ranks'. What is shown as done is what all workers of the run have done."""
+    already, committed = ledger.completed + ledger.failed, Committed(SegmentLog(context.run.traces))
 
     def tell(count: Count) -> None:
-        show(Count(count.done + already, requested, count.note))
+        show(Count(min(ledger.requested, max(already + count.done, committed.rows())), ledger.requested, count.note))
 
     if isinstance(context.recipe.teacher.engine, DeepSpeedEngine):
         _generate_on_ranks(context, tell)
     else:
         generate_here(context, tell)
+
+
+@dataclass
+class Committed:
+    """Rows of the trace segments, looked at now and then."""
+
+    log: SegmentLog
+    found: int = 0
+    looked: float = -math.inf
+
+    def rows(self) -> int:
+        if time.monotonic() - self.looked >= LOOK_S:
+            self.looked = time.monotonic()
+            self.found += sum(segment.rows for segment in self.log.look())
+        return self.found
 
 
 def wait_for_others(context: Context) -> bool:

@@ -2,7 +2,8 @@
 
 import asyncio
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from configs import schema
@@ -43,7 +44,7 @@ class Live:
     server: Server | None = None
     ask: Ask | None = None
     arriving: Arriving | None = None
-    stream: EventStream = field(default_factory=EventStream)
+    stream: EventStream | None = None
     heard: int = 0
     handed: int = 0
     reading: bool = False
@@ -53,6 +54,7 @@ class Live:
         """What the stream that is coming in says so far; None when none is."""
         if self.arriving is None or not self.arriving.streamed or self.arriving.status != 200:
             return None
+        self.stream = self.stream or EventStream()
         for piece in self.arriving.pieces[self.heard :]:
             self.stream.feed(piece)
         self.heard = len(self.arriving.pieces)
@@ -76,6 +78,8 @@ class Exchange:
         self.reader, self.readers, self.handout = reader, readers, handout
         self.reading = 0
         """Replies that are kept and wait to be parsed."""
+        self.room_opened: Callable[[], None] = lambda: None
+        """Called when a server has answered: it can be asked for more while the answer is parsed."""
         self.closed = False
         """The caller is gone: hand out nothing any more."""
 
@@ -98,7 +102,7 @@ class Exchange:
 
     async def _post(self, live: Live, ask: Ask, server: Server) -> Answer | Failed:
         """The reply of status 200, or what came instead; the server's window learns of it."""
-        live.ask, live.arriving, live.stream, live.heard, live.handed = ask, (arriving := Arriving()), EventStream(), 0, 0
+        live.ask, live.arriving, live.stream, live.heard, live.handed = ask, (arriving := Arriving()), None, 0, 0
         url, headers = server.path(PATHS[self.engine.api]), headers_of(live.request, self.model)
         heard = self._listener(live) if self.engine.stream and self.handout.every_tokens else None
         loop, started_at = asyncio.get_running_loop(), time.time()
@@ -153,6 +157,7 @@ class Exchange:
         self.handout.keep(live.request.request_id, raw)
         live.reading = True
         self.reading += 1
+        self.room_opened()
         try:
             reading = await self.readers.run(lambda: self.reader.read(live.request, raw))
         finally:

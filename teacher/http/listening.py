@@ -63,6 +63,7 @@ class Conversation:
         self.failure: BaseException | None = None
         self._listening, self._looked_at = False, 0.0
         self.exchange = Exchange(engine, model, servers, self.connection, reader, self.readers, handout)
+        self.exchange.room_opened = self._rouse
         self.asker = Asker(Asks(engine, model, reader), self.exchange, self._deliver, first_wait_s)
         self.watch = self.loop.create_task(servers.watch(self.connection))
         self.watch.add_done_callback(self._watched)
@@ -170,15 +171,17 @@ class Conversation:
             task.cancel()
 
     def _listen(self, seconds: float) -> None:
-        """Runs the loop until a request ends, at most so long."""
+        """Runs the loop until there is something to do outside it, at most so long."""
         timer = self.loop.call_later(seconds, self.loop.stop)
         self._listening = True
-        self.loop.run_forever()
-        self._listening = False
-        timer.cancel()
+        try:
+            self.loop.run_forever()
+        finally:  # a KeyboardInterrupt comes out here
+            self._listening = False
+            timer.cancel()
 
     def _rouse(self) -> None:
-        """Something for the caller."""
+        """There is something for the caller, or room for one more request."""
         if self._listening:
             self.loop.stop()
 

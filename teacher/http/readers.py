@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
 
 THREADS = max(1, min(4, (os.cpu_count() or 1) - 1))
+GATHER_S = 0.02
 REPORT_S = 0.005
 T = TypeVar("T")
 
@@ -19,12 +20,14 @@ class Job(NamedTuple):
 
 
 class Readers:
-    """Work is handed over once a pass of the loop, all that arrived in it together, and comes back the same way: a hand-over
-    of its own for each small reply costs as much as sending its request (0.1 ms and a fight for the GIL)."""
+    """Work is handed over every GATHER_S at most, all that arrived in it together, and comes back in batches too: each
+    hand-over costs more than sending a request (0.8 ms, most of it a fight for the GIL), and nobody waits for 20 ms more of a
+    trace."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop, self._pool = loop, ThreadPoolExecutor(THREADS, thread_name_prefix="http-reader")
         self._arrived: list[Job] = []
+        self._handed_over = float("-inf")
         self._closed = False
 
     async def run(self, work: Callable[[], T]) -> T:
@@ -32,7 +35,7 @@ class Readers:
         future: asyncio.Future[T] = self._loop.create_future()
         self._arrived.append(Job(work, future))
         if len(self._arrived) == 1:
-            self._loop.call_soon(self._hand_over)
+            self._loop.call_at(max(self._loop.time(), self._handed_over + GATHER_S), self._hand_over)
         return await future
 
     def close(self) -> None:
@@ -41,7 +44,7 @@ class Readers:
         self._pool.shutdown(cancel_futures=True)
 
     def _hand_over(self) -> None:
-        jobs, self._arrived = self._arrived, []
+        jobs, self._arrived, self._handed_over = self._arrived, [], self._loop.time()
         for start in range(min(THREADS, len(jobs))):
             self._pool.submit(self._do, jobs[start::THREADS])
 

@@ -78,6 +78,9 @@ class Window:
         self._now = Pace()
         if self._best is None or pace.throughput > self._best.throughput:
             self._best = pace
-        elif pace.seconds >= JUDGED_S * pace.replies and pace.load >= 0.9 * self._best.load:
-            if pace.throughput * SLOWER < self._best.throughput:
-                self.complained(now, now)
+        elif self._slower(pace, self._best):
+            self.complained(now, now)
+
+    def _slower(self, pace: Pace, best: Pace) -> bool:
+        as_full = pace.load >= 0.9 * best.load
+        return as_full and pace.throughput * SLOWER < best.throughput and pace.seconds >= JUDGED_S * pace.replies

@@ -46,9 +46,10 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What to send. length: the Content-Length to claim; absent, the true one. cut: bytes of the body after which the
-    connection is closed. reset: with a RST, and before anything is sent when cut is 0. pause_s: between single bytes. wait_s:
-    before anything. events: send these as a stream, event by event, `pause_s` apart, instead of the body."""
+    """What to send. length: the Content-Length to claim; absent, the true one. cut: bytes of the body (events of a stream) after
+    which the connection is closed. reset: with a RST, and before anything is sent when cut is 0 or absent. wait_s: before
+    anything. hold: until the server has been full (MockServer.full). pause_s: between single bytes, or between events. events:
+    send these as a stream instead of the body."""
 
     status: int = 200
     body: bytes = b""
@@ -57,6 +58,7 @@ class Reply:
     cut: int | None = None
     reset: bool = False
     wait_s: float = 0.0
+    hold: bool = False
     pause_s: float = 0.0
     events: tuple[bytes, ...] = ()
 
@@ -94,14 +96,15 @@ def token(request_id: str, position: int) -> int:
 
 class MockServer:
     """asked: every POST, in the order of arrival. peak: most that were in the server at once. connections: how many were
-    ever opened. models: what GET models answers."""
+    ever opened. models: what GET models answers. full: requests at once, at which held replies are let go."""
 
     def __init__(self, reply: Callable[[Asked], Reply] | None = None) -> None:
         self.reply = reply or (lambda asked: Reply(body=encoded(said(content="4", reasoning_content="2+2"))))
         self.models = Reply(body=encoded({"data": [{"id": "tiny"}]}))
         self.asked: list[Asked] = []
         self.connections = self.inside = self.peak = 0
-        self.port = 0
+        self.port = self.full = 0
+        self._filled = asyncio.Event()
         self._loop = asyncio.new_event_loop()
         self._server: asyncio.Server | None = None
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -168,12 +171,17 @@ class MockServer:
         self.asked.append(asked)
         self.inside += 1
         self.peak = max(self.peak, self.inside)
+        if self.inside == self.full:
+            self._filled.set()
         try:
             return await self._send(writer, self.reply(asked)) and stays
         finally:
             self.inside -= 1
 
     async def _send(self, writer: asyncio.StreamWriter, reply: Reply) -> bool:
+        if reply.hold:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._filled.wait(), 30.0)
         if reply.wait_s:
             await asyncio.sleep(reply.wait_s)
         if reply.reset and not reply.cut:

@@ -137,7 +137,8 @@ def test_many_requests_share_a_few_connections(server: MockServer) -> None:
 
 def test_more_than_a_thousand_connections_at_once(server: MockServer) -> None:
     """Pitfall 9: clients that stop at 100, or at 1,024 open files, or at a thread each."""
-    server.reply = lambda asked: Reply(body=encoded(said(content="4")), wait_s=1.0 if len(server.asked) < 1100 else 0.0)
+    server.full = 1100
+    server.reply = lambda asked: Reply(body=encoded(said(content="4")), hold=True)
     before = threading.active_count()
     threads = 0
 
@@ -147,7 +148,7 @@ def test_more_than_a_thousand_connections_at_once(server: MockServer) -> None:
             threads = max(threads, threading.active_count())
             yield request(index)
 
-    completions = list(engine_for(server, concurrency=1100).generate(requests()))
+    completions = list(engine_for(server, concurrency=1100, deadline_s=100.0).generate(requests()))
     assert len(completions) == 1300 and {completion.finish_reason for completion in completions} == {"stop"}
     assert 1024 < server.peak <= 1100 and server.connections <= 1100 and threads - before <= 4
 
@@ -163,7 +164,7 @@ def test_requests_are_pulled_only_when_there_is_room(server: MockServer) -> None
 
     completions = engine_for(server, concurrency=3).generate(requests())
     next(completions)
-    assert len(pulled) <= 3
+    assert server.peak <= 3 and len(pulled) <= 9  # three with the server, and those whose replies are being parsed
     completions.close()
 
 
@@ -176,7 +177,7 @@ def test_a_slow_source_does_not_keep_what_is_there_waiting(server: MockServer) -
     started, came = time.monotonic(), []
     for _ in engine_for(server).generate(requests()):
         came.append(time.monotonic() - started)
-    assert came[0] < 0.35 and len(came) == 6
+    assert came[0] < 0.5 and came[0] < came[-1] - 0.1 and len(came) == 6  # the last is pulled after 0.6 s
 
 
 def test_a_callers_long_pause_is_no_ones_timeout(server: MockServer) -> None:

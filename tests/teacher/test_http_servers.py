@@ -105,7 +105,7 @@ def test_requests_spread_by_load_and_a_slow_server_gets_fewer(servers: list[Mock
     servers[0].reply = lambda asked: Reply(body=encoded(GOOD), wait_s=0.1)
     ask(engine_of(servers, concurrency=9), *(request(index) for index in range(120)))
     slow, *quick = (len(server.asked) for server in servers)
-    assert slow < min(quick) / 2 and max(server.peak for server in servers) <= 9
+    assert slow < min(quick) * 0.8 and max(server.peak for server in servers) <= 9
 
 
 def test_a_server_that_dies_and_comes_back_costs_no_request(servers: list[MockServer], caplog: pytest.LogCaptureFixture) -> None:
