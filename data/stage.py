@@ -46,7 +46,8 @@ FREE = (
     "teacher.engine.deadline_s", "teacher.engine.attempts", "teacher.engine.health_s", "teacher.engine.drain_s",
     "teacher.engine.price_input_per_million", "teacher.engine.price_output_per_million", "teacher.engine.api_key_env",
     "teacher.engine.ca_file", "generate.segment_traces", "generate.segment_seconds", "generate.checkpoint_tokens",
-    "generate.lease_ttl_s", "generate.drain_seconds", "generate.budget", "generate.canary", "generate.retry_failed", "generate.accept_code_change",
+    "generate.lease_ttl_s", "generate.drain_seconds", "generate.budget", "generate.canary", "generate.retry_failed",
+    "generate.accept_code_change",
 )  # fmt: skip
 
 

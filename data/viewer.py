@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import pyarrow as pa
-import pyarrow.compute as pc
 from rich.console import Group, RenderableType
 from rich.rule import Rule
 from rich.text import Text
@@ -64,22 +63,24 @@ def show(run: RunFolder, wanted: Wanted = Wanted(), limit: int | None = None) ->
 def _matching(run: RunFolder, wanted: Wanted, rollup: Rollup | None, decisions: Mapping[str, Decision]) -> Iterator[Shown]:
     tables = {} if rollup is None else _verdict_tables(run, rollup)
     for table in read_first_copies(run.traces):
-        identities = table["trace_id"].to_pylist()
-        right_fate = pa.array([_has_fate(wanted, decisions.get(identity)) for identity in identities], pa.bool_())
-        chosen = table.filter(pc.and_(_mask(table, wanted), right_fate))
-        for row in range(chosen.num_rows):
-            [trace] = from_table(chosen.slice(row, 1), Trace)
+        for row in _matching_rows(table, wanted, decisions):
+            [trace] = from_table(table.slice(row, 1), Trace)
             yield Shown(trace, decisions.get(trace.trace_id), _verdicts(tables, trace.trace_id))
 
 
-def _mask(table: pa.Table, wanted: Wanted) -> pa.ChunkedArray:
-    """What Arrow can say without a record being made."""
-    tokens = pc.add(table["reasoning_tokens"], table["answer_tokens"])
-    mask = pc.and_(pc.starts_with(table["trace_id"], wanted.trace_id), pc.starts_with(table["task"], wanted.task))
-    mask = pc.and_(mask, pc.greater_equal(tokens, wanted.min_tokens))
-    if wanted.max_tokens is not None:
-        mask = pc.and_(mask, pc.less_equal(tokens, wanted.max_tokens))
-    return pc.and_(mask, pc.equal(table["finish_reason"], wanted.finish)) if wanted.finish else mask
+def _matching_rows(table: pa.Table, wanted: Wanted, decisions: Mapping[str, Decision]) -> list[int]:
+    """Found before a record is made: token ids of a long trace are a million Python objects."""
+    columns = (table[name].to_pylist() for name in ("trace_id", "task", "finish_reason", "reasoning_tokens", "answer_tokens"))
+    most = float("inf") if wanted.max_tokens is None else wanted.max_tokens
+    return [
+        row
+        for row, (trace_id, task, finish, reasoning, answer) in enumerate(zip(*columns, strict=True))
+        if trace_id.startswith(wanted.trace_id)
+        and task.startswith(wanted.task)
+        and wanted.finish in ("", finish)
+        and wanted.min_tokens <= reasoning + answer <= most
+        and _has_fate(wanted, decisions.get(trace_id))
+    ]
 
 
 def _has_fate(wanted: Wanted, decision: Decision | None) -> bool:
@@ -98,7 +99,7 @@ def _verdicts(tables: Mapping[str, pa.Table], trace_id: str) -> dict[str, Verdic
     """They are sorted by trace_id, each at most once in a file."""
     found = {}
     for name, table in tables.items():
-        row = pc.index(table["trace_id"], trace_id).as_py()
+        row = table["trace_id"].index(trace_id).as_py()
         if row >= 0:
             [found[name]] = from_table(table.slice(row, 1), Verdict)
     return found

@@ -65,7 +65,7 @@ def measure(recipe: Recipe, run: RunFolder) -> CanaryReport:
         chosen = canary_prompts(index, recipe.generate.canary.share, recipe.generate.seed)
         prompts = {prompt.prompt_id: prompt for prompt in found.iterate()}
     samples = recipe.generate.samples_per_prompt
-    asked = {index.prompt_id(row) for row in np.flatnonzero(chosen)}
+    asked = {index.prompt_id(row) for row in np.flatnonzero(chosen).tolist()}
     return _report(recipe, run, prompts, asked, samples, total=len(index) * samples)
 
 

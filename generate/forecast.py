@@ -108,8 +108,10 @@ def _price(recipe: Recipe, requests: int, prompt_tokens: float, output_tokens: f
 
 def forecast_json(found: Forecast) -> dict[str, object]:
     """JSON values; the prompt tokens of the sample as quantiles."""
-    quantiles = np.quantile(found.prompt_tokens, (0.0, 0.5, 0.9, 1.0)).tolist()
-    return asdict(found) | {"prompt_tokens": dict(zip(("min", "p50", "p90", "max"), quantiles, strict=True))}
+    quantiles: list[float] = np.quantile(found.prompt_tokens, (0.0, 0.5, 0.9, 1.0)).tolist()
+    values: dict[str, object] = asdict(found)
+    values["prompt_tokens"] = dict(zip(("min", "p50", "p90", "max"), quantiles, strict=True))
+    return values
 
 
 # --- shown -------------------------------------------------------------------------------------------------------

@@ -39,6 +39,8 @@ from generate.writer import Writer
 
 log = logging.getLogger(__name__)
 
+BEGUN = ("torn", "unfinished")
+"""Errors by which an engine's `read` names a reply that is not all of the answer."""
 TELL_S = 5.0
 OTHERS_S = 1.0
 NAMED_STRAGGLERS = 5
@@ -72,7 +74,8 @@ def reasoning_end(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id of `</think>`. Raises UnusableInput where it is more than one."""
     ids = tokenizer.encode(CLOSE, add_special_tokens=False)
     if len(ids) != 1:
-        raise UnusableInput(f"reasoning_budget: {CLOSE} is {len(ids)} tokens of the teacher's tokenizer, expected one; leave it out")
+        said = f"{CLOSE} is {len(ids)} tokens of the teacher's tokenizer, expected one"
+        raise UnusableInput(f"reasoning_budget: {said}; leave the budget out")
     return ids[0]
 
 
@@ -187,7 +190,11 @@ class Shift:
             return finished_earlier(hand.ask.trace_id, salvage)
         hand.replies = replies_of(salvage)
         completion = self.engine.read(hand.request, hand.replies[-1])  # type: ignore[attr-defined]
-        return completion if completion.finish_reason != "abort" else None
+        if completion.finish_reason != "abort":
+            return completion
+        if completion.error in BEGUN and completion.token_ids:  # paid for, and to be continued
+            hand.request = replace(hand.request, prefix_ids=completion.token_ids, prefix_logprobs=completion.logprobs)
+        return None
 
     # --- asked by the engine, in its loop ---
 

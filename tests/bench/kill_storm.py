@@ -4,8 +4,8 @@
 
 `WORKERS` processes of `tracestill generate` share one run folder and one mock server that streams token ids, `RATE` a second
 for each request; what it says is a function of the request alone. As soon as a worker has shown its beat it is left alone for a
-random while and then gets SIGKILL, and another one is started, `--kills` times; then nobody is killed any more. A second part does the
-same to launches of the embedded teacher on two DeepSpeed ranks. Keys:
+random while and then gets SIGKILL, and another one is started, `--kills` times; then nobody is killed any more. A second part
+does the same to launches of the embedded teacher on two DeepSpeed ranks. Keys:
 
 lost          requests without a trace at the end
 duplicated    trace ids that a reader of the finished run sees twice

@@ -3,9 +3,9 @@
     python -m tests.bench.makespan --json docs/bench/makespan.json
 
 The mock server's times are log-normal, drawn per request around a median that its task has; replies are as long as they took.
-No schedule ends before max(total / 4, longest); `ratio` is the time from the first request's arrival to the last reply over that. The
-workers know nothing but prompts and what earlier replies of a task took. They are processes that start at the same moment; until
-the last of them asks for the first time, some places stand empty, and that is in the figure.
+No schedule ends before max(total / 4, longest); `ratio` is the time from the first request's arrival to the last reply over
+that. The workers know nothing but prompts and what earlier replies of a task took. They are processes that start at the same
+moment; until the last of them asks for the first time, some places stand empty, and that is in the figure.
 """
 
 import argparse

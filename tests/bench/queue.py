@@ -139,11 +139,13 @@ def add_sidecars(run: RunFolder, requests: int) -> None:
         facts = {
             "trace_ids": [secrets.token_hex(16) for _ in range(rows)],
             "finish_reasons": ["length" if row % 17 == 0 else "stop" for row in range(rows)], "errors": {},
-            "tasks": [f"task{(number + row) % TASKS}" for row in range(rows)], "output_tokens": [4000 + row for row in range(rows)],
+            "tasks": [f"task{(number + row) % TASKS}" for row in range(rows)],
+            "output_tokens": [4000 + row for row in range(rows)],
             "cost": 1.5, "teacher_fingerprint": "teacher",
         }  # fmt: skip
         sidecar = {
-            "schema_version": SCHEMA_VERSION, "rows": rows, "bytes": 0, "sha256": digest(number), "schema_hash": "0", "facts": facts,
+            "schema_version": SCHEMA_VERSION, "rows": rows, "bytes": 0, "sha256": digest(number), "schema_hash": "0",
+            "facts": facts,
         }  # fmt: skip
         stem = run.traces / f"{number:020d}-bench-{number:08x}"
         stem.with_suffix(".arrow").touch()

@@ -13,6 +13,7 @@ import pytest
 from data.work import Leases, Worker, WorkFolder, ages, read_facts
 
 TTL_S = 30.0
+HOUR_AGO = time.time() - 3600
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def die(worker: Worker) -> None:
     """Its beat stops, and is an hour old."""
     worker._stopped.set()
     worker._thread.join()
-    os.utime(worker.beat, (time.time() - 3600,) * 2)
+    os.utime(worker.beat, (HOUR_AGO, HOUR_AGO))
 
 
 def test_one_of_two_gets_a_unit(workers: list[Leases]) -> None:
@@ -93,7 +94,7 @@ def test_one_beat_renews_all_leases(workers: list[Leases]) -> None:
     holder, other, _ = workers
     for unit in range(20):
         holder.claim(unit)
-    os.utime(holder.worker.beat, (time.time() - 3600,) * 2)
+    os.utime(holder.worker.beat, (HOUR_AGO, HOUR_AGO))
     holder.worker.renew()
     other.look()
     assert not any(other.is_free(unit) for unit in range(20))

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from teacher.sampling import Pairs, Noise, Truncation, best_logits, inverse_cdf, kept_mask, sample, uniforms
+from teacher.sampling import Noise, Pairs, Truncation, best_logits, inverse_cdf, kept_mask, sample, uniforms
 
 MASK = (1 << 64) - 1
 
