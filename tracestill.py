@@ -39,6 +39,11 @@ Probe = Annotated[bool, typer.Option("--probe", help="Load the teacher and measu
 RunFolderArgument = Annotated[Path, typer.Argument(help="A run folder, e.g. runs/embedded.")]
 
 
+DISK_ERRORS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ESTALE, errno.EIO, errno.ENOTCONN, errno.EREMOTEIO,
+}  # fmt: skip
+
+
 def main() -> None:
     """The console script. Ends with 0 done, 1 failed, 2 unusable input, 3 refused, 75 interrupted and resumable."""
     for number in (signal.SIGTERM, signal.SIGUSR2):  # not SIGUSR1: NCCL catches it
@@ -50,7 +55,7 @@ def main() -> None:
     except KeyboardInterrupt:
         _fail(Interrupted("interrupted; everything committed so far is kept, the same command continues"))
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        if error.errno not in DISK_ERRORS:
             raise
         _fail(
             UnusableInput(

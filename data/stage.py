@@ -1,6 +1,7 @@
 """What every stage of a run has in common: its inputs are there, it is not already done, nobody else is at it, and what
 it made is sealed. The stages themselves live in their packages; tracestill.py puts them in order."""
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -129,8 +130,14 @@ def run_stage(stage: Stage, context: Context) -> Rollup:
                         run, folder, stage=stage.name, fingerprint=identity, inputs=inputs, files=outcome.files,
                         counts=outcome.counts, seconds=time.perf_counter() - started,
                     )  # fmt: skip
-        except BaseException:
-            _note_seconds(run, stage.name, identity, time.perf_counter() - started)
+        except BaseException as error:
+            if run.config.is_file():
+                with contextlib.suppress(OSError):  # the disk may be what went wrong
+                    _note_seconds(run, stage.name, identity, time.perf_counter() - started)
+            elif isinstance(error, OSError):
+                raise UnusableInput(
+                    f"{run.root}: the run folder is gone ({error.strerror}); bring it back, then give the same command"
+                ) from error
             raise
     if outcome is None or rollup is None:
         rollup = read_rollup(folder)

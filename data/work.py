@@ -100,11 +100,15 @@ class Worker:
                 log.warning("heartbeat %s: %s", self.beat, error)
 
     def tell(self, facts: dict[str, object]) -> None:
-        """What `--status` shows of this worker. A display and a budget's estimate, not a record: renamed, not fsynced."""
+        """What `--status` shows of this worker. A display and a budget's estimate, not a record: renamed, not fsynced, and
+        left out when the disk refuses it, which whoever writes a record will say."""
         path = self.folder.facts(self.name)
         temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(facts))
-        temporary.replace(path)
+        try:
+            temporary.write_text(json.dumps(facts))
+            temporary.replace(path)
+        except OSError as error:
+            log.warning("%s: %s", path, error.strerror)
 
 
 def read_facts(folder: WorkFolder) -> dict[str, dict[str, object]]:

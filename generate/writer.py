@@ -70,6 +70,7 @@ class Writer:
     def commit(self) -> None:
         if not self.unwritten:
             return
+        self.run.config.stat()  # a folder that is gone must not be made anew, with nothing in it but this segment
         traces = self._priced(self.unwritten)
         facts = {
             "trace_ids": [trace.trace_id for trace in traces],

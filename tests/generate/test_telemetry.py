@@ -56,6 +56,7 @@ def new_run(folder: Path) -> RunFolder:
     tasks = ("sums", "sums", "sums", "words", "words")
     prompts = [dataclasses.replace(prompt(f"What is {index}?"), task=task) for index, task in enumerate(tasks)]
     path = write_prompts(run, prompts)
+    run.config.touch()
     seal(run, run.prompts, stage="prompts", fingerprint="f", inputs={}, files=[path], counts={"requests": 10}, seconds=0.0)
     return run
 

@@ -85,6 +85,7 @@ def run(tmp_path: Path) -> RunFolder:
 def new_run(folder: Path, prompts: list[Prompt], requests: int) -> RunFolder:
     run = RunFolder(folder)
     path, counts = write_prompts(run, prompts), {"requests": requests}
+    run.config.touch()
     seal(run, run.prompts, stage="prompts", fingerprint="f", inputs={}, files=[path], counts=counts, seconds=0.0)
     return run
 
@@ -155,6 +156,7 @@ def test_what_two_workers_finish_twice_counts_once(recipe: Recipe, run: RunFolde
     """A second worker on a copy of the folder, which never sees the first one's leases and commits."""
     other = RunFolder(tmp_path / "other")
     other.root.mkdir()
+    other.config.touch()
     (other.root / "prompts").symlink_to(run.root / "prompts")
     work(recipe, run, Scripted(stops_after=5))
     work(recipe, other, Scripted())
@@ -234,6 +236,43 @@ def test_what_a_killed_worker_had_is_committed_or_continued(
     assert (ledger.completed, ledger.superseded, ledger.pending) == (10, 0, 0)
     assert {trace.raw_text for trace in traces(run)} == {"Hm.</think>5"}
     assert sorted(trace.attempt for trace in traces(run)) == [1] * 3 + [2] * 7
+
+
+class Served(Scripted):
+    """As if behind a server: a reply is kept as bytes before it is read, and "{" cannot be read."""
+
+    def __init__(self, replies: list[bytes], *, dies: bool = False) -> None:
+        super().__init__()
+        self.replies, self.dies = iter(replies), dies
+
+    def generate(self, requests: Iterable[Request], handout: Handout | None = None) -> Iterator[Completion]:
+        assert handout is not None
+        for request in requests:
+            self.requests.append(request)
+            while (raw := next(self.replies, None)) is not None:
+                handout.keep(request.request_id, raw)
+                if raw != b"{":
+                    break
+            if raw is None and self.dies:
+                raise Killed
+            if not self.dies:
+                yield self.read(request, raw or b"{}")
+
+    def read(self, request: Request, raw: bytes) -> Completion:
+        if raw == b"{":
+            return Completion(request.request_id, (), (), "abort", 1.0, 0.5, error="bad_reply")
+        return Completion(request.request_id, self.ids, (), "stop", 1.0, 0.5, cost=0.25)
+
+
+def test_a_reply_that_was_paid_for_is_committed_and_one_that_cannot_be_read_is_asked_again_and_kept(
+    recipe: Recipe, run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first worker has two good replies, one after a bad one, and a bad one, none of them read, when it is killed."""
+    kill(recipe, run, Served([b"{1}", b"{", b"{2}", b"{"], dies=True), monkeypatch)
+    second = Served([b"{3}"] * 8)
+    assert work(recipe, run, second) == 8 and len(second.requests) == 8
+    assert sorted(trace.raw for trace in traces(run)) == sorted([b"{1}", b"{{2}", b"{{3}", *[b"{3}"] * 7])
+    assert {trace.cost for trace in traces(run)} == {0.25}
 
 
 def test_a_lease_whose_holder_lives_is_left_alone(recipe: Recipe, run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
