@@ -203,6 +203,12 @@ class Sampling(Section):
     """Ends an output that repeats itself, with finish_reason `loop`; absent, it runs into max_tokens."""
 
     @model_validator(mode="after")
+    def _temperature_is_usable(self) -> "Sampling":
+        if 0 < self.temperature < 1e-3:
+            raise ValueError(f"temperature {self.temperature:g} is neither 0 (greedy) nor at least 0.001")
+        return self
+
+    @model_validator(mode="after")
     def _min_below_max(self) -> "Sampling":
         if self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens {self.min_tokens} is above max_tokens {self.max_tokens}")
