@@ -69,8 +69,8 @@ class Runner:
             self._check_ids(f"score: sequence {number}", sequence)
         if top_logits < 0 or not log_z_temperatures or not all(temperature > 0 for temperature in log_z_temperatures):
             raise UnusableInput(
-                f"score: top_logits {top_logits}, log_z_temperatures {tuple(log_z_temperatures)}; expected 0 or more logits, and at "
-                "least one temperature above 0"
+                f"score: top_logits {top_logits}, log_z_temperatures {tuple(log_z_temperatures)}; expected 0 or more logits, and "
+                "at least one temperature above 0"
             )
         return score_sequences(
             self.forward,
@@ -118,7 +118,8 @@ def check_numbers(request: Request) -> None:
     sampling = {"temperature": request.temperature, "top_p": request.top_p, "min_p": request.min_p}
     if not (request.temperature == 0 or LEAST_TEMPERATURE <= request.temperature < float("inf")):
         raise UnusableInput(
-            f"request {request.request_id}: temperature {request.temperature}; expected 0 (greedy) or at least {LEAST_TEMPERATURE}"
+            f"request {request.request_id}: temperature {request.temperature}; expected 0 (greedy) or at least "
+            f"{LEAST_TEMPERATURE}"
         )
     if not (0 < request.top_p <= 1 and 0 <= request.min_p < 1 and request.top_k >= 0 and request.top_logits >= 0):
         raise UnusableInput(

@@ -29,7 +29,8 @@ def to_request(fields: dict[str, Any]) -> Request:
 
 def main(task_file: Path) -> None:
     """A task: model, parallel, dtype, batch_size, timeout_s, generate: [[requests of a rank] of a job], score: [[sequences]
-    a rank], none if empty; optionally cache_bytes, and fault: {rank, after, signal}, which that rank sends itself after so many completions."""
+    a rank], none if empty; optionally cache_bytes, and fault: {rank, after, signal}, which that rank sends itself after so
+    many completions."""
     task = json.loads(task_file.read_text())
     rank = int(os.environ["RANK"])
     torch.set_num_threads(1)

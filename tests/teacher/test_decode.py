@@ -443,7 +443,7 @@ def test_ranks_of_one_group_go_on_with_what_the_first_has_sampled(qwen_folder: P
         ({"temperature": float("nan")}, "temperature nan"),
         ({"top_p": 0.0}, "top_p in"),
         ({"seed": 1 << 63}, "63 bits"),
-    ],  # fmt: skip
+    ],
 )
 def test_a_request_that_is_not_of_this_model_is_refused(qwen_folder: Path, changes: dict[str, object], said: str) -> None:
     with pytest.raises(UnusableInput, match=said):
