@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
@@ -190,8 +191,9 @@ def read_config(model_dir: Path) -> PretrainedConfig:
         raise UnusableInput(f"model {model_dir}: no *.safetensors there; convert the checkpoint to safetensors")
     try:
         return AutoConfig.from_pretrained(model_dir)
-    except (ValueError, KeyError) as error:
-        raise UnusableInput(f"model {model_dir}: config.json is not usable: {str(error).splitlines()[0]}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, StrictDataclassError) as error:
+        said = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UnusableInput(f"model {model_dir}: config.json is not usable: {said}; restore it from the checkpoint") from error
 
 
 def read_model(model_dir: Path, config: PretrainedConfig, dtype: Dtype) -> PreTrainedModel:
