@@ -450,15 +450,15 @@ def prepare(
     from configs.load import load_recipe
     from configs.logging import configure_logging
     from configs.progress import Display
-    from teacher.folders import resolve_model
 
     configure_logging()
     teacher = load_recipe(config, overrides or []).recipe.teacher
-    folder = resolve_model(teacher.model)
     from teacher import prepare as preparation
     from teacher.checkpoint import shard_plan
+    from teacher.checkpoint.source import checkpoint_folder
 
     layout, dtype = shard_plan.layout_of(teacher)
+    folder = checkpoint_folder(teacher.model)
     output = output or shard_plan.default_output(teacher, layout, dtype)
     if dry_run:
         said = preparation.describe_plan(shard_plan.plan_shards(folder, layout, dtype), output)

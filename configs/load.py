@@ -115,9 +115,15 @@ _UNION_TAGS = ("deepspeed", "local", "http", "reasoning_gym", "jsonl", "parquet"
 
 
 def describe(error: ValidationError) -> str:
-    first = error.errors()[0]
+    errors = error.errors()
+    first, rest = errors[0], len(errors) - 1
     location = ".".join(str(part) for part in first["loc"] if part not in _UNION_TAGS)
-    if first["type"] == "extra_forbidden":
+    members = [one for one in errors if one["loc"][:-1] == first["loc"][:-1] and _MEMBER.fullmatch(str(one["loc"][-1]))]
+    if len(members) > 1:  # one value that no member of a union of plain types takes; each complains for itself
+        rest -= len(members) - 1
+        location = location.removesuffix(f".{first['loc'][-1]}")
+        text = f"{location}: expected {' or '.join(map(_expected, members))}, found {first['input']!r}"
+    elif first["type"] == "extra_forbidden":
         known = _known_keys(list(first["loc"][:-1]))
         nearest = difflib.get_close_matches(str(first["loc"][-1]), known, 1, cutoff=0.5)
         hint = f"did you mean {nearest[0]}?" if nearest else f"known keys: {', '.join(sorted(known))}"
@@ -134,8 +140,21 @@ def describe(error: ValidationError) -> str:
         text = f"{location}: {message[:1].lower()}{message[1:]}" + (
             f", found {first['input']!r}" if not isinstance(first["input"], dict) else ""
         )
-    rest = len(error.errors()) - 1
     return text + (f" (and {rest} more)" if rest else "")
+
+
+# What pydantic calls the members of a union of plain types, as the last part of an error's location.
+_MEMBER = re.compile(r"(?P<constrained>constrained-)?(?P<kind>int|float|str|bool)|literal\['(?P<literal>[^']*)'\]")
+_KINDS = {"int": "an integer", "float": "a number", "str": "text", "bool": "true or false"}
+
+
+def _expected(error: ErrorDetails) -> str:
+    """What a member of a union would have taken. Every constrained integer beside another type in the schema is positive."""
+    found = _MEMBER.fullmatch(str(error["loc"][-1]))
+    assert found is not None
+    if found["literal"] is not None:
+        return found["literal"]
+    return "a positive integer" if found["constrained"] and found["kind"] == "int" else _KINDS[found["kind"]]
 
 
 def _tag(error: ErrorDetails) -> object:

@@ -12,6 +12,8 @@ from configs.prompt_sources import PromptSource
 from configs.section import Section
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+PlannedCount = Annotated[int, Field(ge=1, le=10**12)]
+"""Bounded, as every rate and price of a plan is: its figures are products of them and have to stay finite."""
 
 
 # --- teacher -----------------------------------------------------------------------------------------------------
@@ -132,9 +134,9 @@ def server_url_problem(url: str) -> str:
 
 class Hardware(Section):
     gpu: Literal["cpu", "h100", "h200", "b200"] = "cpu"
-    gpus_per_node: PositiveInt = 8
-    nodes: PositiveInt = 1
-    network_gb_per_s: PositiveFloat = 50.0
+    gpus_per_node: Annotated[int, Field(ge=1, le=1_024)] = 8
+    nodes: Annotated[int, Field(ge=1, le=16_384)] = 1
+    network_gb_per_s: Annotated[float, Field(ge=0.001, le=100_000.0)] = 50.0
     """Gigabytes a second, one way, that each GPU can send to other nodes. 50 is one 400 Gb/s port for every GPU; a node that
     shares one such port has 50 / gpus_per_node. Links inside a node are known from the GPU's kind."""
 
@@ -239,6 +241,12 @@ class Sampling(Section):
     """An output also ends where one of these is complete in its text. The chat template's own stops need no mention."""
     loop_guard: LoopGuard | None = None
     """Ends an output that repeats itself, with finish_reason `loop`; absent, it runs into max_tokens."""
+
+    @model_validator(mode="after")
+    def _temperature_is_usable(self) -> "Sampling":
+        if 0 < self.temperature < 1e-3:
+            raise ValueError(f"temperature {self.temperature:g} is neither 0 (greedy) nor at least 0.001")
+        return self
 
     @model_validator(mode="after")
     def _min_below_max(self) -> "Sampling":
@@ -435,20 +443,20 @@ class Slurm(Section):
 class ApiPrices(Section):
     """List price of the same model behind somebody else's API, in dollars per million tokens."""
 
-    input: NonNegativeFloat = 1.40
-    cached_input: NonNegativeFloat = 0.26
+    input: Annotated[float, Field(ge=0.0, le=1e6)] = 1.40
+    cached_input: Annotated[float, Field(ge=0.0, le=1e6)] = 0.26
     """A prompt's second and later samples."""
-    output: PositiveFloat = 4.40
+    output: Annotated[float, Field(ge=1e-6, le=1e6)] = 4.40
 
 
 class Workload(Section):
     """What the launch is to produce; lengths of outputs are log-normal, cut at generate.sampling.max_tokens."""
 
-    traces: PositiveInt = 10_000
-    prompt_tokens: PositiveInt = 4_000
+    traces: PlannedCount = 10_000
+    prompt_tokens: PlannedCount = 4_000
     """Mean; a request of this prompt and an output of p99 length must fit."""
-    output_tokens_median: PositiveInt = 4_000
-    output_tokens_p99: PositiveInt = 32_000
+    output_tokens_median: PlannedCount = 4_000
+    output_tokens_p99: PlannedCount = 32_000
     """Eight times the median: reasoning traces have a long tail."""
 
     @model_validator(mode="after")
@@ -463,20 +471,21 @@ class Workload(Section):
 class Planning(Section):
     """What `tracestill plan` assumes; no other command reads it."""
 
-    context_lengths: tuple[PositiveInt, ...] = (8_192, 32_768, 131_072, 1_048_576)
+    context_lengths: tuple[PlannedCount, ...] = (8_192, 32_768, 131_072, 1_048_576)
     """Rows of the table; those above the model's positions are left out."""
-    context_tokens: PositiveInt | None = None
-    """Prompt and output of the longest request that has to fit; absent: the workload's prompt and its p99 output."""
-    concurrency: PositiveInt | None = None
+    context_tokens: PlannedCount | None = None
+    """Prompt and output of a long request that has to fit; absent: the workload's prompt and its p99 output. Beside it, our own
+    engines have to hold the prompt and generate.sampling.max_tokens: they refuse a request that might outgrow the cache."""
+    concurrency: PlannedCount | None = None
     """Requests in flight over the whole launch, which then have to fit; absent: as many as fit and the engine takes."""
-    efficiency: Annotated[float, Field(gt=0.0, le=1.0)] = 0.15
+    efficiency: Annotated[float, Field(ge=0.0001, le=1.0)] = 0.15
     """Expected decode rate over the bound. A public server reaches 0.16 of its weights-only bound: GLM-5.2 FP8 on 8 x H200,
     256 requests, 267 output tokens/s per GPU."""
-    prefill_efficiency: Annotated[float, Field(gt=0.0, le=1.0)] = 0.4
+    prefill_efficiency: Annotated[float, Field(ge=0.0001, le=1.0)] = 0.4
     """Share of the peak arithmetic that prefill reaches: large matrix products with their attention, in practice 0.3 to 0.5."""
-    prefill_chunk_tokens: PositiveInt = 8_192
+    prefill_chunk_tokens: PlannedCount = 8_192
     """Prompt tokens of one prefill pass: its activations and score buffers grow with it, its reads of the weights shrink."""
-    price_per_gpu_hour: PositiveFloat = 3.0
+    price_per_gpu_hour: Annotated[float, Field(ge=0.0001, le=1e6)] = 3.0
     """Dollars. Put your own: rented H200s cost 2 to 4 an hour."""
     api: ApiPrices = ApiPrices()
     workload: Workload = Workload()

@@ -172,8 +172,15 @@ class Batch:
         """Of a request that cannot be answered, or whose prefix is already all of the answer."""
         request = row.request
         if not 0 < len(request.prompt_ids) < self.max_length or request.max_tokens < 1:
-            length = len(request.prompt_ids)
-            log.warning("request %s: a prompt of %d tokens, expected 1 to %d", request.request_id, length, self.max_length - 1)
+            length, most, said = (
+                len(request.prompt_ids),
+                self.max_length - 1,
+                "request %s: a prompt of %d tokens, expected 1 to %d",
+            )
+            if 0 < length <= most:
+                log.warning("request %s: max_tokens %d, expected at least 1", request.request_id, request.max_tokens)
+            else:
+                log.warning(said, request.request_id, length, most)
             return Completion(request.request_id, (), (), "abort", time.time(), 0.0)
         longest, budget = min(len(request.prompt_ids) + request.max_tokens, self.max_length), self.limits.cache_tokens
         if budget is not None and longest > budget:

@@ -174,7 +174,9 @@ class DeepSpeedEngine:
 
     @property
     def heart(self) -> Heartbeat:
-        self.load()
+        """There before the model is loaded, which feeds a token of its own: it must not ask for another load."""
+        if self._heart is None:
+            self.load()
         assert self._heart is not None
         return self._heart
 

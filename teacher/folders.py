@@ -71,10 +71,9 @@ def read_config_json(folder: Path) -> dict[str, Any]:
         if not isinstance(found, dict):
             raise UnusableInput(f"{folder / 'config.json'}: a JSON {type(found).__name__}, expected a Hugging Face configuration")
         return found
-    except json.JSONDecodeError as error:
-        raise UnusableInput(
-            f"{folder / 'config.json'}: not valid JSON at line {error.lineno}; expected a Hugging Face configuration"
-        ) from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        where = f"JSON at line {error.lineno}" if isinstance(error, json.JSONDecodeError) else f"UTF-8 at byte {error.start}"
+        raise UnusableInput(f"{folder / 'config.json'}: not valid {where}; expected a Hugging Face configuration") from error
 
 
 def fingerprint_model(folder: Path) -> str:

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from configs.errors import UnusableInput
 from configs.schema import Planning, Recipe, Teacher
 from teacher.folders import model_folder, read_config_json
-from teacher.planning.architecture import FAMILIES, Architecture, read_architecture
+from teacher.planning.architecture import FAMILIES, Architecture, model_type_of, read_architecture
 from teacher.planning.devices import WEIGHT_BYTES, degrees_of, device_of
 from teacher.planning.fit import Demand, Fit, demand_of, judge, workload_step
 from teacher.planning.layout_search import Alternative, nearest_layouts
-from teacher.planning.placement import cache_dtype, room
+from teacher.planning.placement import ANY_SAMPLING, cache_dtype, room
 from teacher.planning.tensor_headers import count_headers
 from teacher.planning.throughput import Machine, Step, decode_step, machine, prefill_seconds
 from teacher.planning.workload import Cost, cost, output_lengths
@@ -81,18 +82,27 @@ class Plan:
         """Why this layout cannot be and what could, on one line; None when it can, or when nobody knows."""
         if self.fit.refusal is None:
             return None
+        if not self.fit.by_layout:
+            return f"{self.name}: {self.fit.refusal}"
         found = "; ".join(f"{one.words}: {one.overrides}" for one in self.alternatives)
         return f"{self.name}: {self.fit.refusal}; " + (f"nearest that fit: {found}" if found else "no layout near it fits")
 
 
 def plan_recipe(recipe: Recipe) -> Plan:
-    """Raises UnusableInput when the model's folder or configuration cannot be read. A layout that does not fit is a plan
-    like any other, with a refusal."""
+    """Raises UnusableInput when the model's folder or configuration cannot be read, or a figure is beyond counting. A layout
+    that does not fit is a plan like any other, with a refusal."""
+    try:
+        return _plan(recipe)
+    except OverflowError as error:
+        raise UnusableInput(f"{recipe.name}: a figure of the recipe is too large to count with ({error}); lower it") from error
+
+
+def _plan(recipe: Recipe) -> Plan:
     teacher, planning = recipe.teacher, recipe.plan
     architecture, device = architecture_of(teacher.model), device_of(teacher.hardware)
-    lengths = output_lengths(planning.workload, recipe.generate.sampling.max_tokens)
+    lengths = output_lengths(planning.workload, min(recipe.generate.sampling.max_tokens, architecture.max_positions))
     demand = demand_of(architecture, recipe, lengths)
-    fit = judge(architecture, teacher, planning, demand)
+    fit = judge(architecture, recipe, teacher, demand)
     runs_on = machine(architecture, teacher, fit.degrees, device) if device and fit.fits else None
     step = workload_step(runs_on, fit, demand) if runs_on else None
     return Plan(
@@ -121,15 +131,17 @@ def plan_recipe(recipe: Recipe) -> Plan:
         )
         if runs_on and step
         else None,
-        alternatives=nearest_layouts(architecture, recipe, demand) if fit.fits is False else (),
+        alternatives=nearest_layouts(architecture, recipe, demand) if fit.fits is False and fit.by_layout else (),
     )
 
 
 def kv_budget_bytes(teacher: Teacher, planning: Planning | None = None) -> int | None:
     """Bytes of one GPU that caches may take: the usable share less weights, what comes with them, and the buffers of one
-    pass. None where the device's size is unknown; never below zero. The decode loop admits requests by it."""
+    pass. None where the device's size is unknown; never below zero. The decode loop admits requests by it,
+    whatever their sampling."""
     architecture, degrees, device = architecture_of(teacher.model), degrees_of(teacher), device_of(teacher.hardware)
-    budget = room(architecture, teacher, degrees, device.usable if device else None, planning or Planning()).cache
+    usable = device.usable if device else None
+    budget = room(architecture, teacher, degrees, usable, planning or Planning(), ANY_SAMPLING).cache
     return None if budget is None else max(0, budget)
 
 
@@ -138,8 +150,15 @@ def architecture_of(model: str) -> Architecture:
     architectures lie. A family without a formula is counted from its safetensors headers."""
     shipped = REPOSITORY / model
     folder = model_folder(str(shipped) if shipped.is_dir() and not Path(model).is_dir() else model)
-    config, where = read_config_json(folder), f"teacher.model {model}"
-    if config.get("model_type") in FAMILIES:
+    where = f"teacher.model {model}"
+    try:
+        config = read_config_json(folder)
+    except UnusableInput:
+        raise
+    except (ValueError, RecursionError) as error:  # bytes that are no text, a number of 5,000 digits, brackets without end
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UnusableInput(f"{where}: config.json cannot be read ({said}); restore the file") from error
+    if model_type_of(config, where) in FAMILIES:
         return read_architecture(config, where)
     return count_headers(folder, config, where)
 

@@ -7,7 +7,6 @@ files that have none. The manifest comes last, and without it there are no shard
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import shutil
@@ -22,51 +21,57 @@ from configs.errors import UnusableInput
 from configs.progress import Count, Report
 from data.store import code_revision, read_json, sha256_file, versions, write_bytes, write_json
 from teacher.checkpoint.files import Checkpoint
-from teacher.checkpoint.manifest import FORMAT, MANIFEST, Dtype, FileSum, Manifest, Source, as_json, is_prepared, read_manifest
+from teacher.checkpoint.manifest import (
+    COMPANIONS,
+    FORMAT,
+    MANIFEST,
+    Dtype,
+    FileSum,
+    Manifest,
+    Source,
+    as_json,
+    check_companions,
+    readable_manifest,
+)
+from teacher.checkpoint.output import RECORDS, check_output, held_alone
 from teacher.checkpoint.partition import Layout, Part
 from teacher.checkpoint.shard_plan import SHARDS, Piece, ShardFile, ShardPlan, plan_shards
-from teacher.checkpoint.shards import ShardWriter
+from teacher.checkpoint.shards import ShardWriter, label_of
 from teacher.checkpoint.source import check_unchanged, describe_source
-from teacher.folders import IDENTITY, read_config_json
-
-RECORDS, LOCK = ".done", ".lock"
-COMPANIONS = (
-    *IDENTITY,
-    "tokenizer_config.json",
-    "generation_config.json",
-    "special_tokens_map.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-)
-"""What an engine reads of a checkpoint beside its weights."""
+from teacher.folders import read_config_json
 
 
 class Prepared(NamedTuple):
-    """What a run of prepare did. written: files made now; 0 when all were there already."""
+    """What a run of prepare did. written: shard files made now. is_new: the manifest is of now; where it is not, all was there
+    already."""
 
     folder: Path
     manifest: Manifest
     written: int
+    is_new: bool = True
 
 
 def prepare(folder: Path, output: Path, layout: Layout, dtype: Dtype, report: Report = lambda count: None) -> Prepared:
     """Shards of the checkpoint in `folder` stand in `output`, sealed. Nothing is done where they already do; after a kill it
-    goes on with the first file that was not committed. Finished shards of anything else are never overwritten.
+    goes on with the first file that was not committed. Finished shards of anything else are never overwritten, nor is any file
+    that prepare did not make.
 
     Raises:
-        UnusableInput: an unusable checkpoint, finished shards of another checkpoint or layout in `output`, no room, or another
-            prepare at work.
+        UnusableInput: an unusable checkpoint, an `output` that check_output refuses or that holds finished shards of another
+            checkpoint or layout, no room, or another prepare at work.
     """
+    check_output(output, folder)
     plan = plan_shards(folder, layout, dtype)
-    output.mkdir(parents=True, exist_ok=True)
-    with _alone(output):
-        _check_purpose(output, plan)
+    _check_purpose(output, plan)
+    with held_alone(output):
+        _check_purpose(output, plan)  # again: another one may have finished in the meantime
         source = describe_source(folder, output, report)
-        if (manifest := _readable_manifest(output)) is not None:
+        if (manifest := readable_manifest(output)) is not None:
             _check_same_source(output, manifest, source)
             if _is_whole(output, manifest):
-                return Prepared(output, manifest, written=0)
+                return Prepared(output, manifest, written=0, is_new=False)
+        elif (output / MANIFEST).exists():
+            _check_records(output, _identity(plan, source))
         (output / MANIFEST).unlink(missing_ok=True)
         return _write_all(plan, source, output, report)
 
@@ -79,7 +84,7 @@ def _write_all(plan: ShardPlan, source: Source, output: Path, report: Report) ->
     already, done = len(sums), sum(found.num_bytes for found in sums.values())
     for unit in dict.fromkeys(file.unit for file in plan.files):
         missing = [file for file in plan.files if file.unit == unit and file.name not in sums]
-        for name, found in _write_unit(plan.checkpoint, missing, output, identity):
+        for name, found in _write_unit(plan, missing, output, identity):
             sums[name] = found
             done += found.num_bytes
             report(Count(done >> 20, plan.num_bytes >> 20, name))
@@ -96,20 +101,22 @@ def _write_all(plan: ShardPlan, source: Source, output: Path, report: Report) ->
 # --- one unit ------------------------------------------------------------------------------------------------------
 
 
-def _write_unit(checkpoint: Checkpoint, files: Sequence[ShardFile], output: Path, identity: str) -> Iterator[tuple[str, FileSum]]:
+def _write_unit(plan: ShardPlan, files: Sequence[ShardFile], output: Path, identity: str) -> Iterator[tuple[str, FileSum]]:
     """Each source row of the unit is read once and goes to all files that hold some of it."""
     if not files:
         return
     with contextlib.ExitStack() as stack:
-        writers = [
-            stack.enter_context(ShardWriter(output / file.name, [piece.stored for piece in file.pieces])) for file in files
-        ]
+        writers = [stack.enter_context(_writer(plan, file, output)) for file in files]
         for pieces in zip(*(file.pieces for file in files), strict=True):  # the same target in every file
-            _stream(checkpoint, pieces, writers)
+            _stream(plan.checkpoint, pieces, writers)
         for file, writer in zip(files, writers, strict=True):
             found = writer.commit()
             write_json(_record(output, file), {"identity": identity, "num_bytes": found.num_bytes, "sha256": found.sha256})
             yield file.name, found
+
+
+def _writer(plan: ShardPlan, file: ShardFile, output: Path) -> ShardWriter:
+    return ShardWriter(output / file.name, [piece.stored for piece in file.pieces], label_of(plan.layout, file.ranks))
 
 
 def _stream(checkpoint: Checkpoint, pieces: Sequence[Piece], writers: Sequence[ShardWriter]) -> None:
@@ -148,18 +155,8 @@ def cut_chunk(chunk_RC: Tensor, first_row: int, part: Part) -> Tensor | None:
 # --- what is already there -----------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _alone(output: Path) -> Iterator[None]:
-    with (output / LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UnusableInput(f"{output}: another tracestill prepare is writing there; wait for it") from error
-        yield
-
-
 def _check_purpose(output: Path, plan: ShardPlan) -> None:
-    if (found := _readable_manifest(output)) is not None and (found.layout, found.dtype) != (plan.layout, plan.dtype):
+    if (found := readable_manifest(output)) is not None and (found.layout, found.dtype) != (plan.layout, plan.dtype):
         raise UnusableInput(
             f"{output}: holds shards for {found.layout} in {found.dtype}, not {plan.layout} in {plan.dtype}; "
             "give another folder: tracestill prepare CONFIG --output FOLDER"
@@ -176,17 +173,19 @@ def _check_same_source(output: Path, manifest: Manifest, source: Source) -> None
         )
 
 
-def _readable_manifest(output: Path) -> Manifest | None:
-    """None for a missing, damaged or older one: preparing again is the remedy for all three."""
-    try:
-        return read_manifest(output) if is_prepared(output) else None
-    except UnusableInput:
-        return None
+def _check_records(output: Path, identity: str) -> None:
+    """A manifest that cannot be read says no longer whose shards these are; the records of the files do."""
+    for path in (output / RECORDS).glob("*.json"):
+        if read_json(path).get("identity") != identity:
+            raise UnusableInput(
+                f"{output}: {MANIFEST} is damaged or of another release, and its shards are of another checkpoint, layout or "
+                f"dtype; give another --output, or delete {output / MANIFEST} to replace them"
+            )
 
 
 def _make_folders(output: Path, plan: ShardPlan) -> None:
     """Both stand; what a killed run left behind, or one for another layout, is gone."""
-    for name in (SHARDS, RECORDS):
+    for name in (RECORDS, SHARDS):  # in this order: output.py takes shards without records for somebody else's
         (output / name).mkdir(exist_ok=True)
     for stale in (output / SHARDS).glob(".*.tmp"):  # nobody else is at work here
         stale.unlink()
@@ -218,9 +217,13 @@ def _committed(output: Path, file: ShardFile, identity: str) -> FileSum | None:
 
 
 def _is_whole(output: Path, manifest: Manifest) -> bool:
-    """By sizes; hashes of the shards are checked by every rank that loads them."""
-    files = {**manifest.files, **manifest.companions}
-    return all((output / name).is_file() and (output / name).stat().st_size == found.num_bytes for name, found in files.items())
+    """Companions by their hashes, shards by their sizes: every rank that loads them checks the rest."""
+    try:
+        check_companions(output, manifest)
+    except UnusableInput:
+        return False
+    files = manifest.files.items()
+    return all((output / name).is_file() and (output / name).stat().st_size == found.num_bytes for name, found in files)
 
 
 def _check_room(output: Path, needed: int) -> None:
@@ -230,9 +233,12 @@ def _check_room(output: Path, needed: int) -> None:
 
 
 def _copy_companions(folder: Path, output: Path) -> dict[str, FileSum]:
-    """Tokenizer and template as they are; config.json without its quantisation, for these weights have none."""
+    """Tokenizer and template as they are; config.json without its quantisation, for these weights have none. What the
+    checkpoint no longer has is gone here too: an engine would read it."""
     for name in COMPANIONS:
-        if (folder / name).is_file() and name != "config.json":
+        if not (folder / name).is_file():
+            (output / name).unlink(missing_ok=True)
+        elif name != "config.json":
             write_bytes(output / name, (folder / name).read_bytes())
     config = read_config_json(folder)
     config.pop("quantization_config", None)
@@ -252,7 +258,9 @@ class Said(NamedTuple):
 
 
 def describe_plan(plan: ShardPlan, output: Path) -> Said:
-    """A dry run: what would be written where."""
+    """A dry run: what would be written where. Raises UnusableInput where prepare would, before it has written anything."""
+    check_output(output, plan.checkpoint.folder)
+    _check_purpose(output, plan)
     ranks = plan.bytes_per_rank
     text = (
         f"prepare   {plan.checkpoint.folder} -> {output}\n"
@@ -267,7 +275,7 @@ def describe_plan(plan: ShardPlan, output: Path) -> Said:
 def describe_prepared(done: Prepared) -> Said:
     manifest = done.manifest
     num_bytes = sum(found.num_bytes for found in manifest.files.values())
-    how = f"{done.written} of {len(manifest.files)} files written" if done.written else "already there, nothing to do"
+    how = f"{done.written} of {len(manifest.files)} files written" if done.is_new else "already there, nothing to do"
     text = (
         f"prepare   {manifest.layout} in {manifest.dtype}: {_size(num_bytes)}, {how}\n"
         f"          load them with -s teacher.engine.prepared={done.folder}"

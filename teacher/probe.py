@@ -2,15 +2,20 @@
 prefill and one decode step of the loaded teacher.
 
 The calculation stands there twice. *Data sheet* is what `plan` says. *From measured* puts the rates measured here into the
-same formulas: where it agrees with the measured step the formula is right and the machine is not what was promised, where
-it does not, time is lost to what no formula counts (launches, Python, waiting).
+same formulas, with the same stated shares of them (plan.efficiency, plan.prefill_efficiency): where it agrees with the
+measured step the formula is right and the machine is not what was promised, where it does not, time is lost to what no
+formula counts (launches, Python, waiting, the latency of each collective). A tiny model loses nearly all of it there.
+
+Links are measured twice, because tensor parallelism stays inside a node and expert parallelism does not: an all-gather of
+each node's ranks, and an all-to-all of all ranks, of which the bytes that leave the node count.
 
 Every rank measures at the same time; the slowest counts. torch is imported, DeepSpeed only by the engine.
 """
 
+import os
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -42,11 +47,13 @@ class Load(NamedTuple):
 
 class Measured(NamedTuple):
     """Of the slowest rank. memory: bytes/s read and written by a copy. flops: of a square matrix product in the engine's
-    dtype. link: bytes/s that a rank receives in an all-gather over all ranks; None for one rank."""
+    dtype. link: bytes/s that a rank receives in an all-gather over the ranks of its node; None where it is alone there.
+    network: bytes/s that a rank sends to other nodes while all ranks exchange tokens; None on one node."""
 
     memory_bytes_per_s: float
     flops: float
     link_bytes_per_s: float | None
+    network_bytes_per_s: float | None
     prefill_s: float
     decode_s: float
 
@@ -60,12 +67,16 @@ class Calculated(NamedTuple):
 
 
 class Probe(NamedTuple):
-    """data_sheet is None where the device is not in the planner's table."""
+    """data_sheet is None where the device is not in the planner's table. network_bytes_per_s: as the recipe states it.
+    prefill_efficiency, efficiency: the shares of the rates that both calculations are made with."""
 
     load: Load
     measured: Measured
     data_sheet: Calculated | None
     from_measured: Calculated
+    network_bytes_per_s: float
+    prefill_efficiency: float
+    efficiency: float
 
 
 def load_of(plan: Plan) -> Load:
@@ -90,11 +101,13 @@ def probe(recipe: Recipe) -> Probe:
     runner: Runner = engine.runner  # type: ignore[attr-defined]  (both engines that run here have one)
     runner.watch.ignore()
     dtype = DTYPES[recipe.teacher.engine.dtype]
+    links = measure_links(runner.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     measured = slowest(
         Measured(
             memory_bytes_per_s=measure_memory(runner.device),
             flops=measure_arithmetic(runner.device, dtype),
-            link_bytes_per_s=measure_links(runner.device),
+            link_bytes_per_s=links.inside,
+            network_bytes_per_s=links.across,
             prefill_s=measure_prefill(runner, load.prefill_tokens),
             decode_s=measure_decode(runner, load.rows, load.context),
         ),
@@ -102,7 +115,9 @@ def probe(recipe: Recipe) -> Probe:
     )
     engine.close()
     sheet = calculate(plan, load, plan.machine) if plan.machine else None
-    return Probe(load, measured, sheet, calculate(plan, load, machine_as_measured(plan, measured)))
+    own = calculate(plan, load, machine_as_measured(plan, measured))
+    stated = recipe.teacher.hardware.network_gb_per_s * 1e9
+    return Probe(load, measured, sheet, own, stated, recipe.plan.prefill_efficiency, recipe.plan.efficiency)
 
 
 # --- the calculation ---------------------------------------------------------------------------------------------
@@ -114,13 +129,13 @@ def calculate(plan: Plan, load: Load, machine: Machine) -> Calculated:
 
 
 def machine_as_measured(plan: Plan, measured: Measured) -> Machine:
-    """The plan's machine with this one's rates. One link rate for all: what was measured crossed the slowest."""
+    """The plan's machine with this one's rates. Where no such link was there to be measured, none is crossed: any rate does."""
     engine = plan.teacher.engine
     link = measured.link_bytes_per_s or measured.memory_bytes_per_s
+    links = Links(link, measured.network_bytes_per_s or link, plan.fit.degrees.ranks_per_node)
     bf16_flops = measured.flops * (2 if engine.dtype == "fp32" else 1)  # the planner takes float32 at half of it
     device = Device(0.0, measured.memory_bytes_per_s, link, bf16_flops, bf16_flops)
-    degrees = plan.fit.degrees
-    return Machine(plan.architecture, degrees, device, Links(link, link, degrees.ranks_per_node), engine.dtype, plan.kv_dtype)
+    return Machine(plan.architecture, plan.fit.degrees, device, links, engine.dtype, plan.kv_dtype)
 
 
 # --- the measurements --------------------------------------------------------------------------------------------
@@ -150,13 +165,42 @@ def measure_arithmetic(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / seconds_of(lambda: left @ left, device)
 
 
-def measure_links(device: torch.device) -> float | None:
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return None
-    world = dist.get_world_size()
-    part = torch.ones(LINK_BYTES.get(device.type, LINK_BYTES["cuda"]), dtype=torch.uint8, device=device)
-    whole = [torch.empty_like(part) for _ in range(world)]
-    return (world - 1) * part.nbytes / seconds_of(lambda: dist.all_gather(whole, part), device)
+class LinkRates(NamedTuple):
+    """Bytes/s of one rank, inside its node and to other nodes; None where there is nobody."""
+
+    inside: float | None
+    across: float | None
+
+
+def measure_links(device: torch.device, ranks_per_node: int) -> LinkRates:
+    """Collective. Ranks of a node are neighbours, as torchrun numbers them; all nodes measure at the same time."""
+    if not dist.is_initialized():
+        return LinkRates(None, None)
+    world, num_bytes = dist.get_world_size(), LINK_BYTES.get(device.type, LINK_BYTES["cuda"])
+    return LinkRates(
+        measure_inside(device, ranks_per_node, num_bytes) if ranks_per_node > 1 else None,
+        measure_across(device, world, ranks_per_node, num_bytes) if ranks_per_node < world else None,
+    )
+
+
+def measure_inside(device: torch.device, ranks_per_node: int, num_bytes: int) -> float:
+    """Received of an all-gather over a node's ranks: what tensor parallelism has."""
+    mine, _ = dist.new_subgroups(ranks_per_node)
+    assert not isinstance(mine, int)
+    part = torch.ones(num_bytes, dtype=torch.uint8, device=device)
+    whole = [torch.empty_like(part) for _ in range(ranks_per_node)]
+    taken = seconds_of(lambda: dist.all_gather(whole, part, group=mine), device)
+    dist.destroy_process_group(mine)
+    return (ranks_per_node - 1) * part.nbytes / taken
+
+
+def measure_across(device: torch.device, world: int, ranks_per_node: int, num_bytes: int) -> float:
+    """Sent to other nodes in an all-to-all over all ranks: what expert parallelism has. The part that stays in the node goes
+    over faster links meanwhile."""
+    sent = torch.ones(num_bytes // world * world, dtype=torch.uint8, device=device)
+    received = torch.empty_like(sent)
+    leaving = sent.nbytes * (world - ranks_per_node) / world
+    return leaving / seconds_of(lambda: dist.all_to_all_single(received, sent), device)
 
 
 @torch.no_grad()
@@ -201,12 +245,13 @@ def slowest(mine: Measured, device: torch.device) -> Measured:
     """The lowest rates and the longest times of all ranks."""
     if not dist.is_initialized():
         return mine
-    rates = torch.tensor([mine.memory_bytes_per_s, mine.flops, mine.link_bytes_per_s or 0.0], dtype=torch.float64, device=device)
+    found = [mine.memory_bytes_per_s, mine.flops, mine.link_bytes_per_s or 0.0, mine.network_bytes_per_s or 0.0]
+    rates = torch.tensor(found, dtype=torch.float64, device=device)
     times = torch.tensor([mine.prefill_s, mine.decode_s], dtype=torch.float64, device=device)
     dist.all_reduce(rates, op=dist.ReduceOp.MIN)
     dist.all_reduce(times, op=dist.ReduceOp.MAX)
-    memory, flops, link = rates.tolist()
-    return Measured(memory, flops, link or None, *times.tolist())
+    memory, flops, link, network = rates.tolist()
+    return Measured(memory, flops, link or None, network or None, *times.tolist())
 
 
 def _wait_for(device: torch.device) -> None:
@@ -219,12 +264,14 @@ def _wait_for(device: torch.device) -> None:
 
 def probe_table(found: Probe, data_sheet: Device | None) -> Table:
     """Measured beside calculated, at most 80 columns."""
-    load, measured, link = found.load, found.measured, found.measured.link_bytes_per_s
+    load, measured = found.load, found.measured
+    network = found.network_bytes_per_s if measured.network_bytes_per_s else None
     table = Table("", "measured", "data sheet", "from measured", title="\nprobe", title_justify="left", show_edge=False)
     rates: Sequence[tuple[str, float | None, float | None, float, str]] = (
         ("memory", measured.memory_bytes_per_s, data_sheet and data_sheet.bandwidth, 1e9, "GB/s"),
         ("arithmetic", measured.flops, data_sheet and data_sheet.bf16_flops, 1e12, "TFLOP/s"),
-        ("links", link, data_sheet and data_sheet.link, 1e9, "GB/s"),
+        ("links in a node", measured.link_bytes_per_s, data_sheet and data_sheet.link, 1e9, "GB/s"),
+        ("between nodes", measured.network_bytes_per_s, network, 1e9, "GB/s"),
     )
     for name, here, there, scale, unit in rates:
         table.add_row(name, _figure(here, 1 / scale, unit), _figure(there, 1 / scale, unit), "")
@@ -232,11 +279,21 @@ def probe_table(found: Probe, data_sheet: Device | None) -> Table:
     rows: Sequence[tuple[str, float | None, float | None, float | None]] = (
         (f"prefill of {load.prefill_tokens:,}", measured.prefill_s, sheet and sheet.prefill_s, own.prefill_s),
         (f"step, {load.rows} x {load.context:,}", measured.decode_s, sheet and sheet.decode_s, own.decode_s),
-        ("  its bound", None, sheet and sheet.decode_bound_s, own.decode_bound_s),
+        ("  at full rates", None, sheet and sheet.decode_bound_s, own.decode_bound_s),
     )
     for name, here, there, mine in rows:
         table.add_row(name, *(_figure(value, 1e3, "ms") for value in (here, there, mine)))
+    table.caption, table.caption_justify = _how_calculated(found), "left"
     return table
+
+
+def _how_calculated(found: Probe) -> str:
+    return (
+        "data sheet: what the plan says; between nodes, the recipe. from measured: the plan's formulas with the rates measured "
+        f"here. Both take prefill at {found.prefill_efficiency:g} of the arithmetic and a step at {found.efficiency:g} of its "
+        "full rates. They count bytes and operations; launches, Python and the latency of collectives they do not, and a small "
+        "model is little else."
+    )
 
 
 def probe_json(found: Probe) -> dict[str, object]:
@@ -245,17 +302,23 @@ def probe_json(found: Probe) -> dict[str, object]:
         "measured": found.measured._asdict(),
         "data_sheet": None if found.data_sheet is None else found.data_sheet._asdict(),
         "from_measured": found.from_measured._asdict(),
+        "network_bytes_per_s": found.network_bytes_per_s,
+        "prefill_efficiency": found.prefill_efficiency,
+        "efficiency": found.efficiency,
     }
 
 
-def probe_from_json(found: dict[str, dict[str, float]]) -> Probe:
+def probe_from_json(found: dict[str, Any]) -> Probe:
     """What `probe_json` made, as a value again: ranks hand it to their launcher as text."""
     sheet = found["data_sheet"]
     return Probe(
-        Load(**found["load"]),  # type: ignore[arg-type]
+        Load(**found["load"]),
         Measured(**found["measured"]),
         None if sheet is None else Calculated(**sheet),
         Calculated(**found["from_measured"]),
+        found["network_bytes_per_s"],
+        found["prefill_efficiency"],
+        found["efficiency"],
     )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
@@ -65,6 +66,13 @@ class Runner:
         self, sequences: Sequence[Sequence[int]], top_logits: int = 0, log_z_temperatures: Sequence[float] = (1.0,)
     ) -> list[Scores]:
         self.watch.ignore()
+        for number, sequence in enumerate(sequences):
+            self._check_ids(f"score: sequence {number}", sequence)
+        if top_logits < 0 or not log_z_temperatures or not all(temperature > 0 for temperature in log_z_temperatures):
+            raise UnusableInput(
+                f"score: top_logits {top_logits}, log_z_temperatures {tuple(log_z_temperatures)}; expected 0 or more logits, and "
+                "at least one temperature above 0"
+            )
         return score_sequences(
             self.forward,
             sequences,
@@ -80,11 +88,8 @@ class Runner:
         for request in requests:
             if request.stop_strings and self.detokenize is None:
                 raise UnusableInput("sampling.stop_strings: the model's folder has no tokenizer.json; add it, or stop by ids")
-            if (beyond := max((*request.stop_ids, *request.prompt_ids, *request.prefix_ids), default=0)) >= self.vocab_size:
-                raise UnusableInput(
-                    f"request {request.request_id}: token {beyond} is beyond the model's vocabulary of {self.vocab_size}; "
-                    "expected a prompt and stops by this model's own tokenizer"
-                )
+            self._check_ids(f"request {request.request_id}", (*request.stop_ids, *request.prompt_ids, *request.prefix_ids))
+            check_numbers(request)
             if len(request.prefix_ids) != len(request.prefix_logprobs):
                 raise UnusableInput(
                     f"request {request.request_id}: {len(request.prefix_ids)} prefix ids with "
@@ -92,8 +97,38 @@ class Runner:
                 )
             yield request
 
+    def _check_ids(self, what: str, ids: Sequence[int]) -> None:
+        """On a GPU an id out of range is a device assert, after which the process is of no use."""
+        wrong = next((one for one in (min(ids, default=0), max(ids, default=0)) if not 0 <= one < self.vocab_size), None)
+        if wrong is not None:
+            raise UnusableInput(
+                f"{what}: token {wrong} is beyond the model's vocabulary of {self.vocab_size}; "
+                "expected ids by this model's own tokenizer"
+            )
+
     def expert_stats(self) -> ExpertStats | None:
         return self.watch.stats()
+
+
+LEAST_TEMPERATURE = 1e-3
+"""Below it, but not 0, logits divided by the temperature leave float64 before they say anything that greedy would not."""
+
+
+def check_numbers(request: Request) -> None:
+    """Raises UnusableInput for numbers that no distribution can be made of."""
+    sampling = {"temperature": request.temperature, "top_p": request.top_p, "min_p": request.min_p}
+    if not (request.temperature == 0 or LEAST_TEMPERATURE <= request.temperature < float("inf")):
+        raise UnusableInput(
+            f"request {request.request_id}: temperature {request.temperature}; expected 0 (greedy) or at least "
+            f"{LEAST_TEMPERATURE}"
+        )
+    if not (0 < request.top_p <= 1 and 0 <= request.min_p < 1 and request.top_k >= 0 and request.top_logits >= 0):
+        raise UnusableInput(
+            f"request {request.request_id}: {sampling | {'top_k': request.top_k, 'top_logits': request.top_logits}}; expected "
+            "top_p in (0, 1], min_p in [0, 1), and counts of 0 or more"
+        )
+    if not 0 <= request.seed < 1 << 63:
+        raise UnusableInput(f"request {request.request_id}: seed {request.seed}; expected 63 bits, as request_seed gives them")
 
 
 def build_runner(
@@ -156,8 +191,9 @@ def read_config(model_dir: Path) -> PretrainedConfig:
         raise UnusableInput(f"model {model_dir}: no *.safetensors there; convert the checkpoint to safetensors")
     try:
         return AutoConfig.from_pretrained(model_dir)
-    except (ValueError, KeyError) as error:
-        raise UnusableInput(f"model {model_dir}: config.json is not usable: {str(error).splitlines()[0]}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, StrictDataclassError) as error:
+        said = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UnusableInput(f"model {model_dir}: config.json is not usable: {said}; restore it from the checkpoint") from error
 
 
 def read_model(model_dir: Path, config: PretrainedConfig, dtype: Dtype) -> PreTrainedModel:

@@ -1,8 +1,9 @@
 """What a folder of prepared shards says of itself: where the weights came from, for which ranks they are cut, and the hash of
-every file. No torch: a trace's identity needs the source's fingerprint, and nothing else of it."""
+every file, its own content included. No torch: a trace's identity needs the source's fingerprint, and nothing else of it."""
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,20 @@ from data.store import read_json
 from teacher.checkpoint.partition import Cut, Layout
 from teacher.folders import IDENTITY, sha256_of
 
-MANIFEST = "prepared.json"
-FORMAT = 1
+MANIFEST, DIGEST = "prepared.json", "sha256"
+FORMAT = 2
 Dtype = Literal["fp32", "bf16"]
+COMPANIONS = (
+    *IDENTITY,
+    "tokenizer_config.json",
+    "generation_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+)
+"""What an engine reads of a checkpoint beside its weights."""
 
 
 class FileSum(NamedTuple):
@@ -38,8 +50,8 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """Shards, whole and sealed. ranks: the files of each rank; ranks that hold the same numbers share a file. companions:
-    what else an engine reads (configuration, tokenizer, template). cuts: how each of the engine's tensors is spread."""
+    """Shards, whole and sealed. ranks: the files of each rank; ranks that hold the same numbers share a file. companions: those
+    of COMPANIONS that the checkpoint has. cuts: how each of the engine's tensors is spread."""
 
     source: Source
     model_type: str
@@ -59,13 +71,39 @@ def is_prepared(folder: Path) -> bool:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Raises UnusableInput when there is none, or one of another format, or a damaged one."""
+    """What the shards in `folder` are, once it and every companion have the hash that was sealed. The shards themselves are
+    verified by the rank that reads them.
+
+    Raises:
+        UnusableInput: no manifest, one of another format, or a damaged one; a companion that is missing, was changed or added.
+    """
+    manifest = parse_manifest(folder)
+    check_companions(folder, manifest)
+    return manifest
+
+
+def readable_manifest(folder: Path) -> Manifest | None:
+    """None for a missing, damaged or older one: preparing again is the remedy for all three. Companions are not looked at."""
+    try:
+        return parse_manifest(folder) if is_prepared(folder) else None
+    except UnusableInput:
+        return None
+
+
+def parse_manifest(folder: Path) -> Manifest:
+    """The manifest alone, verified by its own hash. Raises UnusableInput as `read_manifest`."""
     path = folder / MANIFEST
     if not path.is_file():
         raise UnusableInput(f"{folder}: no {MANIFEST} there, so no finished shards; make them with: tracestill prepare CONFIG")
     said = read_json(path)
     if said.get("format") != FORMAT:
         raise UnusableInput(f"{path}: format {said.get('format')}, expected {FORMAT}; run tracestill prepare CONFIG again")
+    expected = said.pop(DIGEST, "none")
+    if (found := digest_of(said)) != expected:
+        raise UnusableInput(
+            f"{path}: sha256 of its content {found[:12]}, expected {str(expected)[:12]} as sealed: something in it was changed; "
+            "copy it again, or run: tracestill prepare CONFIG"
+        )
     try:
         return Manifest(
             **{
@@ -86,7 +124,32 @@ def _sums(said: Mapping[str, tuple[int, str]]) -> dict[str, FileSum]:
 
 
 def as_json(manifest: Manifest) -> dict[str, object]:
-    return dataclasses.asdict(manifest)
+    """With the hash of everything else in it, as `parse_manifest` wants it."""
+    said = dataclasses.asdict(manifest)
+    return {**said, DIGEST: digest_of(said)}
+
+
+def digest_of(said: Mapping[str, object]) -> str:
+    """Hex sha256 of the values, whatever the order of keys and the white space of the file that held them."""
+    return hashlib.sha256(json.dumps(said, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def check_companions(folder: Path, manifest: Manifest) -> None:
+    """Raises UnusableInput when what an engine reads beside the shards is not what was prepared: one changed number of
+    config.json (routed_scaling_factor) changes every answer and fails nowhere. A file that was added counts too: a template
+    beside the tokenizer wins over the one in it."""
+    for name in COMPANIONS:
+        path, expected = folder / name, manifest.companions.get(name)
+        if expected is None:
+            if path.exists():
+                raise UnusableInput(f"{path}: not part of what was prepared; move it away, or run: tracestill prepare CONFIG")
+            continue
+        found = FileSum(path.stat().st_size, sha256_of(path)) if path.is_file() else None
+        if found != expected:
+            state = f"sha256 {found.sha256[:12]}" if found else "missing"
+            raise UnusableInput(
+                f"{path}: {state}, expected {expected.sha256[:12]} by the manifest; restore it with: tracestill prepare CONFIG"
+            )
 
 
 def check_layout(folder: Path, manifest: Manifest, layout: Layout, dtype: Dtype) -> None:

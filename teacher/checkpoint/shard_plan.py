@@ -10,13 +10,14 @@ import torch
 
 from configs import schema
 from configs.errors import UnusableInput
+from teacher.checkpoint.configuration import read_configuration, usable
 from teacher.checkpoint.empty_model import empty_model, named_tensors, tied_names
-from teacher.checkpoint.files import DEFAULT_BLOCK, Checkpoint, open_checkpoint, scale_name
+from teacher.checkpoint.files import Checkpoint, open_checkpoint, scale_name
 from teacher.checkpoint.manifest import Dtype
 from teacher.checkpoint.partition import TOP, Layout, Part, Target, part_of, targets_of
 from teacher.checkpoint.shards import Stored
-from teacher.folders import model_folder, read_config_json
-from teacher.runner import DTYPES, read_config
+from teacher.folders import model_folder
+from teacher.runner import DTYPES
 
 SHARDS = "shards"
 
@@ -35,6 +36,7 @@ class ShardFile(NamedTuple):
     name: str
     unit: int
     pieces: tuple[Piece, ...]
+    ranks: tuple[int, ...]
 
     @property
     def num_bytes(self) -> int:
@@ -87,13 +89,13 @@ def plan_shards(folder: Path, layout: Layout, dtype: Dtype) -> ShardPlan:
     """The files of every rank, from config.json and the headers of the checkpoint.
 
     Raises:
-        UnusableInput: an incomplete checkpoint, or one that does not have what its config.json describes.
+        UnusableInput: an unusable config.json, an incomplete checkpoint, or one that does not have what its config.json
+            describes.
     """
-    config = read_config(folder)
-    quantisation = read_config_json(folder).get("quantization_config") or {}
-    height, width = quantisation.get("weight_block_size") or DEFAULT_BLOCK
-    checkpoint = open_checkpoint(folder, (int(height), int(width)))
-    model = empty_model(config, DTYPES[dtype])
+    config, block = read_configuration(folder)
+    checkpoint = open_checkpoint(folder, block)
+    with usable(folder):
+        model = empty_model(config, DTYPES[dtype])
     _check_heads(config, layout)
     targets = targets_of(config.model_type, named_tensors(model), checkpoint.entries, layout, tied_names(model))
     for target in targets:
@@ -129,17 +131,18 @@ def _assign(targets: Sequence[Target], layout: Layout, dtype: torch.dtype) -> tu
     files: list[ShardFile] = []
     ranks: list[list[str]] = [[] for _ in range(layout.world)]
     for unit, members in units.items():
-        made: dict[tuple[Part, ...], str] = {}
-        for rank, names in enumerate(ranks):
-            parts = tuple(part_of(target, layout, rank) for target in members)
-            if parts not in made:
-                made[parts] = f"{SHARDS}/{'top' if unit == TOP else f'layer-{unit:04d}'}-{rank:05d}.safetensors"
-                pieces = [
-                    Piece(target, part, _stored(target, part, layout, dtype)) for target, part in zip(members, parts, strict=True)
-                ]
-                pieces.sort(key=lambda piece: -piece.stored.dtype.itemsize)  # stable; keeps every tensor aligned
-                files.append(ShardFile(made[parts], unit, tuple(pieces)))
-            names.append(made[parts])
+        holders: dict[tuple[Part, ...], list[int]] = {}
+        for rank in range(layout.world):
+            holders.setdefault(tuple(part_of(target, layout, rank) for target in members), []).append(rank)
+        for parts, sharing in holders.items():
+            name = f"{SHARDS}/{'top' if unit == TOP else f'layer-{unit:04d}'}-{sharing[0]:05d}.safetensors"
+            pieces = [
+                Piece(target, part, _stored(target, part, layout, dtype)) for target, part in zip(members, parts, strict=True)
+            ]
+            pieces.sort(key=lambda piece: -piece.stored.dtype.itemsize)  # stable; keeps every tensor aligned
+            files.append(ShardFile(name, unit, tuple(pieces), tuple(sharing)))
+            for rank in sharing:
+                ranks[rank].append(name)
     return files, tuple(tuple(names) for names in ranks)
 
 

@@ -1,7 +1,8 @@
 """The files of prepared shards: written a piece at a time, read and verified into the memory where they stay.
 
 Each is a safetensors file whose data starts on a 64-byte boundary, widest dtype first, so that a rank reads it with one call
-into one buffer and its tensors are views of that buffer: no copy, no second pass.
+into one buffer and its tensors are views of that buffer: no copy, no second pass. Its metadata say for which ranks of which
+layout it is.
 """
 
 import errno
@@ -22,6 +23,7 @@ from configs.errors import UnusableInput
 from data.store import fsync_folder
 from teacher.checkpoint.files import bytes_of, read_exactly
 from teacher.checkpoint.manifest import FileSum, Manifest
+from teacher.checkpoint.partition import Layout
 
 ALIGNMENT = 64
 READ_BYTES = 4 << 20
@@ -29,6 +31,7 @@ READ_BYTES = 4 << 20
 
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 DTYPES = {name: dtype for dtype, name in NAMES.items()}
+METADATA = "__metadata__"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -44,9 +47,21 @@ class Stored(NamedTuple):
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-def header_of(tensors: Iterable[Stored]) -> bytes:
+class Shard(NamedTuple):
+    """A verified file. label: as `label_of` made it."""
+
+    label: dict[str, str]
+    tensors: dict[str, Tensor]
+
+
+def label_of(layout: Layout, ranks: Iterable[int]) -> dict[str, str]:
+    """What a shard file says of itself; safetensors' metadata are text."""
+    return {"layout": str(layout), "ranks": " ".join(map(str, ranks))}
+
+
+def header_of(tensors: Iterable[Stored], label: Mapping[str, str]) -> bytes:
     """The safetensors header, padded with spaces so that the data is aligned."""
-    header: dict[str, object] = {}
+    header: dict[str, object] = {METADATA: dict(label)}
     offset = 0
     for tensor in tensors:
         end = offset + tensor.num_bytes
@@ -60,8 +75,8 @@ def header_of(tensors: Iterable[Stored]) -> bytes:
 class ShardWriter:
     """A shard file in the making, under a temporary name that only `commit` makes final. Left without it, it is gone."""
 
-    def __init__(self, path: Path, tensors: Sequence[Stored]) -> None:
-        header = header_of(tensors)
+    def __init__(self, path: Path, tensors: Sequence[Stored], label: Mapping[str, str]) -> None:
+        header = header_of(tensors, label)
         self.path = path
         self.expected = len(header) + sum(tensor.num_bytes for tensor in tensors)
         self.temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
@@ -103,7 +118,7 @@ class ShardWriter:
                 ) from error
 
 
-def read_shard(path: Path, expected: FileSum, device: torch.device) -> dict[str, Tensor]:
+def read_shard(path: Path, expected: FileSum, device: torch.device) -> Shard:
     """The tensors of one file on `device`, verified before any of them is handed out.
 
     Raises:
@@ -127,23 +142,38 @@ def read_shard(path: Path, expected: FileSum, device: torch.device) -> dict[str,
     return _views(buffer_N, device)
 
 
-def _views(buffer_N: Tensor, device: torch.device) -> dict[str, Tensor]:
+def _views(buffer_N: Tensor, device: torch.device) -> Shard:
     length = int.from_bytes(buffer_N[:8].numpy().tobytes(), "little")
     header = json.loads(buffer_N[8 : 8 + length].numpy().tobytes())
+    label = header.pop(METADATA, {})
     data = buffer_N[8 + length :].to(device)
     found = {}
     for name, said in header.items():
         first, last = said["data_offsets"]
         found[name] = data[first:last].view(DTYPES[said["dtype"]]).view(said["shape"])
-    return found
+    return Shard(label, found)
 
 
 def read_rank(folder: Path, manifest: Manifest, rank: int, device: torch.device, num_threads: int = 1) -> dict[str, Tensor]:
     """Everything that `rank` holds, by the engine's names. Only this rank's files are opened. num_threads: files read and
-    hashed at once (a core hashes 1 to 2 GB/s)."""
+    hashed at once (a core hashes 1 to 2 GB/s).
+
+    Raises:
+        UnusableInput: as `read_shard`, or a file that says it is for other ranks or another layout.
+    """
     found: dict[str, Tensor] = {}
     sums: Mapping[str, FileSum] = manifest.files
     with ThreadPoolExecutor(num_threads) as pool:
-        for tensors in pool.map(lambda name: read_shard(folder / name, sums[name], device), manifest.ranks[rank]):
-            found |= tensors
+        shards = pool.map(lambda name: read_shard(folder / name, sums[name], device), manifest.ranks[rank])
+        for name, shard in zip(manifest.ranks[rank], shards, strict=True):
+            _check_label(folder / name, shard.label, manifest.layout, rank)
+            found |= shard.tensors
     return found
+
+
+def _check_label(path: Path, label: Mapping[str, str], layout: Layout, rank: int) -> None:
+    if label.get("layout") != str(layout) or str(rank) not in label.get("ranks", "").split():
+        raise UnusableInput(
+            f"{path}: made for ranks {label.get('ranks')} of {label.get('layout')}, expected rank {rank} of {layout}; "
+            "run tracestill prepare CONFIG again"
+        )

@@ -7,9 +7,26 @@ from configs.errors import UnusableInput
 from configs.progress import Count, Report
 from data.store import read_json, sha256_file, write_json
 from teacher.checkpoint.manifest import FileSum, Source, fingerprint_of
-from teacher.folders import identity_files
+from teacher.folders import identity_files, resolve_model
 
 SUMS = "source.json"
+REPOSITORY = Path(__file__).parents[2]
+ARCHITECTURES = REPOSITORY / "configs/architectures"
+
+
+def checkpoint_folder(model: str) -> Path:
+    """The folder of the weights that `teacher.model` means.
+
+    Raises:
+        UnusableInput: as `resolve_model`; or one of the shipped architectures, which recipes name to be planned from anywhere.
+    """
+    named = Path(model) if Path(model).is_dir() else REPOSITORY / model
+    if named.is_dir() and named.resolve().is_relative_to(ARCHITECTURES):
+        raise UnusableInput(
+            f"teacher.model {model}: an architecture without weights, enough to plan by; set the checkpoint's folder: "
+            "-s teacher.model=FOLDER"
+        )
+    return resolve_model(model)
 
 
 def describe_source(folder: Path, output: Path, report: Report) -> Source:

@@ -4,7 +4,7 @@ Counts follow transformers' modules, and a test builds those on the meta device 
 layer is left out, as transformers leaves it out: GLM-5.2's checkpoint holds 753.3 B parameters, 743.4 B without it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -63,11 +63,6 @@ class Architecture:
         """Parameters of the parts one token uses, the whole embedding table among them, as model cards count."""
         return self.parts.dense + self.sparse_layers * self.experts_per_token * self.expert
 
-    @property
-    def multiplied(self) -> int:
-        """Dense parameters that a token is multiplied with: an embedding is looked up."""
-        return self.parts.dense - (0 if self.tied else self.parts.embeddings)
-
     def cache_values(self, tensor_parallel: int = 1) -> int:
         """Numbers kept per token of one request on one rank, all layers."""
         return self.attention.cache_values(self.layers, tensor_parallel)
@@ -99,11 +94,18 @@ FAMILIES = {
 }
 
 
-MAY_BE_NOTHING = ("n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers", "n_routed_experts", "num_experts")
+MAY_BE_NOTHING = (
+    "n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers", "n_routed_experts", "num_experts",
+    "num_local_experts", "index_topk_freq", "index_skip_topk_offset",
+)  # fmt: skip
+MAY_BE_NULL = ("q_lora_rank",)
+"""Null says something here: queries are made without a latent. Any other null is a key that is not there."""
+MOST_LAYERS, LARGEST = 10_000, 10**9
 SIZES = (
     "num_hidden_layers", "hidden_size", "vocab_size", "intermediate_size", "moe_intermediate_size", "num_attention_heads",
     "num_key_value_heads", "head_dim", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
-    "index_n_heads", "index_head_dim", "index_topk", "num_experts_per_tok", "max_position_embeddings", *MAY_BE_NOTHING,
+    "index_n_heads", "index_head_dim", "index_topk", "num_experts_per_tok", "max_position_embeddings", "decoder_sparse_step",
+    *MAY_BE_NOTHING,
 )  # fmt: skip
 
 
@@ -113,35 +115,57 @@ def read_architecture(config: Config, where: str) -> Architecture:
     Raises:
         UnusableInput: a family that is not in FAMILIES, or a key that is missing or no number one can count with.
     """
-    model_type = str(config.get("model_type", ""))
+    model_type = model_type_of(config, where)
     family = FAMILIES.get(model_type)
     if family is None:
         known = ", ".join(FAMILIES)
         raise UnusableInput(f"{where}: model_type {model_type!r} has no size formula; expected one of {known}")
+    return counted(config, where, lambda config: _architecture(config, family, model_type))
+
+
+def model_type_of(config: Config, where: str) -> str:
+    """Empty when the file has none. Raises UnusableInput when it is no name."""
+    model_type = config.get("model_type") or ""
+    if not isinstance(model_type, str):
+        raise UnusableInput(f"{where}: model_type {_shown(model_type)} in config.json; expected a name, such as glm_moe_dsa")
+    return model_type
+
+
+def counted(config: Config, where: str, count: Callable[[Config], Architecture]) -> Architecture:
+    """What `count` makes of a config.json whose values can be counted with. Raises UnusableInput with the key at fault."""
     _check_values(config, where)
     try:
-        return _architecture(config, family, model_type)
+        return count({key: value for key, value in config.items() if value is not None or key in MAY_BE_NULL})
     except (TypeError, AttributeError, ValueError, OverflowError, ZeroDivisionError) as error:
         raise UnusableInput(f"{where}: a value of config.json cannot be counted with ({error}); restore the file") from error
     except KeyError as error:
-        raise UnusableInput(f"{where}: no {error.args[0]} in config.json, which {model_type} needs to be counted") from error
+        needs = f"{config.get('model_type') or 'a plan'} needs to be counted"
+        raise UnusableInput(f"{where}: no {error.args[0]} in config.json, which {needs}; restore the file") from error
 
 
 def _check_values(config: Config, where: str) -> None:
     """Sizes are whole numbers, at least 1 (a few may be 0 or absent); a list by layer has an entry for each."""
     for key in SIZES:
         value, least = config.get(key), 0 if key in MAY_BE_NOTHING else 1
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-            raise UnusableInput(f"{where}: {key} {value!r} in config.json; expected a whole number of at least {least}")
+        most = MOST_LAYERS if key == "num_hidden_layers" else LARGEST
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most):
+            expected = f"a whole number of at least {least} and at most {most}"
+            raise UnusableInput(f"{where}: {key} {_shown(value)} in config.json; expected {expected}")
     for key in ("indexer_types", "mlp_layer_types"):
         entries, layers = config.get(key), config.get("num_hidden_layers")
         if entries is not None and (not isinstance(entries, list) or len(entries) != layers):
             raise UnusableInput(f"{where}: {key} in config.json; expected a list with an entry for each of {layers} layers")
-    experts, chosen = config.get("n_routed_experts") or config.get("num_experts") or 0, config.get("num_experts_per_tok") or 0
+    experts, chosen = routed_experts(config), config.get("num_experts_per_tok") or 0
     if experts and chosen > experts:
         raise UnusableInput(
             f"{where}: num_experts_per_tok {chosen} in config.json, of {experts} experts; expected at most as many"
         )
+
+
+def _shown(value: object) -> str:
+    """On one line that can be read: a damaged file may hold anything."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _architecture(config: Config, family: Family, model_type: str) -> Architecture:
@@ -220,6 +244,8 @@ def _grouped(config: Config, family: Family) -> Sizes:
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads") or heads
     head_dim = config.get("head_dim") or hidden // heads
+    if head_dim < 1:
+        raise ValueError(f"{heads} attention heads of hidden_size {hidden}")
     projected = (heads + 2 * kv_heads) * head_dim
     biases = 0
     if family.always_biased or config.get("attention_bias"):

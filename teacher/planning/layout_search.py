@@ -1,6 +1,7 @@
-"""When a layout does not fit: the nearest that do, by nodes first, then by how little else changes."""
+"""When a layout does not fit: the nearest that do, by how few nodes come or go, then by how little else changes."""
 
 from collections.abc import Iterator
+from math import gcd
 from typing import Literal, NamedTuple
 
 from configs.schema import DeepSpeedEngine, LocalEngine, Recipe, Teacher
@@ -34,9 +35,9 @@ class Alternative(NamedTuple):
 def nearest_layouts(architecture: Architecture, recipe: Recipe, demand: Demand) -> tuple[Alternative, ...]:
     """At most three, nearest node counts first, up to 64 nodes; of one node count those that change least, then the fastest.
     Tensor parallelism stays inside a node, and no layout gathers expert weights. None for the local engine, which has one
-    device."""
+    device, nor for a device of unknown size."""
     teacher = recipe.teacher
-    if isinstance(teacher.engine, LocalEngine):
+    if isinstance(teacher.engine, LocalEngine) or device_of(teacher.hardware) is None:
         return ()
     found: list[Alternative] = []
     for nodes in sorted(range(1, MAX_NODES + 1), key=lambda nodes: (abs(nodes - teacher.hardware.nodes), nodes)):
@@ -50,16 +51,13 @@ def nearest_layouts(architecture: Architecture, recipe: Recipe, demand: Demand) 
 
 
 def _layouts(architecture: Architecture, teacher: Teacher, nodes: int) -> Iterator[Teacher]:
-    """Every layout of that many nodes whose degrees divide ranks, experts and heads."""
+    """Every layout of that many nodes whose degrees divide ranks, experts and heads: at most as many as those have divisors,
+    however many ranks there are."""
     hardware = teacher.hardware.model_copy(update={"nodes": nodes})
     world, local = teacher.ranks_per_node * nodes, teacher.ranks_per_node
     stages = (0, 3) if isinstance(teacher.engine, DeepSpeedEngine) else (teacher.layout.zero_stage,)
-    for expert in _divisors(world):
-        if architecture.num_experts % expert and expert > 1:
-            continue
-        for tensor in _divisors(local):
-            if architecture.attention.heads % tensor:
-                continue
+    for expert in _divisors(gcd(architecture.num_experts, world) if architecture.num_experts else 1):
+        for tensor in _divisors(gcd(architecture.attention.heads, local)):
             for stage in stages if expert == world or not architecture.num_experts else (0,):
                 degree = "all" if expert == world and teacher.layout.expert_parallel == "all" else expert
                 layout = teacher.layout.model_copy(
@@ -69,8 +67,8 @@ def _layouts(architecture: Architecture, teacher: Teacher, nodes: int) -> Iterat
 
 
 def _if_fits(architecture: Architecture, recipe: Recipe, demand: Demand, teacher: Teacher) -> Alternative | None:
-    device, fit = device_of(teacher.hardware), judge(architecture, teacher, recipe.plan, demand)
-    if not fit.fits or fit.room.cache is None or device is None:
+    device, fit = device_of(teacher.hardware), judge(architecture, recipe, teacher, demand)
+    if not fit.fits or fit.cache_bytes_per_gpu is None or device is None:
         return None
     layout = teacher.layout
     step = workload_step(machine(architecture, teacher, fit.degrees, device), fit, demand._replace(slots=engine_slots(teacher)))
@@ -79,7 +77,7 @@ def _if_fits(architecture: Architecture, recipe: Recipe, demand: Demand, teacher
         expert_parallel=fit.degrees.expert,
         tensor_parallel=layout.tensor_parallel,
         zero_stage=3 if fit.degrees.zero else 0,
-        cache_bytes_per_gpu=fit.room.cache,
+        cache_bytes_per_gpu=fit.cache_bytes_per_gpu,
         decode_tokens_per_s_per_gpu=step.tokens_per_s(recipe.plan.efficiency) / fit.degrees.world,
         overrides=_overrides(recipe.teacher, teacher),
     )

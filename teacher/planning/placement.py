@@ -1,39 +1,31 @@
 """Bytes on one GPU: weights by part, what comes on top of them, and the room that is left for the cache.
 
 `weights` and what it leaves are the published table's arithmetic, every dense matrix cut as far as the layout says. What
-the table leaves out is counted beside it, as `Extra` and `Transients`, and comes off the cache's budget.
+the table leaves out is counted beside it, as `Extra` (weights.py) and `Transients`, and comes off the cache's budget.
 """
 
 from math import ceil
 from typing import NamedTuple
 
-from configs.schema import Planning, Teacher
+from configs.schema import HttpEngine, Planning, Sampling, Teacher
 from teacher.planning.architecture import Architecture, Latent, Parts
 from teacher.planning.devices import WEIGHT_BYTES, Degrees
+from teacher.planning.weights import Extra, cut_weights, extra_bytes
 
-SCALE_BYTES = {"fp8": 4 / 128**2, "int4": 2 / 128}
-"""Per weight: one float32 a block of 128 x 128 (fp8), one bf16 a group of 128 (int4)."""
 TILES_BYTES = 1 << 30
 """Bound of the tiles that sparse attention works in at a time: index scores, then selected or expanded keys."""
 MASK_BYTES = 1 << 30
 """Bound of a prefill pass's mask, one byte for each pair of a token and a column (decode.Limits.prefill_pairs)."""
-
-
-class Extra(NamedTuple):
-    """Bytes beyond `weights`. uncut: matrices that tensor parallelism leaves whole on each rank, less their share.
-    unquantised: embeddings, head, router and norms, which quantised checkpoints keep in bf16. scales: of quantised blocks."""
-
-    uncut: int
-    unquantised: int
-    scales: int
+ANY_SAMPLING = Sampling(temperature=1.0, top_p=0.5)
+"""Of all samplings one that holds the most: it sorts the vocabulary."""
 
 
 class Transients(NamedTuple):
     """Bytes that live for one pass. gathered: ZeRO-3's largest whole unit (a decoder layer, or the embedding) and the next
     one. attention: expanded keys of the context, or with an indexer the tiles of float32 scores [queries, heads, tokens] and
     of keys. mask: of a prefill pass. activations: residual stream, queries and attention output of it. dispatch: tokens
-    sent to experts and back with the experts' hidden layer, at even load. logits: of all slots, in float32, three times
-    (sorted, summed up)."""
+    sent to experts and back with the experts' hidden layer, at even load. logits: of all slots, with what choosing tokens by
+    them holds (`sampling_bytes`)."""
 
     gathered: int
     attention: int
@@ -80,42 +72,13 @@ class Cache(NamedTuple):
         return None if self.pool_bytes is None else self.pools * max(0, int(self.pool_bytes // (self.token_bytes * tokens)))
 
 
-def cut_weights(parts: Parts, degrees: Degrees, bytes_per_weight: float) -> Parts:
-    """Bytes of each part on one GPU."""
-    dense = degrees.world if degrees.zero else degrees.tensor
-    routed = degrees.world if degrees.zero else degrees.expert_slices
-    return Parts(*(ceil(size * bytes_per_weight / dense) for size in parts))._replace(
-        routed_experts=ceil(parts.routed_experts * bytes_per_weight / routed)
-    )
-
-
-def uncut_parameters(architecture: Architecture, degrees: Degrees) -> int:
-    """Parameters of matrices that each tensor-parallel rank holds whole: projections into latents, indexers, routers and
-    norms; under DeepSpeed the input embedding too."""
-    parts = architecture.parts
-    whole = architecture.layers * architecture.attention.query_down + parts.indexer + parts.router + parts.norms
-    return whole + (0 if degrees.server else parts.embeddings)
-
-
-def extra_bytes(architecture: Architecture, degrees: Degrees, dtype: str) -> Extra:
-    parts, per_weight = architecture.parts, WEIGHT_BYTES[dtype]
-    tensor = degrees.tensor
-    uncut = uncut_parameters(architecture, degrees) * per_weight * (1 - 1 / tensor)
-    if degrees.zero:
-        uncut /= degrees.replicas
-    high = (parts.embeddings + parts.head + parts.router + parts.norms) * max(0.0, 2.0 - per_weight) / tensor
-    quantised = dtype in SCALE_BYTES
-    weights = cut_weights(parts, degrees, 1.0).total if quantised else 0
-    return Extra(int(uncut), int(high) if quantised else 0, int(weights * SCALE_BYTES.get(dtype, 0.0)))
-
-
 def transient_bytes(
-    architecture: Architecture, degrees: Degrees, dtype: str, *, chunk: int, context: int, slots: int
+    architecture: Architecture, degrees: Degrees, dtype: str, sampling: Sampling, *, chunk: int, context: int, slots: int
 ) -> Transients:
     """chunk: prompt tokens of a pass. context: columns it looks at. slots: rows that decode together on a rank."""
     attention, hidden, tensor = architecture.attention, architecture.hidden, degrees.tensor
     value_bytes = 4 if dtype == "fp32" else 2
-    layer, embedding = architecture.layer_dense / tensor, architecture.vocabulary * hidden
+    layer, embedding = _layer_parameters(architecture, tensor), architecture.vocabulary * hidden
     gathered = (max(layer, embedding) + layer) * value_bytes if degrees.zero and degrees.replicas > 1 else 0.0
     if degrees.zero and degrees.expert < degrees.world:
         gathered += architecture.num_experts * architecture.expert * value_bytes / degrees.expert
@@ -134,11 +97,37 @@ def transient_bytes(
         mask=0 if degrees.server else min(MASK_BYTES, chunk * context),
         activations=chunk * (4 * hidden + 2 * attention.heads * per_query // tensor) * value_bytes,
         dispatch=routed * value_bytes,
-        logits=3 * slots * architecture.vocabulary * 4,
+        logits=sampling_bytes(slots, architecture.vocabulary, dtype, sampling, server=degrees.server),
     )
 
 
-def room(architecture: Architecture, teacher: Teacher, degrees: Degrees, usable: int | None, planning: Planning) -> Room:
+def sampling_bytes(rows: int, vocabulary: int, dtype: str, sampling: Sampling, *, server: bool = False) -> int:
+    """Logits [rows, vocabulary] of that dtype, and what sampling.sample holds at its peak beside them. Bytes for each logit,
+    measured on a CPU: greedy 4; by the whole distribution 33 (float64 softmax, running sums and their copies); cut off by
+    top-p, top-k or min-p 50 (sorted values and their order too), and 8 of one row while the sort is at it. 4 more for the copy
+    without forbidden ids, and 4 for one in float32 when the logits are not. 64 rows of GLM-5.2 in bf16: 596 MB. A server's
+    sampler is not ours: float32, three times."""
+    if server:
+        return 3 * rows * vocabulary * 4
+    truncates = sampling.top_p < 1 or sampling.top_k > 0 or sampling.min_p > 0
+    is_sorted = sampling.temperature > 0 and truncates
+    held = 4 if sampling.temperature == 0 else 50 if truncates else 33
+    logits = 4 if dtype == "fp32" else 2 + 4
+    return vocabulary * (rows * (logits + 4 + held) + (8 if is_sorted else 0))
+
+
+def _layer_parameters(architecture: Architecture, tensor: int) -> float:
+    """Dense parameters that one tensor-parallel rank uses of the largest decoder layer."""
+    parts, attention = architecture.parts, architecture.attention
+    whole = (
+        attention.query_down + parts.indexer / max(1, attention.num_indexers) + parts.router / max(1, architecture.sparse_layers)
+    )
+    return architecture.layer_dense / tensor + whole * (1 - 1 / tensor)
+
+
+def room(
+    architecture: Architecture, teacher: Teacher, degrees: Degrees, usable: int | None, planning: Planning, sampling: Sampling
+) -> Room:
     """The budget of one GPU under the recipe's engine, for requests of up to the model's positions."""
     dtype = teacher.engine.dtype
     context = architecture.max_positions
@@ -148,9 +137,27 @@ def room(architecture: Architecture, teacher: Teacher, degrees: Degrees, usable:
         cut_weights(architecture.parts, degrees, WEIGHT_BYTES[dtype]),
         extra_bytes(architecture, degrees, dtype),
         transient_bytes(
-            architecture, degrees, dtype, chunk=min(planning.prefill_chunk_tokens, context), context=context, slots=slots
+            architecture,
+            degrees,
+            dtype,
+            sampling,
+            chunk=min(planning.prefill_chunk_tokens, context),
+            context=context,
+            slots=slots,
         ),
     )
+
+
+def admitted_bytes(
+    architecture: Architecture, teacher: Teacher, degrees: Degrees, usable: int | None, left: int | None
+) -> int | None:
+    """Bytes of one GPU that requests are let in by. left: what the plan leaves (Room.cache). Our engines open before they see
+    a recipe's sampling or plan, so they leave room for any; and engine.cache_bytes caps it, on a CPU too."""
+    if isinstance(teacher.engine, HttpEngine):
+        return left
+    own = room(architecture, teacher, degrees, usable, Planning(), ANY_SAMPLING).cache
+    bounds = [bound for bound in (left, own, teacher.engine.cache_bytes) if bound is not None]
+    return min(bounds, default=None)
 
 
 def cache_dtype(teacher: Teacher) -> str:
@@ -160,7 +167,7 @@ def cache_dtype(teacher: Teacher) -> str:
 
 
 def cache(architecture: Architecture, teacher: Teacher, degrees: Degrees, budget: int | None) -> Cache:
-    """budget: bytes per GPU (Room.cache)."""
+    """budget: bytes per GPU (`admitted_bytes`)."""
     per_value = WEIGHT_BYTES[cache_dtype(teacher)]
     if degrees.kv_sharded:
         node = None if budget is None else budget * degrees.ranks_per_node

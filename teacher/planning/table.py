@@ -12,7 +12,9 @@ MILLION = 1 << 20
 
 
 def plan_tables(plan: Plan) -> Group:
-    tables = [_sizes(plan), _memory(plan), _contexts(plan)]
+    tables = [_sizes(plan), _memory(plan)]
+    if plan.contexts and plan.fit.room.usable is not None:
+        tables.append(_contexts(plan))
     if plan.step is not None:
         tables += [_decode(plan), _money(plan)]
     return Group(*tables)
@@ -33,12 +35,24 @@ def _sizes(plan: Plan) -> Table:
     )
     attention = f"TP {layout.tensor}" if layout.tensor > 1 else "data-parallel attention"
     zero = ", ZeRO-3 dense weights" if layout.zero else ""
-    table.add_row("layout", f"experts over {layout.expert_slices} ranks, {attention}{zero}, cache {plan.teacher.layout.kv_cache}")
+    table.add_row("layout", f"{_experts(plan)}, {attention}{zero}, cache {plan.teacher.layout.kv_cache}")
     per_token = model.cache_values() * plan.kv_bytes_per_value
     table.add_row(
         "cache", f"{_short(per_token, 'B')} a token, {_short(per_token * MILLION, 'B')} per 2^20 tokens, {plan.kv_dtype}"
     )
     return table
+
+
+def _experts(plan: Plan) -> str:
+    """Where the routed experts are; expert_parallel 1 leaves each whole, or lets a server cut every one of them."""
+    layout = plan.fit.degrees
+    if plan.architecture.num_experts == 0:
+        return "no routed experts"
+    if layout.expert > 1:
+        return f"experts spread over {layout.expert} ranks"
+    if layout.expert_slices > 1:
+        return f"each expert cut over {layout.expert_slices} ranks"
+    return "all experts in ZeRO-3 slices" if layout.zero else "all experts on every rank"
 
 
 def _memory(plan: Plan) -> Table:
@@ -49,7 +63,7 @@ def _memory(plan: Plan) -> Table:
     table.add_row("free", _short(room.free, "B"), "usable less weights")
     table.add_row("beside weights", _short(sum(room.extra), "B"), _largest(room.extra._asdict()))
     table.add_row("buffers", _short(sum(room.transients), "B"), _largest(room.transients._asdict()))
-    table.add_row("cache", _short(room.cache, "B"), _held(plan))
+    table.add_row("cache", _short(plan.fit.cache_bytes_per_gpu, "B"), _held(plan))
     table.add_row("fits", {None: "unknown", True: "yes", False: "no"}[plan.fit.fits], _wanted(plan))
     return table
 
@@ -68,16 +82,17 @@ def _held(plan: Plan) -> str:
 def _wanted(plan: Plan) -> str:
     demand = plan.demand
     if plan.fit.shortfall:
-        return f"{_short(plan.fit.shortfall, 'B')} short for {demand.request_tokens:,} tokens"
+        return f"{_short(plan.fit.shortfall, 'B')} short for {demand.longest_tokens:,} tokens"
     if plan.fit.refusal:
         return "the degrees do not divide the model"
     if demand.requests:
         return f"{demand.requests} requests of {demand.slot_tokens:,} tokens"
-    return f"a request of {demand.request_tokens:,} tokens"
+    is_all = demand.longest_tokens > demand.request_tokens
+    return f"a request of {demand.longest_tokens:,} tokens" + (", prompt and max_tokens" if is_all else "")
 
 
 def _contexts(plan: Plan) -> Table:
-    table = _table("by context", "tokens", "requests that fit", "tok/s per GPU", "first token, s")
+    table = _table("by context", "tokens", "requests that fit", "expected tok/s per GPU", "first token, s")
     for row in plan.contexts:
         rate = "-" if row.decode_tokens_per_s_per_gpu is None else f"{row.decode_tokens_per_s_per_gpu:.1f}"
         prefill = "-" if row.prefill_seconds is None else f"{row.prefill_seconds:.3g}"
@@ -90,6 +105,7 @@ def _decode(plan: Plan) -> Table:
     assert step is not None and bytes_of is not None
     load = f"{step.concurrency} requests of {step.context_tokens:,} tokens"
     table = _table(f"a decode step, {load}", "", "ms", "bytes per GPU")
+    table.caption, table.caption_justify = _why_so_long(plan), "left"
     reads = f"dense {_short(bytes_of.dense_read)}, experts {_short(bytes_of.experts_read)}, cache {_short(bytes_of.cache_read)}"
     table.add_row("memory", f"{step.memory_s * 1e3:.2f}", reads)
     moved = ((bytes_of.gathered, "gathered"), (bytes_of.all_to_all, "all-to-all"), (bytes_of.tensor_parallel, "tensor parallel"))
@@ -100,6 +116,15 @@ def _decode(plan: Plan) -> Table:
     expected = f"{plan.decode_tokens_per_s_per_gpu:.0f} tok/s per GPU at efficiency {plan.planning.efficiency:g}"
     table.add_row("expected", f"{step.bound_s / plan.planning.efficiency * 1e3:.1f}", expected)
     return table
+
+
+def _why_so_long(plan: Plan) -> str:
+    """What a request in flight is counted as: a third as long behind a server as in our own cache."""
+    if plan.teacher.engine.type == "http":
+        return "each as long as it is on average: a server's pages hold what is there"
+    if plan.planning.context_tokens:
+        return "each as long as plan.context_tokens: our cache's rows are as wide as the longest"
+    return "each of the prompt and the p99 output: our cache's rows are as wide as the longest"
 
 
 def _money(plan: Plan) -> Table:
@@ -148,7 +173,7 @@ def _json_sizes(plan: Plan) -> dict[str, object]:
         "free_bytes_per_gpu": room.free,
         "extra_bytes_per_gpu": room.extra._asdict(),
         "transient_bytes_per_gpu": room.transients._asdict(),
-        "kv_budget_bytes_per_gpu": room.cache,
+        "kv_budget_bytes_per_gpu": plan.fit.cache_bytes_per_gpu,
         "kv_bytes_per_token": int(per_token),
         "kv_bytes_per_1m_tokens": int(per_token) * MILLION,
         "kv_bytes_per_token_per_gpu": plan.fit.cache.token_bytes / (layout.ranks_per_node if layout.kv_sharded else 1),

@@ -7,7 +7,7 @@ from math import prod
 from pathlib import Path
 
 from configs.errors import UnusableInput
-from teacher.planning.architecture import Architecture, Config, Parts, routed_experts
+from teacher.planning.architecture import Architecture, Config, Parts, counted, routed_experts
 from teacher.planning.attention_size import Grouped
 
 
@@ -25,10 +25,7 @@ def count_headers(folder: Path, config: Config, where: str) -> Architecture:
         )
     routed = sum(size for name, size in sizes.items() if ".experts." in name)
     parts = Parts(other=sum(sizes.values()) - routed, routed_experts=routed)
-    try:
-        return _architecture(config, parts)
-    except KeyError as error:
-        raise UnusableInput(f"{where}: no {error.args[0]} in config.json, which a plan of its cache needs") from error
+    return counted(config, where, lambda config: _architecture(config, parts))
 
 
 def tensor_sizes(path: Path) -> dict[str, int]:
@@ -53,7 +50,7 @@ def _architecture(config: Config, parts: Parts) -> Architecture:
         hidden=hidden,
         vocabulary=config["vocab_size"],
         max_positions=config["max_position_embeddings"],
-        attention=Grouped(heads, config.get("num_key_value_heads") or heads, config.get("head_dim") or hidden // heads),
+        attention=Grouped(heads, config.get("num_key_value_heads") or heads, config.get("head_dim") or max(1, hidden // heads)),
         parts=parts,
         layer_dense=parts.other // layers,
         sparse_layers=1 if num_experts else 0,

@@ -5,12 +5,13 @@ faster, and what is reached is a stated share of it (plan.efficiency).
 Of a decode step, per GPU (C requests in flight, b of them on a replica, t tensor-parallel ranks, e ranks a copy of the
 experts):
 
-- weights read: dense / t, and of its E / e experts those that the step's tokens chose. n tokens choosing k of E experts
-  evenly touch the share 1 - (1 - k/E)^n of them: 0.9997 at n = 256, 0.22 at n = 8 (GLM-5.2);
+- weights read: of the dense ones the slices and what tensor parallelism leaves whole (weights.py; the embedding is looked up),
+  and of its E / e experts those that the step's tokens chose. n tokens choosing k of E experts evenly touch the share
+  1 - (1 - k/E)^n of them: 0.9997 at n = 256, 0.22 at n = 8 (GLM-5.2);
 - cache read: b requests, on every tensor-parallel rank the same; with a sparse indexer the selected latents and all
   indexer keys;
-- gathered: what ZeRO-3 assembles each step: dense / t (37 GB for GLM-5.2 in BF16), and the experts that are not spread
-  by expert parallelism over all ranks (1.49 TB without any);
+- gathered: what ZeRO-3 assembles each step: the dense weights above (37 GB for GLM-5.2 in BF16 where t = 1), and the experts
+  that are not spread by expert parallelism over all ranks (1.49 TB without any);
 - all-to-all: b k / t tokens' hidden states to the experts and back, on every sparse layer, in 16 bits;
 - tensor parallel: two sums of the hidden states a layer, and under AutoEP the experts' answers to the other ranks' share.
 """
@@ -18,9 +19,10 @@ experts):
 from typing import NamedTuple
 
 from configs.schema import Planning, Teacher
-from teacher.planning.architecture import Architecture
+from teacher.planning.architecture import Architecture, Parts
 from teacher.planning.devices import WEIGHT_BYTES, Degrees, Device, Links
 from teacher.planning.placement import cache_dtype
+from teacher.planning.weights import RankWeights, gathered_weights, rank_weights
 
 ACTIVATION_BYTES = 2
 
@@ -73,8 +75,9 @@ class Machine(NamedTuple):
     kv_dtype: str
 
     @property
-    def weight_bytes(self) -> float:
-        return WEIGHT_BYTES[self.dtype]
+    def weights(self) -> RankWeights:
+        """What a rank uses in a pass: the account that its memory is taken from too."""
+        return rank_weights(self.architecture, self.degrees, self.dtype)
 
 
 def machine(architecture: Architecture, teacher: Teacher, degrees: Degrees, device: Device) -> Machine:
@@ -92,7 +95,7 @@ def decode_step(machine: Machine, concurrency: int, context: int) -> Step:
     model, degrees, device = machine.architecture, machine.degrees, machine.device
     requests = concurrency / degrees.replicas
     traffic = Traffic(
-        dense_read=model.multiplied * machine.weight_bytes / degrees.tensor,
+        dense_read=multiplied(model, machine.weights.num_bytes),
         experts_read=_experts_read(machine, concurrency),
         cache_read=_cache_read(machine, concurrency, context),
         gathered=gathered_bytes(machine),
@@ -113,46 +116,47 @@ def decode_step(machine: Machine, concurrency: int, context: int) -> Step:
 
 def prefill_seconds(machine: Machine, tokens: int, planning: Planning, *, alone: bool = True) -> float:
     """Time to the first token of a prompt of that length, while every replica loads one of its own. Arithmetic at
-    plan.prefill_efficiency of the peak, or the passes' reads of all weights, or the links, whichever takes longest.
+    plan.prefill_efficiency of the peak, or the passes' reads of all weights, or the links, whichever takes longest; memory and
+    links at their full rates, and no collective's latency.
 
     Arithmetic is 2 x active parameters a token, attention in its cheaper form, and the indexers' T^2 / 2 scores, which
     no tensor parallelism cuts: of GLM-5.2 on 8 ranks they are the larger half from 0.1 M tokens on. alone: the prompt has
     its passes to itself; else short prompts share them."""
     model, degrees, device = machine.architecture, machine.degrees, machine.device
-    parts, attention = model.parts, model.attention
-    dense = parts.dense - parts.embeddings - parts.head  # the head answers for the last token only
-    copies = min(degrees.tensor, degrees.expert_slices)
-    routed = model.sparse_layers * model.experts_per_token * model.expert
-    flops = 2.0 * tokens * (dense / degrees.tensor + routed / copies)
+    attention, weights = model.attention, machine.weights
+    parameters = weights.parameters
+    dense = parameters.dense - parameters.embeddings - parameters.head  # the head answers for the last token only
+    flops = 2.0 * tokens * (dense + _routed_per_token(machine))
     flops += attention.prefill_flops(model.layers, tokens) / degrees.tensor
     flops += attention.index_flops(tokens * tokens / 2) / (degrees.tensor if degrees.kv_sharded else 1)
     passes = tokens / planning.prefill_chunk_tokens
     passes = max(1.0, passes) if alone else passes
-    held = (parts.dense / degrees.tensor + parts.routed_experts / degrees.expert_slices) * machine.weight_bytes
+    read = multiplied(model, weights.num_bytes) + weights.num_bytes.routed_experts
     return max(
         flops / (device.flops(machine.dtype) * planning.prefill_efficiency),
-        passes * held / device.bandwidth,
+        passes * read / device.bandwidth,
         passes * gather_s(machine) + token_network_s(machine, tokens),
     )
 
 
+def multiplied(model: Architecture, parts: Parts) -> int:
+    """Of `parts` the dense ones that a token is multiplied with: an embedding is looked up, unless it is the head too."""
+    return parts.dense - (0 if model.tied else parts.embeddings)
+
+
 def gathered_bytes(machine: Machine) -> float:
-    model, degrees = machine.architecture, machine.degrees
-    if not degrees.zero:
-        return 0.0
-    dense = model.parts.dense / degrees.tensor if degrees.replicas > 1 else 0.0
-    routed = model.parts.routed_experts / degrees.expert if degrees.expert < degrees.world else 0.0
-    return (dense + routed) * machine.weight_bytes
+    return sum(gathered_weights(machine.architecture, machine.degrees, machine.dtype))
 
 
 def gather_s(machine: Machine) -> float:
-    """Seconds of one pass's ZeRO-3 gathers: dense slices lie on ranks `tensor` apart, experts on ranks `expert` apart."""
-    model, degrees, links = machine.architecture, machine.degrees, machine.links
-    if not degrees.zero:
-        return 0.0
-    dense = links.ring(model.parts.dense * machine.weight_bytes / degrees.tensor, degrees.replicas, degrees.tensor)
-    routed = model.parts.routed_experts * machine.weight_bytes / degrees.expert
-    return dense + links.ring(routed, degrees.world // degrees.expert, degrees.expert)
+    """Seconds of one pass's ZeRO-3 gathers."""
+    degrees, links = machine.degrees, machine.links
+    found = gathered_weights(machine.architecture, degrees, machine.dtype)
+    return (
+        links.ring(found.everywhere, degrees.world)
+        + links.ring(found.replicas, degrees.replicas, degrees.tensor)
+        + links.ring(found.experts, degrees.world // degrees.expert, degrees.expert)
+    )
 
 
 def token_network_s(machine: Machine, tokens: float) -> float:
@@ -167,7 +171,7 @@ def _experts_read(machine: Machine, concurrency: int) -> float:
     model, degrees = machine.architecture, machine.degrees
     tokens = concurrency * max(degrees.expert_slices, degrees.tensor) / degrees.world
     share = touched_share(model.num_experts, model.experts_per_token, tokens)
-    return share * model.parts.routed_experts * machine.weight_bytes / degrees.expert_slices
+    return share * machine.weights.num_bytes.routed_experts
 
 
 def _cache_read(machine: Machine, concurrency: int, context: int) -> float:
@@ -181,11 +185,17 @@ def _cache_read(machine: Machine, concurrency: int, context: int) -> float:
 def _decode_flops(machine: Machine, concurrency: int, context: int) -> float:
     model, degrees = machine.architecture, machine.degrees
     requests = concurrency / degrees.replicas
-    copies = min(degrees.tensor, degrees.expert_slices)
-    routed = model.sparse_layers * model.experts_per_token * model.expert
     index = model.attention.index_flops(requests * context) / (degrees.tensor if degrees.kv_sharded else 1)
     attention = requests * model.attention.decode_flops(model.layers, context) / degrees.tensor
-    return 2.0 * requests * (model.multiplied / degrees.tensor + routed / copies) + attention + index
+    dense = multiplied(model, machine.weights.parameters)
+    return 2.0 * requests * (dense + _routed_per_token(machine)) + attention + index
+
+
+def _routed_per_token(machine: Machine) -> float:
+    """Parameters of routed experts that a rank multiplies for each token of its replica: other ranks' tokens come for those
+    that leave, and tensor-parallel ranks share the work."""
+    model, degrees = machine.architecture, machine.degrees
+    return model.sparse_layers * model.experts_per_token * model.expert / min(degrees.tensor, degrees.expert_slices)
 
 
 def _all_to_all_bytes(machine: Machine, tokens: float) -> float:

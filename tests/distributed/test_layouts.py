@@ -2,7 +2,7 @@
 a bound. Minutes each: the quick part of this is test_sharded_teacher.py."""
 
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -66,11 +66,12 @@ def test_two_ranks_in_any_layout_equal_one_process(models: dict[str, Path], tmp_
 
 @pytest.mark.parametrize(
     "parallel",
-    [Parallel(4, 1, 3), Parallel(4, 2, 3), Parallel(2, 2, 3)],
+    [Parallel(4, 1, 3), Parallel(4, 2, 3), Parallel(2, 2, 3), Parallel(4, 1, 0), Parallel(4, 2, 0)],
     ids=lambda parallel: "ep{}-tp{}-zero{}".format(*parallel),
 )
 def test_four_ranks_equal_one_process(models: dict[str, Path], tmp_path: Path, parallel: Parallel) -> None:
-    """EP 4 with TP 2: one expert group spans two tensor groups. EP 2 with TP 2: each tensor group is an expert group."""
+    """EP 4 with TP 2: one expert group spans two tensor groups. EP 2 with TP 2: each tensor group is an expert group.
+    Stage 0 with EP over all ranks, TP below it and several replicas is what the shipped BF16 recipes are."""
     assert_equals_one_process(run_uneven(models["glm"], tmp_path, parallel, world=4), models["glm"])
 
 
@@ -97,12 +98,14 @@ class Errors(NamedTuple):
     own: torch.Tensor
 
 
-def bf16_errors(model: Path, folder: Path, parallel: Parallel) -> Errors:
+def bf16_errors(model: Path, folder: Path, parallel: Parallel, world: int = 2) -> Errors:
     generator = torch.Generator().manual_seed(0)
-    sequences = torch.randint(6, 96, (16, 100), generator=generator).tolist()
-    score = [sequences[:8], sequences[8:]] if parallel.tensor == 1 else [sequences, sequences]
-    found = run_ranks(folder, as_task(model, [], parallel=parallel._asdict(), dtype="bf16", score=score))
-    sharded = torch.tensor(found.scores()[:16], dtype=torch.float64)
+    sequences, groups = torch.randint(6, 96, (16, 100), generator=generator).tolist(), world // parallel.tensor
+    each = len(sequences) // groups
+    score = shares([sequences[group * each : (group + 1) * each] for group in range(groups)], parallel.tensor)
+    found = run_ranks(folder, as_task(model, [], parallel=parallel._asdict(), dtype="bf16", score=score), world)
+    said = [values for rank in found.ranks[:: parallel.tensor] for values in rank["scores"]]
+    sharded = torch.tensor(said, dtype=torch.float64)
     one, exact = (
         torch.tensor([scores.logprobs for scores in LocalEngine(model, dtype=dtype, batch_size=4).score(sequences)])
         for dtype in ("bf16", "fp32")
@@ -114,17 +117,31 @@ def root_mean_square(errors: torch.Tensor) -> float:
     return float(errors.pow(2).mean().sqrt())
 
 
-@pytest.mark.parametrize("zero_stage", [3, 0])
-def test_experts_over_ranks_cost_bf16_nothing(models: dict[str, Path], tmp_path: Path, zero_stage: Literal[0, 3]) -> None:
+@pytest.mark.parametrize(
+    ("parallel", "world"),
+    [(Parallel(1, 1, 3), 2), (Parallel(2, 1, 3), 2), (Parallel(2, 1, 0), 2), (Parallel(4, 1, 3), 4)],
+    ids=lambda value: "ep{}-tp{}-zero{}".format(*value) if isinstance(value, Parallel) else str(value),
+)
+def test_zero_and_experts_over_ranks_cost_bf16_nothing(
+    models: dict[str, Path], tmp_path: Path, parallel: Parallel, world: int
+) -> None:
     """The bound: 0.001 nats a token. Measured: bit for bit the same, where bf16 itself costs this model 0.22 nats (rms).
     Stage 0 is what the shipped BF16 recipes use; with DeepSpeed's own bf16 section it fails an assertion."""
-    assert bf16_errors(models["glm"], tmp_path, Parallel(2, 1, zero_stage)).sharded.abs().max() <= 1e-3
+    assert bf16_errors(models["glm"], tmp_path, parallel, world).sharded.abs().max() <= 1e-3
 
 
-def test_tensor_parallelism_adds_less_than_bf16_itself(models: dict[str, Path], tmp_path: Path) -> None:
-    """Slices of a product are rounded before they are summed. Measured: 0.09 nats (rms) against 0.22."""
-    errors = bf16_errors(models["glm"], tmp_path, Parallel(2, 2, 3))
-    assert root_mean_square(errors.sharded) <= 0.6 * root_mean_square(errors.own)
+@pytest.mark.parametrize(
+    ("parallel", "world"),
+    [(Parallel(1, 2, 3), 2), (Parallel(2, 2, 3), 2), (Parallel(2, 2, 0), 2), (Parallel(4, 2, 3), 4)],
+    ids=lambda value: "ep{}-tp{}-zero{}".format(*value) if isinstance(value, Parallel) else str(value),
+)
+def test_tensor_parallelism_adds_less_than_bf16_itself(
+    models: dict[str, Path], tmp_path: Path, parallel: Parallel, world: int
+) -> None:
+    """Slices of a product are rounded before they are summed. The bound: 0.13 nats a token (rms), and 0.6 of what bf16 costs
+    one process. Measured with TP 2, whatever else: 0.09 against 0.22."""
+    errors = bf16_errors(models["glm"], tmp_path, parallel, world)
+    assert root_mean_square(errors.sharded) <= min(0.13, 0.6 * root_mean_square(errors.own))
 
 
 def test_bf16_keeps_the_selection_bias_in_float32_and_says_the_same(models: dict[str, Path], tmp_path: Path) -> None:

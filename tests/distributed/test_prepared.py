@@ -51,6 +51,19 @@ def test_two_ranks_hold_the_same_bits_answer_the_same_and_read_their_own_files(t
 
 
 @pytest.mark.long
+def test_no_rank_comes_up_with_a_configuration_that_was_changed(tmp_path: Path) -> None:
+    model = save_random_model(tmp_path / "model", "glm")
+    path = prepare(model, tmp_path / "shards", Layout(2, expert=2), "fp32").folder / "config.json"
+    path.write_text(path.read_text().replace('"routed_scaling_factor": 1.5', '"routed_scaling_factor": 9.5'))
+    task = {
+        "model": str(model), "shards": str(path.parent), "dtype": "fp32", "generate": [[], []],
+        "parallel": {"expert": 2, "tensor": 1, "zero_stage": 3},
+    }  # fmt: skip
+    done = launch(tmp_path, task, 2, "tests.distributed.prepared_worker")
+    assert done.returncode != 0 and done.stderr.count("config.json: sha256") == 2
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     "layout",

@@ -22,6 +22,7 @@ from tests.teacher.test_decode import make_requests
 GREEDY = make_requests(12)
 SAMPLED = make_requests(12, temperature=1.0, seed=3)
 ONLY_RANK_0 = make_requests(5, seed=5)
+BUDGET_TOKENS = 256
 SEQUENCES = [(7, 8, 9, 10), (11,), tuple(range(6, 50))]
 
 
@@ -30,16 +31,25 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_random_model(tmp_path_factory.mktemp("model"), "glm")
 
 
+def bytes_per_token(model: Path) -> int:
+    """Of cache, as one process sees it."""
+    cache_tokens = LocalEngine(model, cache_bytes=1 << 30).runner.limits.cache_tokens
+    assert cache_tokens is not None
+    return (1 << 30) // cache_tokens
+
+
 @pytest.fixture(scope="module")
 def found(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Found:
-    """One launch serves all the comparisons: uneven shares, sampling, and a rank that has nothing to do at all. A killed
-    build of DeepSpeed's shared-memory collective has left its lock behind: nobody may wait for it."""
+    """One launch serves all the comparisons: uneven shares, sampling, a rank that has nothing to do at all, and a cache too
+    small for all slots. A killed build of DeepSpeed's shared-memory collective has left its lock behind: nobody may wait for
+    it."""
     folder = tmp_path_factory.mktemp("ranks")
     lock = folder / "ext" / "deepspeed_shm_comm" / "lock"
     lock.parent.mkdir(parents=True)
     lock.touch()
     jobs = [[GREEDY[:9], GREEDY[9:]], [SAMPLED[:2], SAMPLED[2:]], [ONLY_RANK_0, []]]
-    found = run_ranks(folder, as_task(model, jobs, score=[SEQUENCES[:2], SEQUENCES[2:]]))
+    budget = BUDGET_TOKENS * bytes_per_token(model)
+    found = run_ranks(folder, as_task(model, jobs, score=[SEQUENCES[:2], SEQUENCES[2:]], cache_bytes=budget))
     assert [path for path in lock.parent.rglob("*") if path.is_file()] == [lock], "something was compiled"
     return found
 
@@ -54,6 +64,11 @@ def local(model: Path) -> LocalEngine:
 )
 def test_two_ranks_equal_one_process_token_for_token(found: Found, local: LocalEngine, job: int, requests: list[Request]) -> None:
     assert found.tokens(job) == {c.request_id: c.token_ids for c in local.generate(requests)}
+
+
+def test_each_rank_admits_by_the_bytes_of_its_cache(found: Found) -> None:
+    """Four slots of 128 columns would take 512."""
+    assert [rank["cache_tokens"] for rank in found.ranks] == [BUDGET_TOKENS, BUDGET_TOKENS]
 
 
 def test_each_rank_answers_its_own_share(found: Found) -> None:

@@ -29,13 +29,14 @@ def to_request(fields: dict[str, Any]) -> Request:
 
 def main(task_file: Path) -> None:
     """A task: model, parallel, dtype, batch_size, timeout_s, generate: [[requests of a rank] of a job], score: [[sequences]
-    a rank], none if empty; optionally fault: {rank, after, signal}, which that rank sends itself after so many completions."""
+    a rank], none if empty; optionally cache_bytes, and fault: {rank, after, signal}, which that rank sends itself after so
+    many completions."""
     task = json.loads(task_file.read_text())
     rank = int(os.environ["RANK"])
     torch.set_num_threads(1)
     engine = DeepSpeedEngine(
         Path(task["model"]), Parallel(**task["parallel"]), dtype=task["dtype"], batch_size=task["batch_size"],
-        timeout_s=task["timeout_s"],
+        timeout_s=task["timeout_s"], cache_bytes=task.get("cache_bytes"),
     )  # fmt: skip
     engine.load()
     jobs = [
@@ -47,10 +48,11 @@ def main(task_file: Path) -> None:
     dtypes = sorted({str(buffer.dtype) for name, buffer in engine.module.named_buffers() if "e_score_correction_bias" in name})
     groups = [group._get_backend(torch.device("cpu")) for group in dist.distributed_c10d._world.pg_map]
     timeouts = sorted({group.options._timeout.total_seconds() for group in groups})
+    limits = engine.runner.limits
     engine.close()
     found = {
         "jobs": jobs, "counts": stats.counts if stats else {}, "scores": scores, "bias_dtypes": dtypes,
-        "group_is_left": dist.is_initialized(), "timeouts_s": timeouts,
+        "cache_tokens": limits.cache_tokens, "group_is_left": dist.is_initialized(), "timeouts_s": timeouts,
     }  # fmt: skip
     task_file.with_name(f"rank{rank}.json").write_text(json.dumps(found))
 

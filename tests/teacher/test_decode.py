@@ -455,7 +455,15 @@ def test_ranks_of_one_group_go_on_with_what_the_first_has_sampled(qwen_folder: P
 
 @pytest.mark.parametrize(
     ("changes", "said"),
-    [({"stop_ids": (VOCAB,)}, "beyond the model's vocabulary"), ({"prefix_ids": (7, 8)}, "2 prefix ids with 0 logprobs")],
+    [
+        ({"stop_ids": (VOCAB,)}, "beyond the model's vocabulary"),
+        ({"prompt_ids": (-1, 2)}, "token -1 is beyond"),
+        ({"prefix_ids": (7, 8)}, "2 prefix ids with 0 logprobs"),
+        ({"temperature": 1e-308}, "temperature 1e-308; expected 0"),
+        ({"temperature": float("nan")}, "temperature nan"),
+        ({"top_p": 0.0}, "top_p in"),
+        ({"seed": 1 << 63}, "63 bits"),
+    ],
 )
 def test_a_request_that_is_not_of_this_model_is_refused(qwen_folder: Path, changes: dict[str, object], said: str) -> None:
     with pytest.raises(UnusableInput, match=said):

@@ -76,3 +76,15 @@ def test_two_runs_of_one_request_are_the_same_text(tmp_path: Path) -> None:
     engine = LocalEngine(folder, batch_size=2)
     (first,), (second,) = list(engine.generate([request])), list(engine.generate([request]))
     assert first.token_ids == second.token_ids
+
+
+@pytest.mark.parametrize("ids", [(96, 1), (-1, 1)])
+def test_ids_beyond_the_vocabulary_are_not_scored(qwen_folder: Path, ids: tuple[int, ...]) -> None:
+    with pytest.raises(UnusableInput, match=rf"score: sequence 1: token {ids[0]} is beyond the model's vocabulary of 96"):
+        LocalEngine(qwen_folder).score([(1, 2), ids])
+
+
+def test_logits_that_cannot_be_kept_are_refused(qwen_folder: Path) -> None:
+    for top, temperatures in ((-1, (1.0,)), (2, ()), (2, (0.0,))):
+        with pytest.raises(UnusableInput, match="at least one temperature above 0"):
+            LocalEngine(qwen_folder).score([(1, 2)], top, temperatures)

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from configs.errors import UnusableInput
 from configs.load import load_recipe, shipped_recipes
 from teacher.plan import plan_recipe
 from teacher.planning.table import plan_json, plan_tables
@@ -61,6 +63,49 @@ def test_a_mistake_in_the_recipe_is_exit_2() -> None:
     assert run("glm52-bf16-16xh200", "-s", "teacher.model=nowhere").returncode == 2
 
 
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("teacher.hardware.gpus_per_node=10000000000", "gpus_per_node: input should be less than or equal to 1024"),
+        ("teacher.hardware.nodes=10000000000", "nodes: input should be less than or equal to 16384"),
+        ("teacher.hardware.network_gb_per_s=5e-324", "network_gb_per_s: input should be greater than or equal to 0.001"),
+        ("plan.efficiency=1e-308", "plan.efficiency: input should be greater than or equal to 0.0001"),
+        ("plan.prefill_efficiency=1e-308", "plan.prefill_efficiency: input should be greater than"),
+        ("plan.price_per_gpu_hour=1e308", "plan.price_per_gpu_hour: input should be less than or equal to 1000000"),
+        ("plan.api.output=5e-324", "plan.api.output: input should be greater than"),
+        ("plan.api.input=1e308", "plan.api.input: input should be less than"),
+        ("plan.workload.traces=" + "9" * 30, "plan.workload.traces: input should be less than"),
+        ("plan.concurrency=" + "9" * 30, "plan.concurrency: input should be less than"),
+        ("teacher.layout.expert_parallel=al", "teacher.layout.expert_parallel: expected a positive integer or all, found 'al'"),
+        ("teacher.layout.expert_parallel=0", "teacher.layout.expert_parallel: expected a positive integer or all, found 0"),
+    ],
+)
+def test_a_figure_that_cannot_be_meant_is_one_line_with_its_bounds(override: str, said: str) -> None:
+    with pytest.raises(UnusableInput, match=re.escape(said)) as refused:
+        load_recipe("glm52-bf16-16xh200", [override])
+    assert "more)" not in str(refused.value)
+
+
+EXTREMES = (
+    "teacher.hardware={gpu: h200, gpus_per_node: 1024, nodes: 16384, network_gb_per_s: 0.001}",
+    "teacher.hardware.network_gb_per_s=100000", "plan.efficiency=0.0001", "plan.prefill_efficiency=0.0001",
+    "plan.price_per_gpu_hour=1000000", "plan.price_per_gpu_hour=0.0001", "plan.api={input: 0, cached_input: 0, output: 0.000001}",
+    "plan.api={input: 1000000, output: 1000000}", "plan.workload.traces=1000000000000", "plan.prefill_chunk_tokens=1000000000000",
+    "plan.workload={output_tokens_median: 1, output_tokens_p99: 1000000000000}", "generate.sampling.max_tokens=" + "9" * 400,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["glm52-fp8-16xh200", "glm52-bf16-32xh200"])
+@pytest.mark.parametrize("override", EXTREMES)
+def test_the_json_of_the_most_extreme_plan_holds_finite_numbers(name: str, override: str) -> None:
+    json.dumps(plan_json(plan_recipe(load_recipe(name, [override]).recipe)), allow_nan=False)
+
+
+def test_a_figure_beyond_counting_is_one_line() -> None:
+    with pytest.raises(UnusableInput, match="a figure of the recipe is too large to count with"):
+        plan_recipe(load_recipe("glm52-bf16-16xh200", ["teacher.engine.batch_size=" + "9" * 400]).recipe)
+
+
 def test_planning_imports_no_torch() -> None:
     code = (
         "import sys; from configs.load import load_recipe; from teacher.plan import plan_recipe;"
@@ -82,6 +127,27 @@ def test_the_tables_fit_80_columns_and_cut_nothing_off(name: str) -> None:
     assert max(len(line) for line in text.splitlines()) <= 80 and "…" not in text
     for row in ("parameters", "usable", "weights, ", "cache", "fits"):
         assert f"\n{row}" in text, row
+
+
+def test_a_table_says_where_experts_are_and_what_a_request_is_counted_as() -> None:
+    served, ours = rendered("glm52-fp8-8xh200"), rendered("glm52-bf16-16xh200")
+    assert "each expert cut over 8 ranks" in served and "experts spread over 16 ranks" in ours
+    assert "experts spread over 16 ranks" in rendered("glm52-fp8-16xh200")
+    assert "a server's pages hold what is there" in served and "the prompt and the p99 output" in ours
+    assert "each as long as plan.context_tokens" in rendered("glm52-bf16-16xh200", "plan.context_tokens=9000")
+    assert "a request of 69,536 tokens, prompt and max_tokens" in ours and "prompt and max_tokens" not in served
+    assert "expected tok/s per GPU" in ours and "expected tok/s per GPU" in served
+
+
+def test_a_plan_of_a_cpu_has_no_table_of_contexts() -> None:
+    for model in ("embedded", "configs/architectures/glm-5.2"):
+        assert "by context" not in rendered("embedded", f"teacher.model={model}")
+
+
+def test_a_stated_cache_is_what_the_table_shows() -> None:
+    assert "cache            10 MB      longest request 1,024 tokens" in rendered(
+        "embedded", "teacher.engine.cache_bytes=10000000"
+    )
 
 
 def test_a_plan_that_does_not_fit_still_shows_where_the_memory_goes() -> None:

@@ -22,11 +22,12 @@ from data.store import sha256_file
 from teacher.checkpoint import files as checkpoint_files
 from teacher.checkpoint.empty_model import empty_model, named_tensors
 from teacher.checkpoint.manifest import MANIFEST, check_layout, read_manifest
+from teacher.checkpoint.output import LOCK, RECORDS
 from teacher.checkpoint.partition import Layout, part_of, targets_of
 from teacher.checkpoint.shard_plan import SHARDS, default_output, layout_of, plan_shards
 from teacher.checkpoint.shards import read_rank
 from teacher.folders import fingerprint_model, fingerprint_teacher, weights_folder
-from teacher.prepare import RECORDS, describe_plan, prepare
+from teacher.prepare import describe_plan, prepare
 from tests.teacher.checkpoints import declare_fp8, fuse, load_all, save_sharded, to_fp8
 from tests.teacher.models import GLM, save_random_model
 
@@ -371,7 +372,7 @@ def test_a_checkpoint_that_is_not_whole_is_refused(glm_folder: Path, tmp_path: P
 def test_two_writers_exclude_each_other(glm_folder: Path, copied: Path) -> None:
     import fcntl
 
-    with (copied / ".lock").open("w") as held:
+    with (copied / LOCK).open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(UnusableInput, match="another tracestill prepare"):
             prepare(glm_folder, copied, EP2, "fp32")

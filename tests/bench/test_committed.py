@@ -1,0 +1,26 @@
+"""The committed figures keep what is promised of them; whoever commits worse ones has to say so here."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+COMMITTED = Path(__file__).parents[2] / "docs" / "bench"
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "key", "least", "most"),
+    [
+        ("refill", "ratio", 3.0, None),
+        ("refill", "ratio_two_ranks", 2.0, None),
+        ("refill", "step_ratio", 1.0, None),
+        ("sparse_decode", "ratio", 8.0, None),
+        ("sparse_decode", "growth_2k_32k", None, 2.0),
+        ("prepared_load", "ratio", 3.0, None),
+        ("prepared_load", "rss_ratio", None, 0.6),
+    ],
+)
+def test_a_committed_figure_keeps_its_bound(benchmark: str, key: str, least: float | None, most: float | None) -> None:
+    found = json.loads((COMMITTED / f"{benchmark}.json").read_text())[key]
+    assert least is None or found >= least, f"{benchmark}.{key} is {found}, promised at least {least}"
+    assert most is None or found <= most, f"{benchmark}.{key} is {found}, promised at most {most}"
