@@ -143,7 +143,7 @@ def test_room_for_sampling_is_what_sampling_holds_at_its_peak(dtype: str, asked:
     """Allocations and releases as torch's profiler sees them on a CPU; seeds, targets and ids of a row are 0.1 %."""
     import torch
 
-    from teacher.sampling import Forbidden, Noise, Truncation, sample
+    from teacher.sampling import Pairs, Noise, Truncation, sample
 
     rows, vocabulary = 4, 20_000
     sampling = load_recipe("embedded", [f"generate.sampling={asked}"]).recipe.generate.sampling
@@ -155,7 +155,7 @@ def test_room_for_sampling_is_what_sampling_holds_at_its_peak(dtype: str, asked:
         noise = Noise(ones, cut, ones / 2)
     logits_BV = torch.randn(rows, vocabulary).to({"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
     banned_V = torch.arange(vocabulary) > vocabulary - 10
-    peak = peak_bytes(lambda: sample(logits_BV, noise, banned_V, Forbidden(torch.tensor([0]), torch.tensor([1]))))
+    peak = peak_bytes(lambda: sample(logits_BV, noise, banned_V, Pairs(torch.tensor([0]), torch.tensor([1]))))
     assert sampling_bytes(rows, vocabulary, dtype, sampling) == pytest.approx(logits_BV.nbytes + peak, rel=0.001)
 
 
