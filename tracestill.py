@@ -257,7 +257,12 @@ def generate(
 
         join_generation(_open(config, overrides, run_dir))
     else:
-        _run_one(_generate_stage, config, overrides, run_dir, dry_run=False)
+        context = _open(config, overrides, run_dir)
+        from data.stage import run_stage
+        from generate.launch import unseal_for_retry
+
+        unseal_for_retry(context)
+        run_stage(_generate_stage(), context)
 
 
 def _canary(config: str, overrides: list[str], run_dir: Path | None, as_json: bool) -> None:

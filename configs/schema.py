@@ -82,7 +82,7 @@ class HttpEngine(Section):
     are free and are retried until the deadline."""
     health_s: PositiveFloat = 10.0
     """Time between two looks at each server's list of models."""
-    drain_s: NonNegativeFloat = 20.0
+    drain_s: NonNegativeFloat = 15.0
     """When the run is asked to stop: how long what is in flight may go on."""
     price_input_per_million: NonNegativeFloat = 0.0
     """Dollars per million prompt tokens."""

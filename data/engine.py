@@ -23,8 +23,9 @@ class Request:
 
     prompt_ids: the rendered prompt, generation prompt included. stop_ids: any of them ends the output; stop_strings: so
     does any of these in its text; neither before min_tokens output tokens. seed: 63 bits; noise at output position i
-    depends on (seed, i) alone. temperature 0 is greedy; top_k 0 and min_p 0 are off. messages: the same prompt as chat
-    turns, for engines that own the template (http). task: label under which expert load is counted.
+    depends on (seed, i) alone. temperature 0 is greedy; top_k 0 and min_p 0 are off. messages, tools: the same prompt as
+    chat turns, and its tool schemas as JSON text, for engines that own the template (http). task: label under which expert
+    load is counted.
 
     prefix_ids, prefix_logprobs: output of an earlier attempt that was handed out. It counts against max_tokens, the
     noise goes on at its end, and the completion holds it. top_logits: keep that many best logits of every new token,
@@ -52,6 +53,7 @@ class Request:
     top_logits: int = 0
     log_z_temperatures: tuple[float, ...] = (1.0,)
     prompt_version: str = ""
+    tools: str = ""
     reasoning_budget: int = 0
     reasoning_end: int = -1
 

@@ -132,7 +132,8 @@ class Claims:
         for request, prompt in zip(requests, prompts, strict=True):
             trace_id = self.pool.trace_id(request)
             salvage = self.estate.take(trace_id)
-            self.queue.append(Ask(request, trace_id, prompt, request % samples, unit, attempt, salvage))
+            holders = max(attempt, 1 + (salvage is not None))  # a holder that ended in order has freed its lease
+            self.queue.append(Ask(request, trace_id, prompt, request % samples, unit, holders, salvage))
 
     def committed(self, asks: Sequence[Ask]) -> None:
         """Their traces are durable: nobody needs their leases."""

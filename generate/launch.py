@@ -15,7 +15,7 @@ from configs.progress import Count, Display, file_reporter, read_counts
 from configs.schema import DeepSpeedEngine, Recipe
 from data.ledger import Ledger, read_ledger
 from data.stage import Context
-from data.store import SegmentLog, segments
+from data.store import ROLLUP, SegmentLog, segments
 from data.work import WorkFolder, ages, read_facts
 from generate import identity
 from generate.budget import spent
@@ -59,6 +59,12 @@ def ask_together(context: Context, show: Callable[[Count], None]) -> None:
                 raise Interrupted(f"{ledger.pending} requests were left by workers that are gone; the same command continues")
             if ledger.pending == before.pending and not waited:
                 raise StageFailed(f"{context.run.traces}: {ledger.pending} of {ledger.requested} requests stay pending")
+
+
+def unseal_for_retry(context: Context) -> None:
+    """A sealed run whose failed requests are to be asked again is open once more."""
+    if context.recipe.generate.retry_failed and (context.run.traces / ROLLUP).is_file() and read_ledger(context.run).failed:
+        (context.run.traces / ROLLUP).unlink()
 
 
 def ask_canary(context: Context) -> "CanaryReport":

@@ -65,6 +65,7 @@ def to_request(ask: Ask, tokenizer: PreTrainedTokenizerBase, stop_ids: tuple[int
         max_tokens=max_tokens,
         min_tokens=min(request.min_tokens, max_tokens),
         prompt_version=prompt.prompt_version,
+        tools=prompt.tools,
         reasoning_budget=prompt.reasoning_budget,
         reasoning_end=reasoning_end(tokenizer) if prompt.reasoning_budget else -1,
     )
@@ -111,9 +112,10 @@ def generate_traces(
     name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}-r{rank}"  # pids repeat in containers
     with ExitStack() as stack:
         drain = stack.enter_context(draining(recipe.generate.drain_seconds))
-        worker = stack.enter_context(Worker(WorkFolder.of(run), name, recipe.generate.lease_ttl_s))
-        leases = Leases(worker)
+        leases = Leases(Worker(WorkFolder.of(run), name, recipe.generate.lease_ttl_s))
+        # After the beat is gone: whoever claims what we leave behind then sees that our journal is there to be read.
         stack.callback(leases.release_all)
+        stack.enter_context(leases.worker)
         shift = Shift(recipe, run, engine, tokenizer, teacher_fingerprint, leases, pool, drain, report)
         engine.load()
         finished = shift.work()

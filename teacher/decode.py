@@ -181,7 +181,7 @@ class Batch:
                 log.warning("request %s: max_tokens %d, expected at least 1", request.request_id, request.max_tokens)
             else:
                 log.warning(said, request.request_id, length, most)
-            return Completion(request.request_id, (), (), "abort", time.time(), 0.0)
+            return Completion(request.request_id, (), (), "abort", time.time(), 0.0, error="no_room")
         longest, budget = min(len(request.prompt_ids) + request.max_tokens, self.max_length), self.limits.cache_tokens
         if budget is not None and longest > budget:
             raise UnusableInput(

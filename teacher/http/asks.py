@@ -1,5 +1,6 @@
 """What a server is sent: which part of an output one ask is for, as a JSON body and headers."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -100,6 +101,7 @@ def chat_body(request: Request, model: str, stop_tokens: Sequence[str], engine: 
         "messages": [dict(message) for message in request.messages],
         "max_tokens": request.max_tokens,
         **_common(request, stop_tokens, engine),
+        **({"tools": json.loads(request.tools)} if request.tools else {}),
         **({"logprobs": True} | top if engine.logprobs else {}),
     }
 

@@ -308,6 +308,7 @@ def test_a_drain_journals_what_is_half_said_and_exits_resumable(recipe: Recipe, 
     again = Scripted()
     assert work(recipe, run, again) == 9  # at once: nobody has to wait for a lease to grow old
     assert [len(request.prefix_ids) for request in again.requests] == [3] + [0] * 8
+    assert sorted(trace.attempt for trace in traces(run)) == [1] * 9 + [2]
 
 
 # --- bounds ------------------------------------------------------------------------------------------------------
@@ -330,6 +331,7 @@ def test_failed_requests_are_asked_again_only_when_told_to(recipe: Recipe, run: 
     assert work(changed(recipe, retry_failed=True), run, Scripted()) == 3
     ledger = read_ledger(run)
     assert (ledger.completed, ledger.failed, ledger.superseded) == (10, 0, 3)
+    assert work(changed(recipe, retry_failed=True), run, Scripted()) == 0
     assert {trace.finish_reason for trace in traces(run)} == {"stop"}
 
 

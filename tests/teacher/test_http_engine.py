@@ -1,6 +1,8 @@
 """The http engine against a server that behaves, over real sockets: what is asked, how much at once, what is kept."""
 
+import dataclasses
 import gc
+import json
 import os
 import threading
 import time
@@ -53,6 +55,12 @@ def test_a_chat_body_says_what_the_recipe_asks(server: MockServer) -> None:
     ]  # fmt: skip
     ask(engine_for(server, logprobs=True, top_logprobs=5), request(top_k=7))
     assert server.bodies[1].items() >= {"logprobs": True, "top_logprobs": 5, "top_k": 7}.items()
+
+
+def test_a_chat_server_sees_the_prompts_tools(server: MockServer) -> None:
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
+    ask(engine_for(server), dataclasses.replace(request(0), tools=json.dumps(tools)), request(1))
+    assert [body.get("tools") for body in server.bodies] == [tools, None]
 
 
 def test_headers_name_the_request_the_model_and_the_prompts_version(server: MockServer) -> None:

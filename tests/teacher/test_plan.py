@@ -143,7 +143,7 @@ def test_room_for_sampling_is_what_sampling_holds_at_its_peak(dtype: str, asked:
     """Allocations and releases as torch's profiler sees them on a CPU; seeds, targets and ids of a row are 0.1 %."""
     import torch
 
-    from teacher.sampling import Pairs, Noise, Truncation, sample
+    from teacher.sampling import Noise, Pairs, Truncation, sample
 
     rows, vocabulary = 4, 20_000
     sampling = load_recipe("embedded", [f"generate.sampling={asked}"]).recipe.generate.sampling
