@@ -10,18 +10,22 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from data.columns import num_rows, tally, words_of
+
 if TYPE_CHECKING:
     from data.store import Segment
 
 
-def keys_of(trace_ids: Sequence[str]) -> np.ndarray:
-    """uint64 [N, 2]: the 128 bits of each identity. A million of them take 16 MB, as strings 90."""
+def keys_of(trace_ids: Sequence[str] | str) -> np.ndarray:
+    """uint64 [N, 2]: the 128 bits of each identity, from a list or a sidecar's one string. A million of them take 16 MB, as
+    strings 90."""
     try:
-        content = bytes.fromhex("".join(trace_ids))
+        content = bytes.fromhex(trace_ids if isinstance(trace_ids, str) else "".join(trace_ids))
     except ValueError:
         content = b""
-    if len(content) != 16 * len(trace_ids):  # somebody else's identities: any text has 128 bits of its own
-        content = b"".join(hashlib.blake2b(identity.encode(), digest_size=16).digest() for identity in trace_ids)
+    if len(content) != 16 * num_rows(trace_ids):  # somebody else's identities: any text has 128 bits of its own
+        words = words_of(trace_ids)
+        content = b"".join(hashlib.blake2b(identity.encode(), digest_size=16).digest() for identity in words)
     return np.frombuffer(content, ">u8").astype(np.uint64).reshape(-1, 2)
 
 
@@ -48,7 +52,9 @@ def segment_keys(committed: Sequence["Segment"]) -> tuple[np.ndarray, np.ndarray
     """keys [N, 2] and abort flags [N] of all rows of the segments, in log order."""
     keys = [keys_of(segment.facts["trace_ids"]) for segment in committed]
     aborts = [
-        np.array([reason == "abort" for reason in segment.facts.get("finish_reasons", [""] * segment.rows)], dtype=bool)
+        np.array([reason == "abort" for reason in words_of(segment.facts["finish_reasons"])], dtype=bool)
+        if "abort" in tally(segment.facts.get("finish_reasons", []))
+        else np.zeros(segment.rows, dtype=bool)
         for segment in committed
     ]
     empty = np.empty((0, 2), dtype=np.uint64)

@@ -4,13 +4,13 @@ generation   requested = completed + failed (by reason) + pending
 view         completed = kept + rejected (by reason) + unjudged
 """
 
-import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from configs.errors import UnusableInput
+from data.columns import num_rows, tally
 from data.copies import counting_rows, segment_keys
 from data.store import RunFolder, Segment, read_rollup, segments
 
@@ -68,18 +68,15 @@ def fates_of(committed: Sequence[Segment]) -> Fates:
     for segment in committed:
         keep, start = counts_N[start : start + segment.rows], start + segment.rows
         why = segment.facts.get("errors", {})
-        if keep.all():
-            reasons.update(segment.facts["finish_reasons"])
-            errors.update(why.values())
-        else:
-            reasons.update(itertools.compress(segment.facts["finish_reasons"], keep))
-            errors.update(word for row, word in why.items() if keep[int(row)])
+        is_whole = bool(keep.all())
+        reasons.update(tally(segment.facts["finish_reasons"], None if is_whole else keep))
+        errors.update(word for row, word in why.items() if is_whole or keep[int(row)])
     return Fates(reasons, errors, superseded=len(counts_N) - int(counts_N.sum()))
 
 
 def _check_facts(segment: Segment) -> None:
     trace_ids, reasons = segment.facts.get("trace_ids"), segment.facts.get("finish_reasons")
-    if not (isinstance(trace_ids, list) and isinstance(reasons, list) and len(trace_ids) == len(reasons) == segment.rows):
+    if not num_rows(trace_ids) == num_rows(reasons) == segment.rows:
         raise UnusableInput(
             f"segment {segment.path.stem}: its manifest does not name {segment.rows} traces and their finish reasons; "
             "restore it, or delete it with its .arrow file and generate again"

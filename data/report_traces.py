@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from data.columns import words_of
 from data.report_items import shortened
 from data.store import RunFolder, read_rollup, read_segment, read_table, segments
 
@@ -32,7 +33,7 @@ def trace_lengths(run: RunFolder) -> dict[str, list[int]]:
     """Output tokens of every trace by task, from the sidecars alone; empty before the first segment."""
     lengths: dict[str, list[int]] = {}
     for segment in segments(run.traces) if run.traces.is_dir() else ():
-        for task, tokens in zip(segment.facts.get("tasks", ()), segment.facts.get("output_tokens", ()), strict=False):
+        for task, tokens in zip(words_of(segment.facts.get("tasks", [])), segment.facts.get("output_tokens", ()), strict=False):
             lengths.setdefault(task, []).append(tokens)
     return lengths
 

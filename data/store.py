@@ -25,6 +25,7 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from configs.errors import UnusableInput
+from data.columns import words_of
 from data.copies import counting_rows, segment_keys
 from data.schema import SCHEMA_VERSION, schema_hash
 
@@ -205,7 +206,7 @@ class Segment(NamedTuple):
     sha256: str
     schema_hash: str
     facts: dict
-    """Stage-specific: for traces `trace_ids` and `finish_reasons`, row by row."""
+    """Stage-specific: for traces `trace_ids`, `finish_reasons` and `tasks` as columns (data/columns.py), and numbers."""
 
 
 def commit_segment(folder: Path, table: pa.Table, *, worker: str, facts: Mapping[str, object]) -> Segment:
@@ -283,12 +284,19 @@ def read_segment(segment: Segment) -> pa.Table:
             "restore it from a backup"
         )
     for fact, column in (("trace_ids", "trace_id"), ("finish_reasons", "finish_reason")):
-        if fact in segment.facts and segment.facts[fact] != table[column].to_pylist():
+        if fact in segment.facts and not _agrees(segment.facts[fact], table[column].to_pylist()):
             raise UnusableInput(
                 f"segment {segment.path.stem}: {fact} of its manifest are not those of its rows; "
                 f"restore {segment.path.stem}.json from a backup"
             )
     return table
+
+
+def _agrees(column: object, words: list[str]) -> bool:
+    try:
+        return words_of(column) == words  # type: ignore[arg-type]
+    except ValueError:
+        return False
 
 
 def read_first_copies(folder: Path, key: str = "trace_id") -> Iterator[pa.Table]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
+from data.columns import words_of
 from data.copies import keys_of
 from data.prompt_set import PromptIndex
 from data.records import trace_identity
@@ -74,7 +75,7 @@ class Pool:
         """Of its prompt, in the prompt set."""
         return int(self.prompts.positions_N[request // self.samples])
 
-    def find(self, trace_ids: Sequence[str]) -> np.ndarray:
+    def find(self, trace_ids: Sequence[str] | str) -> np.ndarray:
         """int64 [n]: the number of each request; -1 for one that this run never asks."""
         keys = keys_of(trace_ids)
         places = np.searchsorted(self._sorted_keys, keys[:, 0])
@@ -96,7 +97,7 @@ class Pool:
         tokens = np.asarray(facts["output_tokens"], dtype=np.float64)
         done = known.copy()
         if asks_aborted_again:
-            done &= np.array([reason != "abort" for reason in facts["finish_reasons"]], dtype=bool)
+            done &= np.array([reason != "abort" for reason in words_of(facts["finish_reasons"])], dtype=bool)
         np.add.at(self._tokens[:, 0], self.tasks[requests[known]], tokens[known])
         np.add.at(self._tokens[:, 1], self.tasks[requests[known]], 1)
         self.finish(requests[done])

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from configs.schema import Recipe
 from data.chat import Dialect, dialect_of
+from data.columns import coded
 from data.engine import Completion, Engine, ExpertLoad, Request
 from data.logits import commit_logits, to_row
 from data.records import Message, Trace, Turn
@@ -73,10 +74,10 @@ class Writer:
         self.run.config.stat()  # a folder that is gone must not be made anew, with nothing in it but this segment
         traces = self._priced(self.unwritten)
         facts = {
-            "trace_ids": [trace.trace_id for trace in traces],
-            "finish_reasons": [trace.finish_reason for trace in traces],
+            "trace_ids": "".join(trace.trace_id for trace in traces),
+            "finish_reasons": coded([trace.finish_reason for trace in traces]),
             "errors": {str(row): trace.error for row, trace in enumerate(traces) if trace.error},
-            "tasks": [trace.task for trace in traces],
+            "tasks": coded([trace.task for trace in traces]),
             "output_tokens": [trace.reasoning_tokens + trace.answer_tokens for trace in traces],
             "cost": sum(trace.cost for trace in traces),
             "teacher_fingerprint": self.teacher_fingerprint,

@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from configs.load import load_recipe
+from data.columns import coded
 from data.engine import Completion, ExpertStats, Handout, Request, Scores
 from data.prompt_set import write_prompts
 from data.records import Prompt, digest, prompt_identity
@@ -137,9 +138,9 @@ def add_sidecars(run: RunFolder, requests: int) -> None:
     for number in range(-(-requests // SEGMENT)):
         rows = min(SEGMENT, requests - number * SEGMENT)
         facts = {
-            "trace_ids": [secrets.token_hex(16) for _ in range(rows)],
-            "finish_reasons": ["length" if row % 17 == 0 else "stop" for row in range(rows)], "errors": {},
-            "tasks": [f"task{(number + row) % TASKS}" for row in range(rows)],
+            "trace_ids": secrets.token_hex(16 * rows),
+            "finish_reasons": coded(["length" if row % 17 == 0 else "stop" for row in range(rows)]), "errors": {},
+            "tasks": coded([f"task{(number + row) % TASKS}" for row in range(rows)]),
             "output_tokens": [4000 + row for row in range(rows)],
             "cost": 1.5, "teacher_fingerprint": "teacher",
         }  # fmt: skip
