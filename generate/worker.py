@@ -201,8 +201,9 @@ class Shift:
     # --- asked by the engine, in its loop ---
 
     def checkpoint(self, partial: Partial) -> None:
-        self.asked[partial.request_id].checkpoint(self.journal, partial)
-        self.tokens_of[partial.request_id] = len(partial.token_ids)
+        if (hand := self.asked.get(partial.request_id)) is not None:  # else it has ended meanwhile
+            hand.checkpoint(self.journal, partial)
+            self.tokens_of[partial.request_id] = len(partial.token_ids)
 
     def keep(self, request_id: str, raw: bytes) -> None:
         self.asked[request_id].keep(self.journal, raw)

@@ -18,6 +18,7 @@ SMALL = (
     "generate.prompts.2.count=12",
     "generate.prompts.3.count=28",
     "generate.segment_traces=8",
+    "generate.lease_ttl_s=3",  # what a killed run leaves behind is taken over without half a minute's wait
     "teacher.engine.batch_size=16",
     "evaluate.suites.0.count=6",
     "evaluate.suites.1.count=6",

@@ -16,6 +16,7 @@ from data.store import RunFolder, read_segment, segments
 from tests.e2e.commands import command, environment
 from tests.teacher.mock_server import PROSE, MockServer, Reply, encoded, said, serving
 
+pytestmark = [pytest.mark.long, pytest.mark.smoke]
 REQUESTS = 120
 
 

@@ -67,7 +67,7 @@ def logits_of(run: RunFolder) -> dict[str, StoredLogits]:
     return {stored.trace_id: stored for stored in read_logits(run)}
 
 
-@pytest.mark.parametrize("after", [12, 30, 50])
+@pytest.mark.parametrize("after", [30, pytest.param(12, marks=pytest.mark.long), pytest.param(50, marks=pytest.mark.long)])
 def test_traces_logits_and_expert_counts_are_those_of_an_undisturbed_run(
     recipe: Recipe, undisturbed: RunFolder, tmp_path: Path, after: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
