@@ -12,6 +12,9 @@ from configs.errors import Interrupted
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)  # not SIGUSR1: NCCL catches it
 
+SAME_WISH_S = 5.0
+"""Slurm signals every process of a step, and torchrun passes on what it is told: a rank hears one wish twice."""
+
 
 @dataclass
 class Drain:
@@ -19,12 +22,14 @@ class Drain:
 
     seconds: float
     requested: str = ""
-    deadline: float = float("inf")
+    asked_at: float = 0.0
 
     def ask(self, number: int, _: FrameType | None = None) -> None:
+        if self.requested and time.monotonic() - self.asked_at < SAME_WISH_S:
+            return
         if self.requested:
             raise Interrupted(f"{self._said(number)} again; what the journal holds is continued by the next start")
-        self.requested, self.deadline = signal.Signals(number).name, time.monotonic() + self.seconds
+        self.requested, self.asked_at = signal.Signals(number).name, time.monotonic()
         signal.setitimer(signal.ITIMER_REAL, self.seconds)
 
     def give_up(self, number: int, _: FrameType | None) -> None:

@@ -29,6 +29,13 @@ def die_with_parent() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def _as_launcher() -> None:
+    """torchrun has no handler for SIGUSR2, which a scheduler sends to every process of a step: it would die of it, and its
+    ranks with it. Ranks set their own."""
+    die_with_parent()
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+
+
 def rank_environment(extensions: Path, nodes: "Nodes | None" = None) -> dict[str, str]:
     """The environment of a rank. Nothing is compiled today (DeepSpeed's shared-memory collective is turned off in both
     modules that import it); should a release compile something after all, a private TORCH_EXTENSIONS_DIR keeps the
@@ -120,7 +127,7 @@ def _run(command: list[str], environment: dict[str, str], log: Path, poll: Calla
     environment = environment | {"PYTHONPATH": os.pathsep.join(filter(None, [repository, environment.get("PYTHONPATH", "")]))}
     with log.open("ab") as output:
         start = output.tell()
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment, preexec_fn=die_with_parent)
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment, preexec_fn=_as_launcher)
         try:
             while process.poll() is None:
                 poll()

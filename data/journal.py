@@ -7,6 +7,7 @@ a trace that is not committed, its next holder goes on with: a finished output i
 unfinished one is continued. Every file stands alone, so that it can go once all its traces are committed.
 """
 
+import contextlib
 import errno
 import json
 import logging
@@ -168,6 +169,8 @@ class Salvage(NamedTuple):
     token_ids: tuple[int, ...]
     arrays: Mapping[str, np.ndarray]
     """Whole, over all tokens: `logprobs`, and `top_ids`, `top_logits`, `log_z` where logits were kept."""
+    reply: Entry | None = None
+    """A server's last reply, which the ending may be, or which more tokens may have followed."""
 
 
 class _Place(NamedTuple):
@@ -175,6 +178,8 @@ class _Place(NamedTuple):
     is_final: bool
     path: Path
     offsets: tuple[int, ...]
+    reply: int | None = None
+    """Offset of the last reply; without offsets it is all there is."""
 
 
 class Estate:
@@ -182,7 +187,8 @@ class Estate:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._read: set[str] = set()
+        self._read: dict[str, int] = {}
+        """File -> its size when it was read: a worker that was only stopped may have gone on."""
         self._places: dict[str, _Place] = {}
 
     def __contains__(self, trace_id: str) -> bool:
@@ -199,20 +205,21 @@ class Estate:
         """Reads the journals that are new and whose workers are not among the living."""
         for name in sorted(os.listdir(self.folder)):  # noqa: PTH208
             worker = name.rsplit(".", 2)[0]
-            if name.endswith(".log") and name not in self._read and worker not in living:
-                self._read.add(name)
-                self._index(self.folder / name)
+            if name.endswith(".log") and worker not in living:
+                with contextlib.suppress(FileNotFoundError):  # its last trace was committed a moment ago
+                    size = (self.folder / name).stat().st_size
+                    if self._read.get(name) != size:
+                        self._read[name] = size
+                        self._index(self.folder / name)
 
     def _index(self, path: Path) -> None:
         places: dict[str, _Place] = {}
-        try:
-            for offset, entry in read_journal(path):
-                if (place := _extended(places.get(entry.trace_id), path, offset, entry)) is not None:
-                    places[entry.trace_id] = place
-        except FileNotFoundError:  # its last trace was committed a moment ago
-            return
+        for offset, entry in read_journal(path):
+            if (place := _extended(places.get(entry.trace_id), path, offset, entry)) is not None:
+                places[entry.trace_id] = place
         for trace_id, place in places.items():
-            if (known := self._places.get(trace_id)) is None or place[:2][::-1] > known[:2][::-1]:
+            known = self._places.get(trace_id)
+            if known is None or (place.is_final, place.num_tokens) > (known.is_final, known.num_tokens):
                 self._places[trace_id] = place
 
     def take(self, trace_id: str) -> Salvage | None:
@@ -222,28 +229,30 @@ class Estate:
             return None
         try:
             entries = [_read_at(place.path, offset) for offset in place.offsets]
+            reply = None if place.reply is None else _read_at(place.path, place.reply)
         except FileNotFoundError:
             return None
+        if not entries:
+            return Salvage(reply, (), {}, reply)
         last = entries[-1]
-        if last.kind == "reply":
-            return Salvage(last, (), {})
         names = dict.fromkeys(name for entry in entries for name in entry.arrays)
         arrays = {name: np.concatenate([entry.arrays[name] for entry in entries if name in entry.arrays]) for name in names}
         ids = tuple(arrays.pop("ids").tolist())
-        return Salvage(last if last.kind == "finished" else None, ids, arrays)
+        return Salvage(last if last.kind == "finished" else None, ids, arrays, reply)
 
 
 def _extended(place: _Place | None, path: Path, offset: int, entry: Entry) -> _Place | None:
-    """The place with one more record; None for a record that does not fit to what stands before it."""
+    """The place with one more record; None for a record that does not fit to what stands before it. Tokens that were said
+    after a reply go on from it, so they count, and the reply is kept beside them."""
     if entry.kind == "reply":
-        return _Place(0, True, path, (offset,))
-    start, num_new = entry.header["start"], len(entry.arrays["ids"])
+        return _Place(0, True, path, (), offset)
+    start, num_new, reply = entry.header["start"], len(entry.arrays["ids"]), None if place is None else place.reply
     assert isinstance(start, int)
     if start == 0:
-        return _Place(num_new, entry.kind == "finished", path, (offset,))
+        return _Place(num_new, entry.kind == "finished", path, (offset,), reply)
     if place is None or place.num_tokens != start or place.is_final:
         return None
-    return _Place(start + num_new, entry.kind == "finished", path, (*place.offsets, offset))
+    return _Place(start + num_new, entry.kind == "finished", path, (*place.offsets, offset), reply)
 
 
 def _read_at(path: Path, offset: int) -> Entry:

@@ -264,7 +264,7 @@ class SegmentLog:
                 f"segment {path.stem}: schema {sidecar.get('schema_version')}, expected {SCHEMA_VERSION}; "
                 "use the release that wrote it"
             )
-        if data.name not in names:
+        if data.name not in names and not data.is_file():  # a listing is not of one moment
             raise UnusableInput(
                 f"segment {path.stem}: {data.name} is missing beside its manifest; "
                 "restore it, or delete the manifest and generate again"

@@ -121,13 +121,38 @@ def read_facts(folder: WorkFolder) -> dict[str, dict[str, object]]:
 
 
 def ages(folder: WorkFolder, now: float | None = None) -> dict[str, float]:
-    """Seconds since the last beat of each worker that has not ended. now: by the file server, as Worker.renew gives it; a
-    mere reader takes its own clock."""
+    """Seconds since the last beat of each worker that has not ended. now: by the file server, as Worker.renew gives it."""
+    beats = list(folder.workers.glob("*.beat")) if folder.workers.is_dir() else []
+    if beats and now is None:
+        now = server_now(folder)
     found = {}
-    for path in folder.workers.glob("*.beat") if folder.workers.is_dir() else ():
+    for path in beats:
         with contextlib.suppress(FileNotFoundError):
-            found[path.stem] = (time.time() if now is None else now) - path.stat().st_mtime
+            found[path.stem] = (now or 0.0) - path.stat().st_mtime
     return found
+
+
+def server_now(folder: WorkFolder) -> float:
+    """By the file server's clock; by this host's for whoever may only read."""
+    try:
+        (folder.workers / ".now").touch()
+        return (folder.workers / ".now").stat().st_mtime
+    except OSError:
+        return time.time()
+
+
+def clear(folder: WorkFolder, ttl_s: float) -> None:
+    """What workers that are gone left is gone too: what they had in hand is committed. The folders stay, for whoever comes
+    late and finds nothing to do."""
+    living = {name for name, age in ages(folder).items() if age <= ttl_s}
+    kept = {folder.beat(name).stat().st_ino for name in living if folder.beat(name).exists()}
+    for path in folder.journal.glob("*.log"):
+        if path.name.rsplit(".", 2)[0] not in living:
+            path.unlink(missing_ok=True)
+    for path in [*folder.leases.glob("*.*"), *folder.workers.glob("*.beat")]:
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_ino not in kept:
+                path.unlink()
 
 
 class Held(NamedTuple):

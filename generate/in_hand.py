@@ -20,12 +20,13 @@ TOP = ("top_ids", "top_logits", "log_z")
 
 @dataclass(slots=True)
 class InHand:
-    """A request that was asked. journalled: how many of its output tokens the journal's newest file holds. replies: what a
-    server returned for it so far, the last of which is the answer."""
+    """A request that was asked. journalled: how many of its output tokens the journal's newest file holds, and said: which.
+    replies: what a server returned for it so far, the last of which is the answer."""
 
     ask: Ask
     request: Request
     journalled: int = 0
+    said: tuple[int, ...] = ()
     replies: list[bytes] = field(default_factory=list)
     asked_at: float = field(default_factory=time.time)
 
@@ -36,10 +37,12 @@ class InHand:
     def checkpoint(self, journal: Journal, partial: Partial) -> None:
         """The journal holds the output as far as it has come."""
         start = 0 if journal.wants_whole or not journal.holds(self.ask.trace_id) else self.journalled
+        if partial.token_ids[:start] != self.said[:start]:  # a server's text, which a tokenizer has cut in another place
+            start = 0
         if len(partial.token_ids) > start:
             arrays = self._arrays(partial.token_ids, partial.logprobs, partial.top, start)
             journal.append(Entry("partial", self.ask.trace_id, {"start": start}, arrays), is_whole=start == 0)
-            self.journalled = len(partial.token_ids)
+            self.journalled, self.said = len(partial.token_ids), partial.token_ids
 
     def finish(self, journal: Journal, completion: Completion) -> Completion:
         """The journal holds all of the answer; the completion has the logits of its prefix too."""
@@ -59,6 +62,7 @@ class InHand:
     def keep(self, journal: Journal, raw: bytes) -> None:
         """The journal holds what a server returned, the replies before it too."""
         self.replies.append(raw)
+        self.journalled = 0  # what is said after a reply stands alone
         sizes = [len(reply) for reply in self.replies]
         journal.append(Entry("reply", self.ask.trace_id, {"sizes": sizes}, {}, b"".join(self.replies)), is_whole=True)
 
@@ -94,12 +98,12 @@ def finished_earlier(trace_id: str, salvage: Salvage) -> Completion:
 
 def replies_of(salvage: Salvage) -> list[bytes]:
     """A server's replies for a trace, in order."""
-    ending, found, start = salvage.ending, [], 0
-    if ending is not None and ending.kind == "reply":
-        sizes = ending.header["sizes"]
+    found, start = [], 0
+    if salvage.reply is not None:
+        sizes = salvage.reply.header["sizes"]
         assert isinstance(sizes, list)
         for size in sizes:
-            found.append(ending.raw[start : start + size])
+            found.append(salvage.reply.raw[start : start + size])
             start += size
     return found
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from configs.errors import Interrupted
+from configs.errors import Interrupted, UnusableInput
 from configs.launch import Nodes, StageFailed, read_nodes, run_ranks
 from configs.progress import Count, Display, file_reporter, read_counts
 from configs.schema import DeepSpeedEngine, Recipe
@@ -18,7 +18,7 @@ from data.stage import Context
 from data.store import ROLLUP, SegmentLog, segments
 from data.work import WorkFolder, ages, read_facts
 from generate import identity
-from generate.budget import spent
+from generate.budget import number_of, spent
 
 if TYPE_CHECKING:
     from generate.canary import CanaryReport
@@ -44,6 +44,8 @@ def ask_together(context: Context, show: Callable[[Count], None]) -> None:
         StageFailed: requests stay pending though nobody is at them.
     """
     ledger, again = read_ledger(context.run), context.recipe.generate.retry_failed
+    if (share := context.recipe.generate.canary.share) is not None:
+        raise UnusableInput(f"generate.canary.share {share} in the recipe: a canary is asked with --canary {share}; leave it out")
     if ledger.pending:
         mine = identity.cheap_identity(context.recipe, context.run, teacher_fingerprint(context))
         identity.refuse_others(context.recipe, context.run, mine)  # the ranks would too, half a minute later
@@ -59,6 +61,8 @@ def ask_together(context: Context, show: Callable[[Count], None]) -> None:
                 raise Interrupted(f"{ledger.pending} requests were left by workers that are gone; the same command continues")
             if ledger.pending == before.pending and not waited:
                 raise StageFailed(f"{context.run.traces}: {ledger.pending} of {ledger.requested} requests stay pending")
+    if context.recipe.generate.retry_failed:
+        wait_until_alone(context)
 
 
 def unseal_for_retry(context: Context) -> None:
@@ -75,9 +79,25 @@ def ask_canary(context: Context) -> "CanaryReport":
     mine = identity.cheap_identity(context.recipe, run, teacher_fingerprint(context))
     identity.refuse_others(context.recipe, run, mine)
     refuse_if_spent(context, ledger.pending)
+    open_before = -1
     with Display("canary", "traces", context.console) as display:
-        launch(context, display.show, ledger)
+        while (left := num_open(context)) and left != open_before:
+            open_before = left
+            launch(context, display.show, ledger)
+            wait_for_others(context)
+    if left:
+        raise Interrupted(f"{left} requests of the canary are still open; the same command continues")
     return measure(context.recipe, run)
+
+
+def num_open(context: Context) -> int:
+    """Requests of the pool, or of its canary, that have not ended."""
+    from generate.worker import make_pool
+
+    pool = make_pool(context.recipe, context.run, teacher_fingerprint(context))
+    for segment in segments(context.run.traces):
+        pool.add(segment)
+    return pool.num_open
 
 
 def launch(context: Context, show: Callable[[Count], None], ledger: Ledger) -> None:
@@ -109,17 +129,30 @@ class Committed:
 
 
 def wait_for_others(context: Context) -> bool:
-    """Whoever is alive and at requests of this run ends; a worker whose beat has stopped is waited for until its leases
-    are free. Returns whether there was anybody."""
-    folder, ttl_s, told = WorkFolder.of(context.run), context.recipe.generate.lease_ttl_s, ""
-    while living := {name: age for name, age in ages(folder).items() if age <= ttl_s}:
-        if not read_ledger(context.run).pending:
+    """Whoever is alive and at requests of this run has ended them, or has gone and left some: those are free then, or will be
+    when their leases are stale. Returns whether there was anybody."""
+    folder, ttl_s = WorkFolder.of(context.run), context.recipe.generate.lease_ttl_s
+    committed, seen, known = Committed(SegmentLog(context.run.traces)), set[str](), -1
+    while living := {name for name, age in ages(folder).items() if age <= ttl_s}:
+        if living - seen:
+            log.info("waiting for requests that other workers hold: %s", ", ".join(sorted(living)))
+        seen |= living
+        facts = read_facts(folder)
+        if any(number_of(facts.get(name, {}), "in_flight") for name in seen - living):
             break
-        if (names := ", ".join(sorted(living))) != told:
-            log.info("waiting for requests that other workers hold: %s", names)
-            told = names
+        if (rows := committed.rows()) != known:  # a ledger is read when there is something new in it
+            known = rows
+            if not read_ledger(context.run).pending:
+                break
         time.sleep(min(WAIT_S, ttl_s / 4))
-    return bool(told)
+    return bool(seen)
+
+
+def wait_until_alone(context: Context) -> None:
+    """Failed requests that others ask again are not pending: only their workers' ends say that they are done."""
+    folder, ttl_s = WorkFolder.of(context.run), context.recipe.generate.lease_ttl_s
+    while any(age <= ttl_s for age in ages(folder).values()):
+        time.sleep(min(WAIT_S, ttl_s / 4))
 
 
 def refuse_if_spent(context: Context, pending: int) -> None:
@@ -127,7 +160,9 @@ def refuse_if_spent(context: Context, pending: int) -> None:
     committed = segments(run.traces)
     cost = sum(float(segment.facts.get("cost", 0.0)) for segment in committed)
     tokens = sum(sum(segment.facts["output_tokens"]) for segment in committed)
-    if said := spent(cost, tokens, read_facts(folder), ages(folder)).exceeds(context.recipe.generate.budget):
+    ttl_s = context.recipe.generate.lease_ttl_s
+    living = [name for name, age in ages(folder).items() if age <= ttl_s]
+    if said := spent(cost, tokens, read_facts(folder), living).exceeds(context.recipe.generate.budget):
         raise Interrupted(f"{said}; {pending} requests stay pending: raise it, and the same command continues")
 
 
@@ -148,7 +183,8 @@ def join_generation(context: Context) -> None:
     launchers have met), so they agree on whether there is anything to do; and a rank commits before the collective in
     which its engine closes, so the first node's ranks end after everybody's last commit.
     """
-    if read_ledger(context.run).pending:
+    ledger = read_ledger(context.run)
+    if ledger.pending or (context.recipe.generate.retry_failed and ledger.failed):
         nodes = nodes_of(context.recipe)
         _run_ranks_here(context, nodes, context.run.logs / f"generate.n{nodes.rank if nodes else 0}.log", lambda: None)
 

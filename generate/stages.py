@@ -1,6 +1,5 @@
 """The two stages of this package: the prompt set, and the teacher's traces of it."""
 
-import shutil
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ from data.ledger import read_ledger
 from data.prompt_set import write_prompts
 from data.stage import Context, Outcome, Stage
 from data.store import read_segment, segments
-from data.work import WorkFolder
+from data.work import WorkFolder, clear
 from generate.launch import ask_together, teacher_fingerprint
 
 if TYPE_CHECKING:
@@ -86,8 +85,7 @@ def _seal_traces(context: Context, show: Callable[[Count], None]) -> Outcome:
     }
     tokens = sum(sum(segment.facts["output_tokens"]) for segment in committed)
     experts = _expert_load(context)
-    for place in (WorkFolder.of(context.run).journal, WorkFolder.of(context.run).leases):
-        shutil.rmtree(place, ignore_errors=True)  # of workers that are gone: what they had is committed
+    clear(WorkFolder.of(context.run), context.recipe.generate.lease_ttl_s)
     return Outcome(
         [*files, *experts.files],
         counts | {"output_tokens": tokens, ALARMS_COUNT: list(map(str, experts.alarms))},

@@ -39,6 +39,8 @@ from generate.writer import Writer
 
 log = logging.getLogger(__name__)
 
+FINAL = ("content_filter", "tool_call")
+"""Errors by which a server says that asking again brings the same."""
 BEGUN = ("torn", "unfinished")
 """Errors by which an engine's `read` names a reply that is not all of the answer."""
 TELL_S = 5.0
@@ -185,14 +187,15 @@ class Shift:
         salvage = hand.ask.salvage
         if salvage is None:
             return None
+        hand.replies = replies_of(salvage)
         if salvage.ending is None:
             hand.request = continued(hand.request, salvage)
             return None
         if salvage.ending.kind == "finished":
-            return finished_earlier(hand.ask.trace_id, salvage)
-        hand.replies = replies_of(salvage)
+            completion = finished_earlier(hand.ask.trace_id, salvage)
+            return None if completion.finish_reason == "abort" else completion
         completion = self.engine.read(hand.request, hand.replies[-1])  # type: ignore[attr-defined]
-        if completion.finish_reason != "abort":
+        if completion.finish_reason != "abort" or completion.error in FINAL:
             return completion
         if completion.error in BEGUN and completion.token_ids:  # paid for, and to be continued
             hand.request = replace(hand.request, prefix_ids=completion.token_ids, prefix_logprobs=completion.logprobs)
@@ -263,7 +266,7 @@ class Shift:
         if time.monotonic() - self.others_read >= OTHERS_S:
             self.others_read, folder = time.monotonic(), self.worker.folder
             facts = read_facts(folder)
-            alive = [name for name in ages(folder) if name != self.worker.name]
+            alive = [name for name, age in ages(folder).items() if age <= self.worker.ttl_s and name != self.worker.name]
             self.others = spent(0.0, 0, facts, alive)
         tokens, cost = self.in_hand()
         committed = self.claims

@@ -83,6 +83,8 @@ class Row:
         return "length" if is_full else None
 
     def partial(self) -> Partial:
+        if len(self.best) > 1:  # merged once, not at every checkpoint again from single tokens
+            self.best = [Best(*(torch.cat(column) for column in zip(*self.best, strict=True)))]
         return Partial(self.request.request_id, tuple(self.token_ids), tuple(self.logprobs), stack(self.best))
 
     def complete(self, reason: FinishReason, load: ExpertLoad | None = None) -> Completion:

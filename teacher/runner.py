@@ -24,6 +24,8 @@ from teacher.sparse_attention import attention_for, install
 
 FREE_SHARE = 0.8
 """Of a GPU's free memory, what the cache may take when neither the recipe nor the plan says: passes need the rest."""
+MESSAGE_CHARACTERS = 240
+"""Of an error of transformers: some of its messages list every class it knows."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Dtype = Literal["fp32", "bf16", "fp16"]
 
@@ -192,8 +194,10 @@ def read_config(model_dir: Path) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(model_dir)
     except (ValueError, KeyError, TypeError, AttributeError, OSError, StrictDataclassError) as error:
-        said = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UnusableInput(f"model {model_dir}: config.json is not usable: {said}; restore it from the checkpoint") from error
+        said = f"{type(error).__name__}: {' '.join(str(error).split())}"[:MESSAGE_CHARACTERS]
+        raise UnusableInput(
+            f"{model_dir / 'config.json'}: not usable: {said}; restore the checkpoint's own config.json"
+        ) from error
 
 
 def read_model(model_dir: Path, config: PretrainedConfig, dtype: Dtype) -> PreTrainedModel:

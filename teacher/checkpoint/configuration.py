@@ -10,10 +10,7 @@ from transformers import PretrainedConfig
 from configs.errors import UnusableInput
 from teacher.checkpoint.files import DEFAULT_BLOCK
 from teacher.folders import read_config_json
-from teacher.runner import read_config
-
-MESSAGE_CHARACTERS = 240
-"""Of an error of transformers: some of its messages list every class it knows."""
+from teacher.runner import MESSAGE_CHARACTERS, read_config
 
 
 class Configuration(NamedTuple):

@@ -78,6 +78,34 @@ def test_what_is_left_of_a_trace_is_its_longest_chain(tmp_path: Path) -> None:
     assert len(left["t"].arrays["logprobs"]) == 4  # type: ignore[union-attr]
 
 
+def reply(trace_id: str, raw: bytes) -> Entry:
+    return Entry("reply", trace_id, {"sizes": [len(raw)]}, {}, raw)
+
+
+def test_tokens_that_came_after_a_reply_go_on_from_it_and_the_reply_is_kept(tmp_path: Path) -> None:
+    """A stream tore, its bytes were kept, and the rest was being said when the worker was killed."""
+    journal = Journal(tmp_path, "w")
+    for entry in (tokens("t", 0, 1, 2), reply("t", b"torn"), tokens("t", 0, 1, 2, 3), tokens("t", 3, 4), reply("u", b"whole")):
+        journal.append(entry, is_whole=entry.header.get("start", 0) == 0)
+    estate = Estate(tmp_path)
+    estate.look(living=set())
+    begun, whole = estate.take("t"), estate.take("u")
+    assert begun is not None and begun.ending is None and begun.token_ids == (1, 2, 3, 4)
+    assert begun.reply is not None and begun.reply.raw == b"torn"
+    assert whole is not None and whole.ending is not None and whole.ending.raw == b"whole"
+
+
+def test_a_worker_that_was_only_stopped_and_went_on_is_read_again(tmp_path: Path) -> None:
+    journal, estate = Journal(tmp_path, "w"), Estate(tmp_path)
+    journal.append(tokens("t", 0, 1), is_whole=True)
+    estate.look(living=set())
+    journal.append(tokens("t", 1, 2, 3), is_whole=False)
+    journal.append(tokens("u", 0, 9), is_whole=True)
+    estate.look(living=set())
+    left = estate.take("t")
+    assert left is not None and left.token_ids == (1, 2, 3) and "u" in estate
+
+
 def test_a_full_file_is_followed_by_one_that_stands_alone(tmp_path: Path) -> None:
     """The long trace is written whole into the new file, then the old one goes; a committed trace pins nothing."""
     first, second = tokens("long", 0, *range(100)), tokens("short", 0, 1)

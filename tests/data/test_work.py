@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from data.work import Leases, Worker, WorkFolder, ages, read_facts
+from data.work import Leases, Worker, WorkFolder, ages, clear, read_facts
 
 TTL_S = 30.0
 HOUR_AGO = time.time() - 3600
@@ -109,6 +109,21 @@ def test_the_beat_beats(folder: WorkFolder) -> None:
         worker.tell({"finished": 3})
     assert not ages(folder) and read_facts(folder) == {"w": {"finished": 3}}
     assert json.loads(folder.facts("w").read_text()) == {"finished": 3}
+
+
+def test_what_the_dead_left_is_cleared_and_the_living_keep_theirs(workers: list[Leases]) -> None:
+    dead, living, _ = workers
+    folder = dead.worker.folder
+    for number, leases in enumerate((dead, living)):
+        leases.claim(number)
+        (folder.journal / f"{leases.worker.name}.000000.log").touch()
+    die(dead.worker)
+    clear(folder, TTL_S)
+    assert [path.name for path in folder.leases.iterdir()] == ["0000001.0"]
+    assert [path.name for path in folder.journal.iterdir()] == [f"{living.worker.name}.000000.log"]
+    assert set(ages(folder)) == {leases.worker.name for leases in workers[1:]}
+    living.look()
+    assert living.claim(5), "a late comer still finds its folders"
 
 
 def _claim_all(root: Path, name: str, units: int, answers: "multiprocessing.Queue[list[int]]") -> None:

@@ -324,6 +324,13 @@ def test_a_budget_stops_admission_and_leaves_the_rest_pending(recipe: Recipe, ru
     assert sum(trace.cost for trace in traces(run)) == pytest.approx(0.1 * finished)
 
 
+def test_what_a_dead_worker_had_in_hand_is_in_no_budget(recipe: Recipe, run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It will be committed by whoever takes it up; counted with every death it would end the run early, and for good."""
+    kill(changed(recipe, segment_traces=100), run, Dying(3, 4), monkeypatch)
+    assert work(changed(recipe, budget=Budget(max_tokens=61)), run, Scripted()) == 7
+    assert read_ledger(run).pending == 0
+
+
 def test_failed_requests_are_asked_again_only_when_told_to(recipe: Recipe, run: RunFolder) -> None:
     work(recipe, run, Scripted(fails_to_answer=3))
     assert read_ledger(run).failed_by_reason == {"busy": 3}

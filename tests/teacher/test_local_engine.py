@@ -65,7 +65,7 @@ def test_folders_without_a_model_are_refused_in_one_line(tmp_path: Path, qwen_fo
         LocalEngine(tmp_path).load()
     (tmp_path / "config.json").write_text('{"model_type": "no_such_architecture"}')
     (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(UnusableInput, match=r"config\.json is not usable") as raised:
+    with pytest.raises(UnusableInput, match=r"config\.json: not usable") as raised:
         LocalEngine(tmp_path).load()
     assert "\n" not in str(raised.value)
 
