@@ -31,8 +31,9 @@ def keys_of(trace_ids: Sequence[str] | str) -> np.ndarray:
 
 def counting_rows(keys_N2: np.ndarray, is_abort_N: np.ndarray) -> np.ndarray:
     """bool [N], in log order: True for the copy that counts of each key."""
-    order = np.argsort(keys_N2[:, 0], kind="stable")
-    first = keys_N2[order, 0]
+    first = np.ascontiguousarray(keys_N2[:, 0])
+    order = np.argsort(first)  # rows of one key are put in order below: no stable sort, which takes three times as long
+    first = first[order]
     repeated = np.zeros(len(order), dtype=bool)
     repeated[1:] = first[1:] == first[:-1]
     repeated[:-1] |= repeated[1:].copy()

@@ -63,6 +63,13 @@ def trace_identity(prompt_id: str, sample_index: int, teacher_fingerprint: str, 
     return digest(prompt_id, sample_index, teacher_fingerprint, sampling_fingerprint)
 
 
+def trace_keys(prompt_id: str, samples: int, teacher_fingerprint: str, sampling_fingerprint: str) -> bytes:
+    """16 bytes for each sample of a prompt: its trace_identity. `digest` without the JSON encoder, which takes four fifths of
+    the time of a million of them."""
+    head, tail = f'["{prompt_id}",', f',"{teacher_fingerprint}","{sampling_fingerprint}"]'
+    return b"".join(hashlib.blake2b(f"{head}{index}{tail}".encode(), digest_size=16).digest() for index in range(samples))
+
+
 def request_seed(trace_id: str, run_seed: int) -> int:
     """The 63-bit seed of a request's sampling noise: a function of what it is, never of when it was run."""
     return int(digest(trace_id, run_seed, size=8), 16) >> 1

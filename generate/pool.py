@@ -14,11 +14,10 @@ import numpy as np
 from data.columns import words_of
 from data.copies import keys_of
 from data.prompt_set import PromptIndex
-from data.records import trace_identity
+from data.records import trace_keys
 from data.store import Segment
 
 MOST_UNITS = 16_384
-CHUNK = 65_536
 
 
 class Pool:
@@ -156,12 +155,8 @@ def _units_by_task(task_of_unit: np.ndarray, num_tasks: int) -> list[_Units]:
 
 
 def _keys(prompts: PromptIndex, samples: int, teacher_fingerprint: str, sampling_fingerprint: str) -> np.ndarray:
-    """uint64 [N, 2]: identity of every request, a chunk of text at a time."""
-    parts, chunk = [np.empty((0, 2), dtype=np.uint64)], list[str]()
+    """uint64 [N, 2]: identity of every request."""
+    content = bytearray()
     for row in range(len(prompts)):
-        prompt_id = prompts.prompt_id(row)
-        chunk += [trace_identity(prompt_id, index, teacher_fingerprint, sampling_fingerprint) for index in range(samples)]
-        if len(chunk) >= CHUNK:
-            parts.append(keys_of(chunk))
-            chunk = []
-    return np.concatenate([*parts, keys_of(chunk)])
+        content += trace_keys(prompts.prompt_id(row), samples, teacher_fingerprint, sampling_fingerprint)
+    return np.frombuffer(bytes(content), ">u8").astype(np.uint64).reshape(-1, 2)

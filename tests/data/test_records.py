@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.errors import UnusableInput
-from data.records import Prompt, Trace, Turn, Verdict, digest, prompt_identity, request_seed, trace_identity
+from data.records import Prompt, Trace, Turn, Verdict, digest, prompt_identity, request_seed, trace_identity, trace_keys
 from data.schema import PROMPT, TRACE, VERDICT, concat, from_table, schema_hash, to_table
 from data.split import HELD_OUT_SHARE, is_held_out
 from tests.data.make_run import make_prompt, make_trace
@@ -92,3 +92,11 @@ def test_the_split_is_the_same_in_every_process() -> None:
         environment = {"PYTHONHASHSEED": seed, "PYTHONPATH": root}
         told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True).stdout
         assert told == f"{[is_held_out(str(number)) for number in range(40)]}\n"
+
+
+def test_keys_of_traces_are_their_identities() -> None:
+    prompt_id = digest("a prompt")
+    keys = trace_keys(prompt_id, 12, "0123abcd", "s" * 32)
+    assert [keys[start : start + 16].hex() for start in range(0, len(keys), 16)] == [
+        trace_identity(prompt_id, index, "0123abcd", "s" * 32) for index in range(12)
+    ]
