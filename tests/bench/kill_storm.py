@@ -40,7 +40,7 @@ from tests.e2e.commands import ROOT, SMALL
 from tests.teacher.mock_server import Asked, MockServer, Reply, completed, events, token
 
 WORKERS, CONCURRENCY, CHECKPOINT_TOKENS, TTL_S = 4, 8, 64, 3.0
-RATE, TOKENS_PER_EVENT = 400, 8
+RATE, TOKENS_PER_EVENT = 200, 8
 SOCKET_TOKENS = 64
 """Sent by the server and not yet in the journal: an event or two on the way, and the reader's own pace."""
 LIVES_S = (0.2, 4.0)
