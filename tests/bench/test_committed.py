@@ -18,6 +18,11 @@ COMMITTED = Path(__file__).parents[2] / "docs" / "bench"
         ("sparse_decode", "growth_2k_32k", None, 2.0),
         ("prepared_load", "ratio", 3.0, None),
         ("prepared_load", "rss_ratio", None, 0.6),
+        ("http_throughput", "ratio", 5.0, None),
+        ("http_throughput", "ratio_bare", 0.6, None),
+        ("makespan", "ratio", None, 1.15),
+        ("queue", "memory_mb_above_start", None, 300.0),
+        ("queue", "status_seconds", None, 2.0),
     ],
 )
 def test_a_committed_figure_keeps_its_bound(benchmark: str, key: str, least: float | None, most: float | None) -> None:
