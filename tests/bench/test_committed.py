@@ -23,6 +23,9 @@ COMMITTED = Path(__file__).parents[2] / "docs" / "bench"
         ("makespan", "ratio", None, 1.15),
         ("queue", "memory_mb_above_start", None, 300.0),
         ("queue", "status_seconds", None, 2.0),
+        ("kill_storm", "lost", None, 0),
+        ("kill_storm", "duplicated", None, 0),
+        ("kill_storm", "wrong", None, 0),
     ],
 )
 def test_a_committed_figure_keeps_its_bound(benchmark: str, key: str, least: float | None, most: float | None) -> None:
