@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.errors import UnusableInput
-from configs.schema import Recipe
+from configs.schema import Recipe, Sampling
 from data.records import digest
 from data.store import RunFolder, code_revision, read_json, sha256_file, write_json
 from data.work import WorkFolder
-from generate.schedule import sampling_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase  # 2 s, and the launcher needs none
@@ -20,6 +19,11 @@ REMEDIES = {
     "code": "use the release that began the run, or accept it with -s generate.accept_code_change=true",
     "template": "use the tokenizer folder that began the run, or another --run-dir",
 }
+
+
+def sampling_fingerprint(sampling: Sampling, seed: int) -> str:
+    """Part of every trace's identity."""
+    return digest(sampling.model_dump(mode="json"), seed)
 
 
 def join(recipe: Recipe, run: RunFolder, tokenizer: "PreTrainedTokenizerBase", teacher_fingerprint: str) -> None:

@@ -34,7 +34,6 @@ from generate.canary import canary_prompts
 from generate.claims import Ask, Claims
 from generate.in_hand import InHand, continued, finished_earlier, replies_of
 from generate.pool import Pool
-from generate.schedule import sampling_fingerprint
 from generate.writer import Writer
 
 log = logging.getLogger(__name__)
@@ -92,7 +91,7 @@ def make_pool(recipe: Recipe, run: RunFolder, teacher_fingerprint: str) -> Pool:
         index,
         samples=recipe.generate.samples_per_prompt,
         teacher_fingerprint=teacher_fingerprint,
-        sampling_fingerprint=sampling_fingerprint(recipe.generate.sampling, recipe.generate.seed),
+        sampling_fingerprint=identity.sampling_fingerprint(recipe.generate.sampling, recipe.generate.seed),
         wanted=wanted,
     )
 
@@ -132,14 +131,8 @@ class Shift:
         self, recipe: Recipe, run: RunFolder, engine: Engine, tokenizer: PreTrainedTokenizerBase, teacher_fingerprint: str,
         leases: Leases, pool: Pool, drain: Drain, report: Report,
     ) -> None:  # fmt: skip
-        self.recipe, self.run, self.engine, self.tokenizer, self.drain, self.report = (
-            recipe,
-            run,
-            engine,
-            tokenizer,
-            drain,
-            report,
-        )
+        self.recipe, self.run, self.engine, self.tokenizer = recipe, run, engine, tokenizer
+        self.drain, self.report = drain, report
         self.worker, self.leases, self.pool = leases.worker, leases, pool
         self.stop_ids = dialect_of(tokenizer).stop_ids(tokenizer)
         prompts = PromptSet.open(run)
