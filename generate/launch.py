@@ -60,7 +60,8 @@ def ask_together(context: Context, show: Callable[[Count], None]) -> None:
             if nodes_of(context.recipe) is not None:  # the other nodes have ended: none would join another launch
                 raise Interrupted(f"{ledger.pending} requests were left by workers that are gone; the same command continues")
             if ledger.pending == before.pending and not waited:
-                raise StageFailed(f"{context.run.traces}: {ledger.pending} of {ledger.requested} requests stay pending")
+                left = f"{ledger.pending} of {ledger.requested} requests stay pending, and nobody is at them"
+                raise StageFailed(f"{context.run.traces}: {left}; expected none; see the log, then give the same command")
     if context.recipe.generate.retry_failed:
         wait_until_alone(context)
 
