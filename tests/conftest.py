@@ -1,6 +1,19 @@
-"""Properties are drawn the same way every time, and never fail because the machine is busy."""
+"""Properties are drawn the same way every time, and never fail because the machine is busy; signals are left as found."""
 
+import signal
+from collections.abc import Iterator
+
+import pytest
 from hypothesis import HealthCheck, settings
 
 settings.register_profile("steady", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("steady")
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before() -> Iterator[None]:
+    """A command line that ran in this process leaves its handlers behind, and what stops the suite would only raise in them."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

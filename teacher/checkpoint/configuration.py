@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from transformers import PretrainedConfig
+from transformers.utils import logging as transformers_logging
 
 from configs.errors import UnusableInput
 from teacher.checkpoint.files import DEFAULT_BLOCK
@@ -33,6 +34,8 @@ def usable(folder: Path) -> Iterator[None]:
     """What transformers raises inside is about the folder's config.json, and is said so in one line. Any kind of error: values
     of a wrong kind came as OSError, AttributeError, KeyError, RuntimeError, AssertionError, ZeroDivisionError and two kinds of
     its own, some of them only when the model is built."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # its warnings: our error follows, or the engine that loads the model repeats them
     try:
         yield
     except UnusableInput:
@@ -44,6 +47,8 @@ def usable(folder: Path) -> Iterator[None]:
         raise UnusableInput(
             f"{folder / 'config.json'}: not usable: {type(error).__name__}: {message}; restore the checkpoint's own config.json"
         ) from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
 
 def _block(path: Path, quantisation: object) -> tuple[int, int]:
