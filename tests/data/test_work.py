@@ -138,7 +138,9 @@ def _claim_all(root: Path, name: str, units: int, answers: "multiprocessing.Queu
 def test_processes_that_race_share_the_units_without_overlap(tmp_path: Path) -> None:
     spawn = multiprocessing.get_context("spawn")  # a fork of a process where torch has threads may hang
     answers: multiprocessing.Queue[list[int]] = spawn.Queue()
-    processes = [spawn.Process(target=_claim_all, args=(tmp_path, f"p{number}", 300, answers), daemon=True) for number in range(4)]
+    processes = [
+        spawn.Process(target=_claim_all, args=(tmp_path, f"p{number}", 300, answers), daemon=True) for number in range(4)
+    ]
     for process in processes:
         process.start()
     claimed = [answers.get(timeout=30) for _ in processes]
