@@ -12,34 +12,35 @@ from configs.errors import Interrupted
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)  # not SIGUSR1: NCCL catches it
 
+INSIST_S = 1.0
+"""An event loop logs what a handler raises in a callback of its, and goes on: so it is raised again."""
 SAME_WISH_S = 5.0
 """Slurm signals every process of a step, and torchrun passes on what it is told: a rank hears one wish twice."""
 
 
 @dataclass
 class Drain:
-    """requested: the name of the signal that asked, "" while nobody has."""
+    """requested: the name of the signal that asked, "" while nobody has. given_up: why it is not waited for any longer."""
 
     seconds: float
     requested: str = ""
     asked_at: float = 0.0
+    given_up: str = ""
 
     def ask(self, number: int, _: FrameType | None = None) -> None:
         if self.requested and time.monotonic() - self.asked_at < SAME_WISH_S:
             return
+        name = signal.Signals(number).name
         if self.requested:
-            raise Interrupted(f"{self._said(number)} again; what the journal holds is continued by the next start")
-        self.requested, self.asked_at = signal.Signals(number).name, time.monotonic()
-        signal.setitimer(signal.ITIMER_REAL, self.seconds)
+            self.given_up = f"stopped by {name} again"
+            signal.setitimer(signal.ITIMER_REAL, INSIST_S, INSIST_S)
+            self.give_up(number, None)
+        self.requested, self.asked_at = name, time.monotonic()
+        self.given_up = f"stopped by {name}, and not drained within generate.drain_seconds {self.seconds:g}"
+        signal.setitimer(signal.ITIMER_REAL, self.seconds, INSIST_S)
 
     def give_up(self, number: int, _: FrameType | None) -> None:
-        raise Interrupted(
-            f"stopped by {self.requested}, and not drained within generate.drain_seconds {self.seconds:g}; "
-            "what the journal holds is continued by the next start"
-        )
-
-    def _said(self, number: int) -> str:
-        return f"stopped by {signal.Signals(number).name}"
+        raise Interrupted(f"{self.given_up}; what the journal holds is continued by the next start")
 
     def end(self) -> None:
         """Raises Interrupted when somebody has asked: everything that was to be saved is."""

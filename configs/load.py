@@ -118,6 +118,8 @@ def describe(error: ValidationError) -> str:
     errors = error.errors()
     first, rest = errors[0], len(errors) - 1
     location = ".".join(str(part) for part in first["loc"] if part not in _UNION_TAGS)
+    if not first["loc"]:  # a relation between sections; pydantic judges those when every section is right by itself
+        return first["msg"].removeprefix("Value error, ")
     members = [one for one in errors if one["loc"][:-1] == first["loc"][:-1] and _MEMBER.fullmatch(str(one["loc"][-1]))]
     if len(members) > 1:  # one value that no member of a union of plain types takes; each complains for itself
         rest -= len(members) - 1

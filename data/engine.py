@@ -118,7 +118,8 @@ class Completion:
     """What came back. token_ids end with the stop token when finish_reason is `stop`; logprobs has one natural log
     per id, under the unmodified (temperature 1, no top-p) distribution, or nothing where an engine has none. seconds:
     admission to last token. top: of the tokens after the request's prefix. error: why it is an `abort`, in one countable
-    word (`busy`, `timed_out`, `bad_reply`); "" for every other reason to end. cost: dollars, where the engine knows."""
+    word (`busy`, `timed_out`, `bad_reply`); "" for every other reason to end. cost: dollars, where the engine knows. exact:
+    the ids are the model's own, not a second tokenisation of its text."""
 
     request_id: str
     token_ids: tuple[int, ...]
@@ -130,6 +131,13 @@ class Completion:
     top: TopLogits | None = None
     error: str = ""
     cost: float = 0.0
+    exact: bool = True
+
+    @property
+    def may_continue(self) -> bool:
+        """What was said is a beginning that the model can be asked to go on from. The last ids of a text that was torn need not
+        be the model's; those of one that was to end there are its tokens, or spell the same."""
+        return bool(self.token_ids) and (self.error == "unfinished" or (self.error == "torn" and self.exact))
 
 
 class Partial(NamedTuple):

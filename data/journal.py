@@ -15,11 +15,13 @@ import os
 import struct
 import threading
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
+
+from data.store import fsync_folder
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +54,8 @@ class Journal:
         self._number, self._size = -1, 0
         self._open: dict[int, set[str]] = {}
         """File number -> traces that only it holds all of."""
+        self._unneeded: list[Path] = []
+        """Files whose traces are whole elsewhere, once that is on the disk."""
         self._descriptor = -1
         self._dirty, self._stopped = threading.Event(), threading.Event()
         self._next_file()
@@ -85,16 +89,25 @@ class Journal:
         return trace_id in self._open[self._number]
 
     def forget(self, trace_id: str) -> None:
-        """The trace is committed, or about to be written whole: files that are of no use to anybody else go."""
+        """The trace is committed, or written whole: files that are of no use to anybody else go with the next sync."""
         for number, held in list(self._open.items()):
             held.discard(trace_id)
             if not held and number != self._number:
-                self._path(number).unlink(missing_ok=True)
+                self._unneeded.append(self._path(number))
                 del self._open[number]
+                self._dirty.set()
 
     def sync(self) -> None:
+        """What was appended is on the disk, and then what it makes unneeded is gone: never the other way round."""
         self._dirty.clear()
-        os.fsync(self._descriptor)
+        unneeded, self._unneeded = self._unneeded, []
+        try:
+            os.fsync(self._descriptor)
+        except OSError:
+            self._unneeded += unneeded
+            raise
+        for path in unneeded:
+            path.unlink(missing_ok=True)
 
     def close(self) -> None:
         """The newest file goes too, unless it holds something that others need."""
@@ -112,6 +125,7 @@ class Journal:
     def _next_file(self) -> None:
         before, self._number = self._descriptor, self._number + 1
         descriptor = os.open(self._path(self._number), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
+        fsync_folder(self.folder)
         self._open[self._number], self._size, self._descriptor = set(), 0, descriptor
         if before >= 0:
             os.fsync(before)
@@ -163,43 +177,66 @@ def read_journal(path: Path) -> Iterator[tuple[int, Entry]]:
 
 
 class Salvage(NamedTuple):
-    """What was left of a trace: its finished record or its reply, or the tokens it had."""
+    """What was left of a trace. ending: its finished record. token_ids: the longest output that was written down. arrays:
+    whole, over all those tokens: `logprobs`, and `top_ids`, `top_logits`, `log_z` where logits were kept. reply: the last
+    that a server gave; only its reader can tell whether it is all of the answer, or as far as another worker got, or
+    less."""
 
     ending: Entry | None
     token_ids: tuple[int, ...]
     arrays: Mapping[str, np.ndarray]
-    """Whole, over all tokens: `logprobs`, and `top_ids`, `top_logits`, `log_z` where logits were kept."""
     reply: Entry | None = None
-    """A server's last reply, which the ending may be, or which more tokens may have followed."""
 
 
-class _Place(NamedTuple):
+class _Tokens(NamedTuple):
+    """Records that make up one output, in one file."""
+
     num_tokens: int
     is_final: bool
     path: Path
     offsets: tuple[int, ...]
-    reply: int | None = None
-    """Offset of the last reply; without offsets it is all there is."""
+
+    @property
+    def worth(self) -> tuple[int, ...]:
+        return self.is_final, self.num_tokens
+
+
+class _Reply(NamedTuple):
+    """A record of a reply and of those before it."""
+
+    num_replies: int
+    path: Path
+    offset: int
+
+    @property
+    def worth(self) -> tuple[int, ...]:
+        return (self.num_replies,)
+
+
+Of = TypeVar("Of", _Tokens, _Reply)
 
 
 class Estate:
-    """What workers that are gone left behind, by trace. Holds places in files, not contents."""
+    """What workers that are gone left behind, by trace. Holds places in files, not contents. Several may have had the same
+    trace, one after the other: a reply that one of them kept and the tokens that the next one added are both of use."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._read: dict[str, int] = {}
         """File -> its size when it was read: a worker that was only stopped may have gone on."""
-        self._places: dict[str, _Place] = {}
+        self._tokens: dict[str, _Tokens] = {}
+        self._replies: dict[str, _Reply] = {}
 
     def __contains__(self, trace_id: str) -> bool:
-        return trace_id in self._places
+        return trace_id in self._tokens or trace_id in self._replies
 
     @property
     def trace_ids(self) -> list[str]:
-        return list(self._places)
+        return list(self._tokens | self._replies)
 
     def forget(self, trace_id: str) -> None:
-        self._places.pop(trace_id, None)
+        self._tokens.pop(trace_id, None)
+        self._replies.pop(trace_id, None)
 
     def look(self, living: set[str]) -> None:
         """Reads the journals that are new and whose workers are not among the living."""
@@ -213,46 +250,56 @@ class Estate:
                         self._index(self.folder / name)
 
     def _index(self, path: Path) -> None:
-        places: dict[str, _Place] = {}
+        tokens, replies = dict[str, _Tokens](), dict[str, _Reply]()
         for offset, entry in read_journal(path):
-            if (place := _extended(places.get(entry.trace_id), path, offset, entry)) is not None:
-                places[entry.trace_id] = place
-        for trace_id, place in places.items():
-            known = self._places.get(trace_id)
-            if known is None or (place.is_final, place.num_tokens) > (known.is_final, known.num_tokens):
-                self._places[trace_id] = place
+            if entry.kind == "reply":
+                sizes = entry.header["sizes"]
+                assert isinstance(sizes, list)
+                replies[entry.trace_id] = _Reply(len(sizes), path, offset)
+                tokens.pop(entry.trace_id, None)  # a stream's, which the reply holds again
+            elif (place := _extended(tokens.get(entry.trace_id), path, offset, entry)) is not None:
+                tokens[entry.trace_id] = place
+        _keep_better(self._tokens, tokens)
+        _keep_better(self._replies, replies)
 
     def take(self, trace_id: str) -> Salvage | None:
         """What is left of a trace, or None; the journal stays where it is."""
-        place = self._places.pop(trace_id, None)
-        if place is None:
+        tokens, reply = self._tokens.pop(trace_id, None), self._replies.pop(trace_id, None)
+        entries = [] if tokens is None else _read_all(tokens.path, tokens.offsets)
+        found = [] if reply is None else _read_all(reply.path, (reply.offset,))
+        if not entries and not found:
             return None
-        try:
-            entries = [_read_at(place.path, offset) for offset in place.offsets]
-            reply = None if place.reply is None else _read_at(place.path, place.reply)
-        except FileNotFoundError:
-            return None
-        if not entries:
-            return Salvage(reply, (), {}, reply)
-        last = entries[-1]
+        last = entries[-1] if entries else None
         names = dict.fromkeys(name for entry in entries for name in entry.arrays)
         arrays = {name: np.concatenate([entry.arrays[name] for entry in entries if name in entry.arrays]) for name in names}
-        ids = tuple(arrays.pop("ids").tolist())
-        return Salvage(last if last.kind == "finished" else None, ids, arrays, reply)
+        ids = tuple(arrays.pop("ids").tolist()) if entries else ()
+        is_finished = last is not None and last.kind == "finished"
+        return Salvage(last if is_finished else None, ids, arrays, found[0] if found else None)
 
 
-def _extended(place: _Place | None, path: Path, offset: int, entry: Entry) -> _Place | None:
-    """The place with one more record; None for a record that does not fit to what stands before it. Tokens that were said
-    after a reply go on from it, so they count, and the reply is kept beside them."""
-    if entry.kind == "reply":
-        return _Place(0, True, path, (), offset)
-    start, num_new, reply = entry.header["start"], len(entry.arrays["ids"]), None if place is None else place.reply
+def _keep_better(known: dict[str, Of], new: Mapping[str, Of]) -> None:
+    for trace_id, place in new.items():
+        if trace_id not in known or place.worth > known[trace_id].worth:
+            known[trace_id] = place
+
+
+def _extended(place: _Tokens | None, path: Path, offset: int, entry: Entry) -> _Tokens | None:
+    """The place with one more record; None for a record that does not fit to what stands before it."""
+    start, num_new = entry.header["start"], len(entry.arrays["ids"])
     assert isinstance(start, int)
     if start == 0:
-        return _Place(num_new, entry.kind == "finished", path, (offset,), reply)
+        return _Tokens(num_new, entry.kind == "finished", path, (offset,))
     if place is None or place.num_tokens != start or place.is_final:
         return None
-    return _Place(start + num_new, entry.kind == "finished", path, (*place.offsets, offset), reply)
+    return _Tokens(start + num_new, entry.kind == "finished", path, (*place.offsets, offset))
+
+
+def _read_all(path: Path, offsets: Iterable[int]) -> list[Entry]:
+    """Nothing from a file that has gone: its traces were committed meanwhile."""
+    try:
+        return [_read_at(path, offset) for offset in offsets]
+    except FileNotFoundError:
+        return []
 
 
 def _read_at(path: Path, offset: int) -> Entry:

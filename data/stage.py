@@ -120,6 +120,9 @@ def run_stage(stage: Stage, context: Context) -> Rollup:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             if stage.together is not None:
+                with exclusive(run, stage.name, waits=True):
+                    if not is_complete(run, folder, fingerprint=identity, inputs=inputs):
+                        (folder / ROLLUP).unlink(missing_ok=True)  # of what is no longer there: it would hide what is new
                 stage.together(context, display.show)
             with exclusive(run, stage.name, waits=stage.together is not None):
                 if stage.together and is_complete(run, folder, fingerprint=identity, inputs=inputs):

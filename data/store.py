@@ -237,8 +237,13 @@ def _segment(data: Path, sidecar: dict) -> Segment:
 
 
 def segments(folder: Path) -> list[Segment]:
-    """The committed segments in log order, from their sidecars alone. Raises UnusableInput for one without its data."""
-    return SegmentLog(folder).look()
+    """The committed segments in log order, from their sidecars alone: of a sealed stage those that its roll-up names, whatever
+    a worker that was stopped in the meantime has added since. Raises UnusableInput for one without its data."""
+    committed, rollup = SegmentLog(folder).look(), read_rollup(folder)
+    if rollup is None:
+        return list(committed)
+    sealed = {Path(path).name for path in rollup.files}
+    return [segment for segment in committed if segment.path.name in sealed]
 
 
 class SegmentLog:
@@ -247,15 +252,16 @@ class SegmentLog:
     def __init__(self, folder: Path) -> None:
         self.folder, self._seen = folder, {ROLLUP}
 
-    def look(self) -> list[Segment]:
-        """In log order. Raises UnusableInput for a segment without its data, or of another schema."""
+    def look(self) -> Iterator[Segment]:
+        """In log order, each read when it is asked for: the sidecars of a million traces are 70 MB. Raises UnusableInput for a
+        segment without its data, or of another schema."""
         try:
             names = set(os.listdir(self.folder))  # noqa: PTH208  (one listing for both files of a segment)
         except FileNotFoundError:
-            return []
-        new = sorted(name for name in names - self._seen if name.endswith(".json") and not name.startswith("."))
-        self._seen.update(new)
-        return [self._read(self.folder / name, names) for name in new]
+            return
+        for name in sorted(name for name in names - self._seen if name.endswith(".json") and not name.startswith(".")):
+            self._seen.add(name)
+            yield self._read(self.folder / name, names)
 
     def _read(self, path: Path, names: set[str]) -> Segment:
         sidecar, data = read_json(path), path.with_suffix(".arrow")

@@ -27,12 +27,16 @@ class Spent(NamedTuple):
 
 def spent(cost: float, tokens: int, workers: Mapping[str, Mapping[str, object]], living: Iterable[str]) -> Spent:
     """cost, tokens: of what is committed. workers: what each told last. A worker's uncommitted part counts while it lives;
-    a dead one's is in its journal."""
+    a dead one's is in its journal. GPUs of our own cost what they cost while their worker lives, loading the teacher and
+    what a kill lost included: that is more than the traces were charged with."""
     for name in living:
         tokens += int(number_of(workers.get(name, {}), "tokens_in_hand"))
         cost += number_of(workers.get(name, {}), "cost_in_hand")
     spans = [(number_of(facts, "started_at"), number_of(facts, "seen_at")) for facts in workers.values()]
-    return Spent(cost, tokens, union_seconds(spans) / 3600)
+    gpus = sum(
+        (end - start) * number_of(facts, "price_per_second") for (start, end), facts in zip(spans, workers.values(), strict=True)
+    )
+    return Spent(max(cost, gpus), tokens, union_seconds(spans) / 3600)
 
 
 def union_seconds(spans: Iterable[tuple[float, float]]) -> float:

@@ -57,6 +57,7 @@ class Claims:
 
     def catch_up(self, *, asks_aborted_again: bool = False) -> None:
         """What others have committed is done. Raises UnusableInput for traces that this recipe would never ask for."""
+        self._caught_up_at = time.monotonic()
         for segment in self.log.look():
             self.cost_committed += float(segment.facts.get("cost", 0.0))
             self.tokens_committed += sum(segment.facts["output_tokens"])
@@ -70,8 +71,13 @@ class Claims:
         """None when nothing is left that nobody is at, or nothing more may be asked: then what is claimed and not asked is
         free for others."""
         while self.may_admit():
-            if self.queue:
-                return self.queue.popleft()
+            if time.monotonic() - self._caught_up_at > self.leases.worker.ttl_s:
+                self.catch_up()  # we may have been stopped for so long that others took over what is queued
+            while self.queue:
+                ask = self.queue.popleft()
+                if not self.pool.is_done[ask.request]:
+                    return ask
+                self._let_go(ask.unit)
             if not self._claim_more():
                 return None
         self._give_back()

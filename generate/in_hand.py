@@ -21,13 +21,15 @@ TOP = ("top_ids", "top_logits", "log_z")
 @dataclass(slots=True)
 class InHand:
     """A request that was asked. journalled: how many of its output tokens the journal's newest file holds, and said: which.
-    replies: what a server returned for it so far, the last of which is the answer."""
+    replies: what a server returned for it so far, the last of which is the answer. paid: dollars for those that an earlier
+    holder got."""
 
     ask: Ask
     request: Request
     journalled: int = 0
     said: tuple[int, ...] = ()
     replies: list[bytes] = field(default_factory=list)
+    paid: float = 0.0
     asked_at: float = field(default_factory=time.time)
 
     @property
@@ -45,9 +47,9 @@ class InHand:
             self.journalled, self.said = len(partial.token_ids), partial.token_ids
 
     def finish(self, journal: Journal, completion: Completion) -> Completion:
-        """The journal holds all of the answer; the completion has the logits of its prefix too."""
+        """The journal holds all of the answer; the completion has the logits of its prefix, and what all of it cost."""
         if self.replies:  # it holds the bytes that the answer was read from
-            return completion
+            return replace(completion, cost=completion.cost + self.paid)
         start = self.journalled if journal.holds(self.ask.trace_id) else 0
         arrays = self._arrays(completion.token_ids, completion.logprobs, completion.top, start)
         if isinstance(completion.expert_load, CountedLoad):
@@ -79,7 +81,10 @@ class InHand:
 
 
 def continued(request: Request, salvage: Salvage) -> Request:
-    """The request with what was said of it as its prefix. max_tokens stays: a prefix counts against it."""
+    """The request with what was said of it as its prefix. max_tokens stays: a prefix counts against it. An output that had
+    ended (as an abort: it is asked again) is no beginning."""
+    if salvage.ending is not None:
+        return request
     logprobs = salvage.arrays.get("logprobs", np.empty(0))
     return replace(request, prefix_ids=salvage.token_ids, prefix_logprobs=tuple(logprobs.tolist()))
 
@@ -98,7 +103,7 @@ def finished_earlier(trace_id: str, salvage: Salvage) -> Completion:
 
 def replies_of(salvage: Salvage) -> list[bytes]:
     """A server's replies for a trace, in order."""
-    found, start = [], 0
+    found, start = list[bytes](), 0
     if salvage.reply is not None:
         sizes = salvage.reply.header["sizes"]
         assert isinstance(sizes, list)

@@ -34,14 +34,12 @@ from generate.canary import canary_prompts
 from generate.claims import Ask, Claims
 from generate.in_hand import InHand, continued, finished_earlier, replies_of
 from generate.pool import Pool
-from generate.writer import Writer
+from generate.writer import Writer, price_per_second
 
 log = logging.getLogger(__name__)
 
 FINAL = ("content_filter", "tool_call")
 """Errors by which a server says that asking again brings the same."""
-BEGUN = ("torn", "unfinished")
-"""Errors by which an engine's `read` names a reply that is not all of the answer."""
 TELL_S = 5.0
 OTHERS_S = 1.0
 NAMED_STRAGGLERS = 5
@@ -118,6 +116,7 @@ def generate_traces(
         stack.callback(leases.release_all)
         stack.enter_context(leases.worker)
         shift = Shift(recipe, run, engine, tokenizer, teacher_fingerprint, leases, pool, drain, report)
+        shift.tell("loading")
         engine.load()
         finished = shift.work()
         drain.end()
@@ -147,8 +146,10 @@ class Shift:
         self.finished = self.tokens = 0
         self.started, self.started_at, self.told = time.perf_counter(), time.time(), -float("inf")
         self.refusal = ""
-        self.others, self.others_read = Spent(), -float("inf")
+        self.facts: dict[str, dict[str, object]] = {}
+        self.others, self.others_read = list[str](), -float("inf")
         budget = recipe.generate.budget
+        self.price_per_second = price_per_second(recipe)
         self.has_budget = any(limit is not None for limit in (budget.max_cost, budget.max_tokens, budget.max_hours))
 
     def work(self) -> int:
@@ -180,18 +181,16 @@ class Shift:
         salvage = hand.ask.salvage
         if salvage is None:
             return None
-        hand.replies = replies_of(salvage)
-        if salvage.ending is None:
-            hand.request = continued(hand.request, salvage)
-            return None
-        if salvage.ending.kind == "finished":
-            completion = finished_earlier(hand.ask.trace_id, salvage)
-            return None if completion.finish_reason == "abort" else completion
-        completion = self.engine.read(hand.request, hand.replies[-1])  # type: ignore[attr-defined]
-        if completion.finish_reason != "abort" or completion.error in FINAL:
-            return completion
-        if completion.error in BEGUN and completion.token_ids:  # paid for, and to be continued
-            hand.request = replace(hand.request, prefix_ids=completion.token_ids, prefix_logprobs=completion.logprobs)
+        if salvage.ending is not None and salvage.ending.header["finish_reason"] != "abort":
+            return finished_earlier(hand.ask.trace_id, salvage)
+        asked, hand.request, hand.replies = hand.request, continued(hand.request, salvage), replies_of(salvage)
+        for raw in hand.replies:
+            completion = self.engine.read(asked, raw)  # type: ignore[attr-defined]
+            hand.paid += completion.cost
+            if completion.may_continue and len(completion.token_ids) > len(hand.request.prefix_ids):
+                hand.request = replace(asked, prefix_ids=completion.token_ids, prefix_logprobs=completion.logprobs)
+        if hand.replies and (completion.finish_reason != "abort" or completion.error in FINAL):
+            return replace(completion, cost=hand.paid)
         return None
 
     # --- asked by the engine, in its loop ---
@@ -246,7 +245,7 @@ class Shift:
                 "state": state, "started_at": self.started_at, "seen_at": time.time(), "finished": self.finished,
                 "tokens": self.tokens, "in_flight": len(self.asked), "uncommitted": len(self.writer.unwritten),
                 "tokens_in_hand": tokens,
-                "cost_in_hand": cost, "engine": self.engine.name,
+                "cost_in_hand": cost, "price_per_second": self.price_per_second, "engine": self.engine.name,
                 "oldest": [
                     {"trace_id": hand.ask.trace_id, "task": hand.ask.prompt.task, "since": hand.asked_at,
                      "tokens": self.tokens_of.get(hand.ask.trace_id, 0), "attempt": hand.ask.attempt} for hand in oldest
@@ -258,16 +257,11 @@ class Shift:
         """By all workers so far; of the others what they said a moment ago."""
         if time.monotonic() - self.others_read >= OTHERS_S:
             self.others_read, folder = time.monotonic(), self.worker.folder
-            facts = read_facts(folder)
-            alive = [name for name, age in ages(folder).items() if age <= self.worker.ttl_s and name != self.worker.name]
-            self.others = spent(0.0, 0, facts, alive)
+            self.facts = read_facts(folder)
+            alive = [name for name, age in ages(folder).items() if age <= self.worker.ttl_s]
+            self.others = [name for name in alive if name != self.worker.name]
         tokens, cost = self.in_hand()
-        committed = self.claims
-        return Spent(
-            committed.cost_committed + self.others.cost + cost,
-            committed.tokens_committed + self.others.tokens + tokens,
-            self.others.hours,
-        )
+        return spent(self.claims.cost_committed + cost, self.claims.tokens_committed + tokens, self.facts, self.others)
 
     def in_hand(self) -> tuple[int, float]:
         """Tokens and dollars of answers that are not committed."""

@@ -48,6 +48,7 @@ class Writer:
         self.unwritten_bytes = 0
         self.paid_until = time.monotonic()
         self.tally = ExpertTally()
+        self.failed = False
 
     def add(self, ask: Ask, request: Request, completion: Completion, replies: Sequence[bytes] = ()) -> None:
         if not self.unwritten:
@@ -69,8 +70,11 @@ class Writer:
             self.commit()
 
     def commit(self) -> None:
-        if not self.unwritten:
+        """Not tried again by a worker that is going down because it failed: side files of the first try may stand, and the
+        journal has it all."""
+        if not self.unwritten or self.failed:
             return
+        self.failed = True
         self.run.config.stat()  # a folder that is gone must not be made anew, with nothing in it but this segment
         traces = self._priced(self.unwritten)
         facts = {
@@ -85,6 +89,7 @@ class Writer:
         }
         commit_logits(self.run, self.unwritten_logits, worker=self.worker)
         commit_segment(self.run.traces, to_table(traces, Trace), worker=self.worker, facts=facts)
+        self.failed = False
         asks, self.asks, self.unwritten, self.unwritten_logits, self.unwritten_bytes = self.asks, [], [], [], 0
         self.committed(asks)
 

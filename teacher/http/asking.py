@@ -9,7 +9,7 @@ from data.engine import Completion
 from data.records import FinishReason
 from teacher.http.asks import Asks
 from teacher.http.exchange import Exchange, Failed, Live
-from teacher.http.reading import CONTINUED, Output, Reading
+from teacher.http.reading import Output, Reading
 from teacher.http.servers import REFUSALS, Server
 from teacher.http.waits import jittered_wait
 
@@ -68,21 +68,18 @@ class Asker:
         completion = reading.completion
         live.cost += completion.cost
         self._proved(live.server)
-        if completion.error in CONTINUED and self._go_on(live, reading):
+        if self._go_on(live, completion):
             live.failures = 0
             return None
         if completion.error in ("bad_reply", "torn"):
             return self._again(live, completion.error, completion)
-        return self._whole(live, Output(completion.token_ids, completion.logprobs), completion.finish_reason, completion.error)
+        output = Output(completion.token_ids, completion.logprobs)
+        return self._whole(live, output, completion.finish_reason, completion.error, exact=completion.exact)
 
-    def _go_on(self, live: Live, reading: Reading) -> bool:
-        """Takes over what a torn or bounded reply brought; False when nothing that can be continued. A tokeniser's second
-        opinion of half a text is not continued when the text is torn: its last ids need not be the model's."""
-        completion, before = reading.completion, len(live.request.prefix_ids)
-        new = completion.token_ids[before:]
-        if self.engine.api != "completions" or len(new) <= len(live.given):
-            return False
-        if completion.error == "torn" and not reading.exact:
+    def _go_on(self, live: Live, completion: Completion) -> bool:
+        """Takes over what a torn or bounded reply brought; False when nothing that can be continued."""
+        new = completion.token_ids[len(live.request.prefix_ids) :]
+        if self.engine.api != "completions" or len(new) <= len(live.given) or not completion.may_continue:
             return False
         live.given, live.given_logprobs = new, completion.logprobs[len(live.request.prefix_logprobs) :]
         return True
@@ -92,8 +89,9 @@ class Asker:
         live.paid, live.failures, live.error = live.paid + 1, live.failures + 1, error
         if live.paid < self.engine.attempts:
             return None
-        ids, logprobs = (completion.token_ids, completion.logprobs) if completion else ((), ())
-        return self._abort(live, error, Output(ids, logprobs))
+        if completion is None:
+            return self._abort(live, error)
+        return self._whole(live, Output(completion.token_ids, completion.logprobs), "abort", error, exact=completion.exact)
 
     # --- after a failure ----------------------------------------------------------------------------------------------
 
@@ -144,8 +142,10 @@ class Asker:
     def _abort(self, live: Live, error: str, output: Output = Output((), ())) -> Completion:  # noqa: B008  (immutable)
         return self._whole(live, output, "abort", error)
 
-    def _whole(self, live: Live, output: Output, reason: FinishReason, error: str = "") -> Completion:
+    def _whole(self, live: Live, output: Output, reason: FinishReason, error: str = "", *, exact: bool = True) -> Completion:
         """A completion with the request's time and cost in all: the sum over its kept replies."""
         seconds = asyncio.get_running_loop().time() - live.started
         ids, logprobs = output.fitted()
-        return Completion(live.request.request_id, ids, logprobs, reason, live.started_at, seconds, error=error, cost=live.cost)
+        return Completion(
+            live.request.request_id, ids, logprobs, reason, live.started_at, seconds, error=error, cost=live.cost, exact=exact
+        )

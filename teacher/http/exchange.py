@@ -201,6 +201,8 @@ class Exchange:
             if not live.given:
                 return None
         else:
+            if self.engine.api == "completions" and not reply.ids:
+                return None  # a text's last ids need not be the model's, and completions are continued by ids
             line = Line("", 200, 0.0, 0.0, live.asks, True, True, ask.given, ask.given_logprobs)
             try:
                 ids, logprobs = self.reader.output(line, reply)

@@ -14,7 +14,7 @@ ENDED: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
 REFUSALS = {"content_filter": "content_filter", "tool_calls": "tool_call", "function_call": "tool_call"}
 """Reasons of a server's own that no second ask would change, and our words for them."""
 CONTINUED = ("torn", "unfinished")
-"""Aborts that hold what there is of the output, for whoever goes on with it."""
+"""Aborts that hold what there is of the output."""
 
 
 class Prices(NamedTuple):
@@ -25,12 +25,11 @@ class Prices(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """completion, as HttpEngine.read gives it. model: what the reply says answered; "" when it does not. exact: the ids are
-    the server's own, not a second tokenisation of its text, so that they may be continued. detail: the server's words."""
+    """completion, as HttpEngine.read gives it. model: what the reply says answered; "" when it does not. detail: the server's
+    words."""
 
     completion: Completion
     model: str = ""
-    exact: bool = False
     detail: str = ""
 
 
@@ -86,12 +85,14 @@ class Reader:
             error = "unfinished"
         if error or reason is None:
             kept = output if error in CONTINUED else Output((), ())
-            return Reading(_abort(request, line, error, kept, cost), reply.model, bool(reply.ids), reply.error)
+            return Reading(_abort(request, line, error, kept, cost, exact=bool(reply.ids)), reply.model, reply.error)
         if reason == "stop":
             output = self._with_stop(request, output, reply)
         ids, logprobs = output.fitted()
-        completion = Completion(request.request_id, ids, logprobs, reason, line.started_at, line.seconds, cost=cost)
-        return Reading(completion, reply.model, bool(reply.ids))
+        completion = Completion(
+            request.request_id, ids, logprobs, reason, line.started_at, line.seconds, cost=cost, exact=bool(reply.ids)
+        )
+        return Reading(completion, reply.model)
 
     def _why_not(self, line: Line, reply: Reply) -> str:
         """Why the output has no end that we know. A JSON body that closes is whole, wherever its connection was cut; a stream
@@ -153,7 +154,10 @@ def _plain_backend(tokenizer: PreTrainedTokenizerBase):  # noqa: ANN202  (tokeni
 
 
 def _abort(
-    request: Request, line: Line, error: str, output: Output = Output((), ()), cost: float = 0.0  # noqa: B008  (immutable)
+    request: Request, line: Line, error: str, output: Output = Output((), ()), cost: float = 0.0,  # noqa: B008  (immutable)
+    *, exact: bool = True,
 ) -> Completion:  # fmt: skip
     ids, logprobs = output.fitted()
-    return Completion(request.request_id, ids, logprobs, "abort", line.started_at, line.seconds, error=error, cost=cost)
+    return Completion(
+        request.request_id, ids, logprobs, "abort", line.started_at, line.seconds, error=error, cost=cost, exact=exact
+    )

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from configs import schema
+from configs.engines import server_url_problem
 from configs.errors import UnusableInput
 from data.engine import Completion
 from teacher.http.connection import Answer, Connection, Lost, Silent, Unreachable
@@ -91,7 +92,7 @@ class Servers:
         urls = []
         for number, line in enumerate(text.splitlines(), start=1):
             url = line.split("#")[0].strip()
-            if url and (problem := schema.server_url_problem(url)):
+            if url and (problem := server_url_problem(url)):
                 raise UnusableInput(f"teacher.engine.servers_file {path}, line {number}: {problem}")
             urls += [url] if url else []
         self._adopt((*self.engine.urls, *urls))

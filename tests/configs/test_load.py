@@ -46,6 +46,8 @@ def write(folder: Path, text: str) -> str:
             "name: x\nteacher: {engine: {type: deepspeed, processes: 2}, layout: {expert_parallel: 3}}",
             "layout.expert_parallel 3 does not divide the 2 ranks",
         ),
+        ("name: x\nteacher: {engine: {type: http, drain_s: 20}}", "drain_s 20 leaves nothing of generate.drain_seconds 20"),
+        ("name: x\nteacher: {engine: {type: deepspeed}}\ngenerate: {drain_seconds: 30}", "expected less than 30"),
         ("name: a/b", "name: string should match pattern"),
         ("train: {lr: 1e-4}", "name: field required"),
         ("- a\n- b", "expected a mapping of sections, found list"),

@@ -92,7 +92,24 @@ def test_tokens_that_came_after_a_reply_go_on_from_it_and_the_reply_is_kept(tmp_
     begun, whole = estate.take("t"), estate.take("u")
     assert begun is not None and begun.ending is None and begun.token_ids == (1, 2, 3, 4)
     assert begun.reply is not None and begun.reply.raw == b"torn"
-    assert whole is not None and whole.ending is not None and whole.ending.raw == b"whole"
+    assert whole is not None and whole.token_ids == () and whole.reply is not None and whole.reply.raw == b"whole"
+
+
+def test_a_reply_of_one_worker_and_the_tokens_that_the_next_one_added_are_both_kept(tmp_path: Path) -> None:
+    """The first kept a torn reply and died; the second went on from it, said more, and died before a reply of its own."""
+    first, second = Journal(tmp_path, "first"), Journal(tmp_path, "second")
+    first.append(reply("t", b"torn"), is_whole=True)
+    second.append(tokens("t", 0, 1, 2, 3), is_whole=True)
+    two = Entry("reply", "u", {"sizes": [4, 4]}, {}, b"tornrest")
+    second.append(two, is_whole=True)
+    first.append(reply("u", b"torn"), is_whole=True)
+    for order in (("first", "second"), ("second", "first")):
+        estate = Estate(tmp_path)
+        for name in order:
+            estate.look(living={"first", "second"} - {name})
+        left, answered = estate.take("t"), estate.take("u")
+        assert left is not None and left.token_ids == (1, 2, 3) and left.reply is not None and left.reply.raw == b"torn"
+        assert answered is not None and answered.reply is not None and answered.reply.raw == b"tornrest"
 
 
 def test_a_worker_that_was_only_stopped_and_went_on_is_read_again(tmp_path: Path) -> None:
@@ -116,12 +133,29 @@ def test_a_full_file_is_followed_by_one_that_stands_alone(tmp_path: Path) -> Non
     journal.append(tokens("long", 100, 5), is_whole=False)
     assert journal.wants_whole and len(list(tmp_path.iterdir())) == 1
     journal.append(tokens("long", 0, *range(100), 5, 6), is_whole=True)
+    journal.sync()
     assert len(list(tmp_path.iterdir())) == 2
     journal.forget("short")
+    journal.sync()
     assert [path.name for path in tmp_path.iterdir()] == ["w.000001.log"]
     journal.forget("long")
     journal.close()
     assert not list(tmp_path.iterdir())
+
+
+def test_an_old_file_goes_only_when_what_replaces_it_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that loses power between the two would else lose every token of a long trace."""
+    journal = Journal(tmp_path, "w", rotate_bytes=1, sync_seconds=3600.0)
+    journal.append(tokens("t", 0, 1), is_whole=True)
+    time.sleep(0.1)  # the thread has had its first sync, and sleeps
+    journal.append(tokens("t", 0, 1, 2), is_whole=True)
+    assert len(list(tmp_path.glob("*.log"))) == 2
+    there = list[int]()
+    real_fsync = os.fsync
+    with monkeypatch.context() as patch:
+        patch.setattr("data.journal.os.fsync", lambda number: (there.append(len(list(tmp_path.iterdir()))), real_fsync(number)))
+        journal.sync()
+    assert there == [2] and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_full_disk_ends_the_file_with_a_whole_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

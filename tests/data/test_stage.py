@@ -3,13 +3,14 @@
 import json
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from rich.console import Console
 
 from configs.errors import UnusableInput
 from configs.load import Loaded, load_recipe
 from data.stage import Context, Outcome, Stage, exclusive, first_difference, open_run, run_stage, without_free
-from data.store import RunFolder, read_rollup
+from data.store import ROLLUP, RunFolder, commit_segment, read_rollup, seal, segments
 
 
 @pytest.fixture
@@ -66,6 +67,18 @@ def test_a_stage_that_fails_is_not_sealed_and_its_seconds_still_count(context: C
     seconds = json.loads(noted.read_text())
     noted.write_text(json.dumps(seconds | {"seconds": 100.0}))
     assert run_stage(stage([]), context).seconds >= 100
+
+
+def test_what_comes_after_the_seal_is_not_of_the_stage(tmp_path: Path) -> None:
+    """A worker that was stopped while the others ended and sealed commits what it has in hand when it wakes."""
+    run = RunFolder(tmp_path)
+    table = pa.table({"trace_id": ["t"]})
+    first = commit_segment(run.traces, table, worker="a", facts={})
+    seal(run, run.traces, stage="generate", fingerprint="f", inputs={}, files=[first.path], counts={}, seconds=0.0)
+    commit_segment(run.traces, table, worker="b", facts={})
+    assert [segment.path for segment in segments(run.traces)] == [first.path]
+    (run.traces / ROLLUP).unlink()
+    assert len(segments(run.traces)) == 2
 
 
 def test_a_stage_is_run_by_one_process_at_a_time(context: Context) -> None:

@@ -1,9 +1,12 @@
 """The worker: what came back is a record, a record is committed, and nothing is asked twice."""
 
 import dataclasses
+import errno
 import itertools
+import json
 import os
 import signal
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -11,13 +14,14 @@ import pytest
 
 from configs.errors import Interrupted, UnusableInput
 from configs.load import load_recipe
-from configs.schema import Budget, Recipe, Teacher
+from configs.schema import Budget, LocalEngine, Recipe, Teacher
 from data.engine import Completion, ExpertStats, Handout, Partial, Request, Scores
 from data.ledger import read_ledger
 from data.prompt_set import write_prompts
 from data.records import Prompt, Trace, prompt_identity
 from data.schema import from_table
 from data.store import RunFolder, read_first_copies, seal, segments
+from generate.budget import spent
 from generate.worker import generate_traces
 from teacher.engines import load_tokenizer
 
@@ -284,6 +288,46 @@ def test_a_lease_whose_holder_lives_is_left_alone(recipe: Recipe, run: RunFolder
     assert read_ledger(run).pending == held
 
 
+def test_what_others_did_while_a_worker_stood_still_is_not_asked_again(
+    recipe: Recipe, run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped for longer than the time to live, as a whole node is when its file server hangs: another worker takes over and
+    ends the run; of what was queued nothing is asked, and what was in hand is superseded."""
+    quick = changed(recipe, lease_ttl_s=0.2)
+
+    class Stopped(Scripted):
+        def generate(self, requests: Iterable[Request], handout: Handout | None = None) -> Iterator[Completion]:
+            for number, completion in enumerate(super().generate(requests, handout)):
+                yield completion
+                if number == 0:
+                    time.sleep(0.5)
+                    assert work(quick, run, Scripted()) >= 9
+
+    monkeypatch.setattr("data.work.Worker._keep_beating", lambda self: None)
+    stopped = Stopped()
+    work(quick, run, stopped)
+    ledger = read_ledger(run)
+    assert len(stopped.requests) == 1 and (ledger.completed, ledger.superseded) == (10, 1)
+
+
+def test_a_commit_that_failed_is_not_tried_again_by_a_worker_that_goes_down(
+    recipe: Recipe, run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was written beside the traces is there already; the next worker commits them from the journal."""
+    tries = list[int]()
+
+    def full(*_: object, **__: object) -> None:
+        tries.append(1)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr("generate.writer.commit_segment", full)
+        work(recipe, run, Scripted())
+    assert len(tries) == 1
+    second = Scripted()
+    assert work(recipe, run, second) == 6 and read_ledger(run).pending == 0
+
+
 def test_a_worker_that_ends_in_order_leaves_nothing_but_its_facts(recipe: Recipe, run: RunFolder) -> None:
     work(recipe, run, Scripted())
     left = [path.suffix for path in (run.root / "work").rglob("*") if path.is_file()]
@@ -312,6 +356,22 @@ def test_a_drain_journals_what_is_half_said_and_exits_resumable(recipe: Recipe, 
 
 
 # --- bounds ------------------------------------------------------------------------------------------------------
+
+
+def test_gpus_of_our_own_are_paid_while_their_worker_lives(recipe: Recipe, run: RunFolder) -> None:
+    """Loading the teacher, and what a kill lost: traces are charged with neither."""
+    facts = {"a": {"started_at": 0.0, "seen_at": 100.0, "price_per_second": 0.01}, "b": {"started_at": 50.0, "seen_at": 150.0}}
+    assert spent(0.4, 7, facts, []) == (1.0, 7, 150 / 3600)
+    assert spent(1.5, 7, facts, []).cost == 1.5
+    priced = {"teacher.hardware": {"gpu": "h200", "gpus_per_node": 1}, "plan.price_per_gpu_hour": 3600.0}
+    paid = load_recipe("embedded", [f"{key}={json.dumps(value)}" for key, value in priced.items()]).recipe
+    paid = paid.model_copy(update={"teacher": paid.teacher.model_copy(update={"engine": LocalEngine()})})
+
+    class Loading(Scripted):
+        def load(self) -> None:
+            time.sleep(0.3)
+
+    assert work(changed(paid, samples_per_prompt=2, budget=Budget(max_cost=0.2)), run, Loading()) == 0
 
 
 @pytest.mark.parametrize("budget", [Budget(max_tokens=20), Budget(max_cost=0.25)])

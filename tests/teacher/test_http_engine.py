@@ -279,6 +279,19 @@ def test_partial_outputs_are_handed_out_every_few_tokens_and_can_be_continued(se
     assert again.token_ids == completion.token_ids and server.bodies[-1]["max_tokens"] == 30
 
 
+def test_text_without_the_servers_ids_is_no_beginning_to_go_on_from(server: MockServer) -> None:
+    """Our tokenizer's cut of half a text need not be the model's."""
+    chunks = [{"choices": [{"index": 0, "text": "ab", "finish_reason": None}]}] * 6
+    server.reply = lambda asked: Reply(events=events(chunks), cut=6, pause_s=0.01)
+    partials, kept = list[Partial](), list[bytes]()
+    engine = engine_for(server, api="completions", stream=True, attempts=2)
+    handout = Handout(every_tokens=3, take=partials.append, keep=lambda _, raw: kept.append(raw))
+    (completion,) = ask(engine, request(), handout=handout)
+    assert partials == [] and completion.error == "torn" and not completion.may_continue
+    assert [body["prompt"] for body in server.bodies] == [list(request().prompt_ids)] * 2
+    assert [engine.read(request(), raw).may_continue for raw in kept] == [False, False]
+
+
 def test_partial_text_of_a_chat_stream_is_counted_by_our_tokenizer(server: MockServer) -> None:
     chunks = [{"choices": [{"index": 0, "delta": {"reasoning_content": "ab"}, "finish_reason": None}]}] * 6
     server.reply = lambda asked: Reply(events=events(chunks), cut=6, pause_s=0.01)
