@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -209,6 +210,10 @@ class Engine(Protocol):
 
 class ReadsReplies(Protocol):
     """An engine whose answers come from somewhere else, as bytes that Handout.keep was given."""
+
+    def remember_in(self, folder: Path) -> None:
+        """What the run's servers turn out to be is kept in this folder, for the workers to come."""
+        ...
 
     def read(self, request: Request, raw: bytes) -> Completion:
         """The completion that `raw` holds for `request`. Bytes that cannot be read are an `abort`, never an exception."""

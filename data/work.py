@@ -52,6 +52,10 @@ class WorkFolder:
         return self.root / "journal"
 
     @property
+    def servers(self) -> Path:
+        return self.root / "servers"
+
+    @property
     def identity(self) -> Path:
         return self.root / "identity.json"
 

@@ -117,6 +117,8 @@ def generate_traces(
         stack.enter_context(leases.worker)
         shift = Shift(recipe, run, engine, tokenizer, teacher_fingerprint, leases, pool, drain, report)
         shift.tell("loading")
+        if recipe.teacher.engine.type == "http":
+            engine.remember_in(shift.worker.folder.servers)  # type: ignore[attr-defined]
         engine.load()
         finished = shift.work()
         drain.end()

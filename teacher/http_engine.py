@@ -13,6 +13,7 @@ To try it against a real server on this machine:
 
 import asyncio
 from collections.abc import Generator, Iterable, Sequence
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
@@ -42,6 +43,10 @@ class HttpEngine:
         self.version = f"{' '.join((*engine.urls, engine.servers_file)).strip()} {model}"
         self.servers = Servers(engine, model)
         self.reader = Reader(tokenizer, Prices(engine.price_input_per_million, engine.price_output_per_million))
+
+    def remember_in(self, folder: Path) -> None:
+        """Which model each server of the run has is kept there: one that serves another tomorrow is refused tomorrow too."""
+        self.servers.remember_in(folder)
 
     def load(self) -> None:
         """Asks every server for its models, so that a wrong address, key or name shows before a request is paid for. One

@@ -163,7 +163,7 @@ class Exchange:
         finally:
             live.reading = False
             self.reading -= 1
-        server.remember(reading.model)
+        self.servers.learn(server, model=reading.model)
         return reading
 
     def _pack(self, live: Live, ask: Ask, server: Server, answer: Answer) -> bytes:

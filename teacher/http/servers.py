@@ -1,6 +1,7 @@
 """Which server is asked next: those that are healthy, the least loaded first; and what each says it is."""
 
 import asyncio
+import hashlib
 import logging
 from collections import deque
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from configs import schema
 from configs.engines import server_url_problem
 from configs.errors import UnusableInput
 from data.engine import Completion
+from data.store import read_json, write_json
 from teacher.http.connection import Answer, Connection, Lost, Silent, Unreachable
 from teacher.http.replies import error_words, listed_models
 from teacher.http.window import Window
@@ -47,16 +49,6 @@ class Server:
     def usable(self, now: float) -> bool:
         return self.healthy and self.listed and self.window.room > 0 and now >= self.resume_at
 
-    def remember(self, model: str) -> None:
-        """What a reply says answered. Aliases are fine, as long as they stay the same.
-
-        Raises:
-            UnusableInput: it is another model than before.
-        """
-        if model and self.model and model != self.model:
-            raise changed(self.url, self.model, model)
-        self.model = self.model or model
-
 
 def changed(url: str, was: str, now: str) -> UnusableInput:
     return UnusableInput(
@@ -73,8 +65,37 @@ class Servers:
         self.all: dict[str, Server] = {}
         self.in_flight = 0
         self._waiting: deque[asyncio.Future[Server]] = deque()
-        self._last_read = ""
+        self._memory: Path | None = None
         self._adopt(engine.urls)
+
+    # --- who they are ------------------------------------------------------------------------------------------------
+
+    def remember_in(self, folder: Path) -> None:
+        """What the run's servers turned out to be is written down there, and was, by workers before this one."""
+        self._memory = folder
+        for server in self.all.values():
+            self._recall(server)
+
+    def _recall(self, server: Server) -> None:
+        if self._memory is not None and (path := self._memory / _file_of(server.url)).is_file():
+            told = read_json(path)
+            server.model, server.root = str(told.get("model", "")), str(told.get("root", ""))
+
+    def learn(self, server: Server, *, model: str = "", root: str = "") -> None:
+        """What a reply says answered, what a list says the model's folder is. Aliases are fine, as long as they stay the same.
+
+        Raises:
+            UnusableInput: it is another than before.
+        """
+        for was, now in ((server.model, model), (server.root, root)):
+            if was and now and was != now:
+                raise changed(server.url, was, now)
+        if (model and not server.model) or (root and not server.root):
+            server.model, server.root = server.model or model, server.root or root
+            if self._memory is not None:
+                self._memory.mkdir(exist_ok=True)
+                told = {"url": server.url, "model": server.model, "root": server.root}
+                write_json(self._memory / _file_of(server.url), told)
 
     # --- who is there ------------------------------------------------------------------------------------------------
 
@@ -100,7 +121,8 @@ class Servers:
     def _adopt(self, urls: tuple[str, ...]) -> None:
         wanted = {url.strip().rstrip("/") for url in urls}
         for url in wanted - self.all.keys():
-            self.all[url] = Server(url, Window(self.engine.concurrency))
+            server = self.all[url] = Server(url, Window(self.engine.concurrency))
+            self._recall(server)
         for server in self.all.values():
             server.listed = server.url in wanted
 
@@ -238,10 +260,7 @@ class Servers:
                 raise changed(server.url, self.model, names)
             self.down(server, f"serves {names} and not {self.model}; set teacher.engine.model")
             return False
-        root = roots[self.model]
-        if server.root and root and root != server.root:
-            raise changed(server.url, server.root, root)
-        server.root = server.root or root
+        self.learn(server, root=roots[self.model])
         return True
 
     # --- the end of a run --------------------------------------------------------------------------------------------
@@ -259,6 +278,10 @@ class Servers:
         for server in self.all.values():
             server.window.in_flight, server.resume_at = 0, 0.0
             server.withheld.clear()
+
+
+def _file_of(url: str) -> str:
+    return f"{hashlib.sha256(url.encode()).hexdigest()[:16]}.json"
 
 
 def denied(server: Server, answer: Answer, engine: schema.HttpEngine, connection: Connection) -> UnusableInput:

@@ -213,6 +213,32 @@ def test_a_server_whose_replies_name_another_model_ends_the_run(servers: list[Mo
     assert set(came) <= {f"r{index}" for index in range(20)} and len(servers[0].asked) <= 20 + in_flight
 
 
+@pytest.mark.parametrize("told_by", ["replies", "lists"])
+def test_a_server_that_changes_its_model_between_two_workers_is_refused_too(
+    servers: list[MockServer], tmp_path: Path, told_by: str
+) -> None:
+    def serves(name: str) -> None:
+        if told_by == "replies":
+            servers[0].reply = lambda asked: Reply(body=encoded(GOOD | {"model": name}))
+        else:
+            servers[0].models = Reply(body=encoded({"data": [{"id": "tiny", "root": f"/models/{name}"}]}))
+
+    def work() -> None:
+        engine = engine_for(servers[0])
+        engine.remember_in(tmp_path / "servers")
+        engine.load()
+        assert len(ask(engine, request())) == 1
+
+    serves("v1")
+    work()
+    work()
+    serves("v2")
+    with pytest.raises(UnusableInput, match=rf"{servers[0].url}: its model changed during the run: was '.*v1', is '.*v2'"):
+        work()
+    (path,) = (tmp_path / "servers").iterdir()
+    assert json.loads(path.read_text())["url"] == servers[0].url
+
+
 def test_a_server_that_lists_another_model_than_before_ends_the_run(servers: list[MockServer]) -> None:
     server = servers[0]
 
