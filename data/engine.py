@@ -174,6 +174,19 @@ class Handout:
     keep: Callable[[str, bytes], None] = _unkept
 
 
+class Source(Iterator[Request]):
+    """Requests as `take` comes by them. Its None ends the iteration for now only: an engine asks again while it has others to
+    answer, because a worker that dies leaves some."""
+
+    def __init__(self, take: Callable[[], Request | None]) -> None:
+        self.take = take
+
+    def __next__(self) -> Request:
+        if (request := self.take()) is None:
+            raise StopIteration
+        return request
+
+
 class Scores(NamedTuple):
     """Of one given sequence: the natural-log probability of each token after those before it (0.0 for the first, which
     nothing predicts), and the logits that predicted tokens 1, 2, ... when they were asked for."""
@@ -190,7 +203,8 @@ class ExpertStats:
 
 
 class Engine(Protocol):
-    """A model that completes token sequences. Completions come back as they finish, in any order, one per request."""
+    """A model that completes token sequences. Completions come back as they finish, in any order, one per request. Requests
+    are taken when there is room, and asked for again after their end while others are being answered (Source)."""
 
     name: str
     version: str

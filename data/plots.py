@@ -9,11 +9,12 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 NUMBERED_TASKS = 10  # more, and the numbers run into each other
 INK, MUTED, GRID = "#010203", "#010204", "#010205"
@@ -79,6 +80,38 @@ def _largest(lengths: Mapping[str, Sequence[int]], keep: int) -> dict[str, list[
         return {task: list(lengths[task]) for task in ranked}
     rest = [value for task in ranked[keep - 1 :] for value in lengths[task]]
     return {task: list(lengths[task]) for task in ranked[: keep - 1]} | {f"{len(ranked) - keep + 1} other tasks": rest}
+
+
+class Point(NamedTuple):
+    """A share in [0, 1] at a depth in [0, 1], with its interval."""
+
+    depth: float
+    share: float
+    low: float
+    high: float
+
+
+def accuracy_by_depth(curves: Mapping[str, Sequence[Point]]) -> str:
+    """The share of right answers over where in the prompt they stood, a line a task, with 95 % intervals as whiskers; of more
+    than six tasks the first six."""
+    with _styled("depth"):
+        figure, axes = _figure(6.4, 2.7)
+        for index, (task, points) in enumerate(list(curves.items())[: len(SERIES)]):
+            depths = [point.depth + 0.006 * index for point in points]  # or whiskers of two tasks lie on one another
+            shares = [point.share for point in points]
+            # never negative: rounding puts the end of an interval of 0 or 1 beside it
+            whiskers = [[max(0.0, p.share - p.low) for p in points], [max(0.0, p.high - p.share) for p in points]]
+            axes.errorbar(
+                depths, shares, yerr=whiskers, color=SERIES[index], label=task, linewidth=1.6, elinewidth=0.9, marker="o",
+                markersize=3.5, capsize=2.0,
+            )  # fmt: skip
+        axes.set_xlabel("depth in the prompt, 0 is its start")
+        axes.set_ylabel("right answers")
+        axes.set_xlim(0, 1)
+        axes.set_ylim(0, 1.02)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        figure.legend(loc="outside upper left", ncols=2)
+        return _svg(figure, "accuracy by depth")
 
 
 def expert_heat_map(load_LE: Sequence[Sequence[float]]) -> str:

@@ -8,6 +8,7 @@ import yaml
 
 from configs.errors import UnusableInput
 from data import plots
+from data.report_depth import DepthFigures
 from data.report_experts import ExpertPart, expert_part
 from data.report_items import COMPARED, Comparison, GradeBar, comparisons, failures, grade_bars, item_rows
 from data.report_summary import ModelFigures, Summary, percent
@@ -65,6 +66,7 @@ class Page:
     lengths_svg: str | None
     length_facts: tuple[tuple[str, str], ...]
     experts: ExpertPart | None
+    depth_svg: str | None
     summary: Summary
     comparisons: tuple[Comparison, ...]
     failures: tuple[Comparison, ...]
@@ -96,6 +98,7 @@ def read_page(run: RunFolder, summary: Summary) -> Page:
         lengths_svg=plots.length_histogram(lengths) if lengths else None,
         length_facts=length_facts(lengths),
         experts=expert_part(run, summary["experts"]),
+        depth_svg=depth_plot(summary["accuracy_by_depth"]),
         summary=summary,
         comparisons=comparisons(rows),
         failures=failures(rows),
@@ -103,6 +106,20 @@ def read_page(run: RunFolder, summary: Summary) -> Page:
         provenance=provenance(run),
         config=run.config.read_text() if run.config.is_file() else "",
     )
+
+
+def depth_plot(figures: Mapping[str, DepthFigures] | None) -> str | None:
+    if figures is None:
+        return None
+    curves = {
+        task: [
+            plots.Point((bucket["low"] + bucket["high"]) / 2, bucket["accuracy"], *bucket["interval"])
+            for bucket in found["by_depth"]
+            if bucket["accuracy"] is not None and bucket["interval"] is not None
+        ]
+        for task, found in figures.items()
+    }
+    return plots.accuracy_by_depth(curves)
 
 
 def read_recipe(run: RunFolder) -> dict[str, object]:

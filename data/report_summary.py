@@ -6,6 +6,7 @@ from configs.errors import UnusableInput
 from data.expert_counts import ALARMS_COUNT, read_counts, whole_run
 from data.expert_figures import mean_over_layers, read_load
 from data.ledger import read_ledger
+from data.report_depth import DepthFigures, accuracy_by_depth
 from data.store import RunFolder, read_json, read_rollup
 
 MODELS = ("teacher", "base", "student", "export")
@@ -61,7 +62,8 @@ class ExpertSummary(TypedDict):
 
 class Summary(TypedDict):
     """`tracestill report --json`. seconds: of each finished stage, from its manifest. experts: null until generation has
-    finished, and for a teacher without routers."""
+    finished, and for a teacher without routers. accuracy_by_depth: by task, of the teacher's judged traces of prompts whose
+    evidence has places; null where there are none."""
 
     teacher: ModelFigures | None
     base: ModelFigures | None
@@ -70,6 +72,7 @@ class Summary(TypedDict):
     ledger: LedgerFigures | None
     seconds: dict[str, float | None]
     experts: ExpertSummary | None
+    accuracy_by_depth: dict[str, DepthFigures] | None
 
 
 def report_json(run: RunFolder) -> Summary:
@@ -77,7 +80,7 @@ def report_json(run: RunFolder) -> Summary:
     teacher, base, student, export = (model_figures(run, name) for name in MODELS)
     return Summary(
         teacher=teacher, base=base, student=student, export=export, ledger=ledger_figures(run), seconds=stage_seconds(run),
-        experts=expert_summary(run),
+        experts=expert_summary(run), accuracy_by_depth=accuracy_by_depth(run),
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ from configs.errors import UnusableInput
 from configs.progress import Count, Report
 from configs.schema import Recipe
 from data.chat import dialect_of, encode_prompt
-from data.engine import Completion, Engine, Handout, Partial, Request, request_under
+from data.engine import Completion, Engine, Handout, Partial, Request, Source, request_under
 from data.journal import Journal
 from data.prompt_set import PromptSet
 from data.records import request_seed
@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 FINAL = ("content_filter", "tool_call")
 """Errors by which a server says that asking again brings the same."""
 TELL_S = 5.0
+LOOK_AGAIN_S = 5.0
 OTHERS_S = 1.0
 NAMED_STRAGGLERS = 5
 
@@ -146,6 +147,7 @@ class Shift:
         self.asked: dict[str, InHand] = {}
         self.tokens_of: dict[str, int] = {}
         self.finished = self.tokens = 0
+        self.nothing_free_until = -float("inf")
         self.started, self.started_at, self.told = time.perf_counter(), time.time(), -float("inf")
         self.refusal = ""
         self.facts: dict[str, dict[str, object]] = {}
@@ -159,7 +161,7 @@ class Shift:
         self.report(Count(0, self.pool.num_open))
         handout = Handout(self.recipe.generate.checkpoint_tokens, self.checkpoint, self.must_stop, self.keep)
         try:
-            for completion in self.engine.generate(self.requests(), handout):
+            for completion in self.engine.generate(Source(self.next_request), handout):
                 self.take(completion)
         finally:  # also when another rank is lost: what is finished was paid for
             self.writer.commit()
@@ -168,15 +170,19 @@ class Shift:
         log.info("%d traces, %d tokens in %.1f s", self.finished, self.tokens, time.perf_counter() - self.started)
         return self.finished
 
-    def requests(self) -> Iterator[Request]:
-        """Claimed and encoded as they are asked for: the prompts of a long-context run are gigabytes as ids."""
+    def next_request(self) -> Request | None:
+        """Claimed and encoded when it is asked for: the prompts of a long-context run are gigabytes as ids. None when nothing is
+        free; leases grow stale, so it is looked for again a little later."""
+        if time.monotonic() < self.nothing_free_until:
+            return None
         while (ask := self.claims.next()) is not None:
             hand = InHand(ask, to_request(ask, self.tokenizer, self.stop_ids, self.recipe))
-            if (completion := self._taken_up(hand)) is not None:
-                self._add(hand, completion)
-                continue
-            self.asked[ask.trace_id] = hand
-            yield hand.request
+            if (completion := self._taken_up(hand)) is None:
+                self.asked[ask.trace_id] = hand
+                return hand.request
+            self._add(hand, completion)
+        self.nothing_free_until = time.monotonic() + LOOK_AGAIN_S
+        return None
 
     def _taken_up(self, hand: InHand) -> Completion | None:
         """The answer, where an earlier holder had all of it; else the request goes on from what there is."""

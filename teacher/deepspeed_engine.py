@@ -30,7 +30,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from configs.errors import UnusableInput
-from data.engine import Completion, ExpertStats, Handout, Request, Scores
+from data.engine import Completion, ExpertStats, Handout, Request, Scores, Source
 from teacher.checkpoint.empty_model import EmptyIsMeta, compute_buffers, empty_model
 from teacher.checkpoint.fill import fill, like
 from teacher.checkpoint.manifest import check_layout as check_prepared_for
@@ -186,18 +186,19 @@ class DeepSpeedEngine:
         assert self._engine is not None
         return self._engine(**inputs)
 
-    def _shared(self, requests: Iterable[Request]) -> Iterator[Request]:
+    def _shared(self, requests: Iterable[Request]) -> Source:
         """The first rank's requests, as it comes by them. All ranks of the group are here at the same point of the loop,
         because everything that decides when a request is taken is the same on all of them."""
         first = dist.get_rank() // self.parallel.tensor * self.parallel.tensor
         source = iter(requests)
-        while True:
+
+        def take() -> Request | None:
             box = [next(source, None) if dist.get_rank() == first else None]
             self.heart.enter("sharing a request")
             dist.broadcast_object_list(box, src=first, group=self._tensor_group)
-            if (request := box[0]) is None:
-                return
-            yield request
+            return box[0]
+
+        return Source(take)
 
     def _share(self, sampled: Tensor) -> Tensor:
         """What the first rank of this tensor-parallel group has sampled. Its ranks compute the same logits, but nothing

@@ -79,7 +79,7 @@ class Conversation:
             if (self.handout.stop() or self.failure) and not self.asker.stopping:
                 drained_at = time.monotonic() + self.engine.drain_s
                 self._stop_asking()
-            if not exhausted and not self.asker.stopping:
+            if not self.asker.stopping:
                 exhausted = self._pull(source)
             self._give_up_the_late()
             if self.live:
@@ -114,7 +114,7 @@ class Conversation:
         return self.servers.capacity - (len(self.live) - min(BACKLOG, self.exchange.reading))
 
     def _pull(self, source: Iterator[Request]) -> bool:
-        """Starts requests while there is room; True when there are no more."""
+        """Starts requests while there is room; True when there are no more for now."""
         room, until = self._room(), time.monotonic() + PULL_S
         while room > 0:
             try:

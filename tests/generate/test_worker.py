@@ -328,6 +328,31 @@ def test_a_commit_that_failed_is_not_tried_again_by_a_worker_that_goes_down(
     assert work(recipe, run, second) == 6 and read_ledger(run).pending == 0
 
 
+def test_what_a_worker_leaves_is_taken_up_by_one_that_had_found_nothing_free(
+    recipe: Recipe, run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tail of a run: while one worker's last requests are answered, the other one dies."""
+
+    class Patient(Scripted):
+        def generate(self, requests: Iterable[Request], handout: Handout | None = None) -> Iterator[Completion]:
+            source = iter(requests)
+            self.requests = [*source]
+            left = 10 - len(self.requests)
+            while len(self.requests) < 10:
+                time.sleep(0.05)
+                self.requests += source
+            assert left >= 4
+            for request in self.requests:
+                yield Completion(request.request_id, self.ids, tuple(-0.5 for _ in self.ids), "stop", 1.0, 0.5)
+
+    monkeypatch.setattr("generate.worker.LOOK_AGAIN_S", 0.1)
+    quick = changed(recipe, lease_ttl_s=1.0)
+    kill(quick, run, Dying(0, 4), monkeypatch)
+    for beat in (run.root / "work" / "workers").glob("*.beat"):
+        os.utime(beat)
+    assert work(quick, run, Patient()) == 10
+
+
 def test_a_worker_that_ends_in_order_leaves_nothing_but_its_facts(recipe: Recipe, run: RunFolder) -> None:
     work(recipe, run, Scripted())
     left = [path.suffix for path in (run.root / "work").rglob("*") if path.is_file()]
