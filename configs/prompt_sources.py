@@ -7,6 +7,8 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from configs.section import Section
 
 MAX_BUDGET_TOKENS = 1_000_000
+ControlTokenRule = Literal["refuse", "escape"]
+"""What becomes of text that is a control token of the teacher's tokenizer (`<|user|>`, `</think>`)."""
 Glob = Annotated[str, Field(min_length=1)]
 
 
@@ -20,6 +22,8 @@ class ReasoningGymSource(Section):
     count: PositiveInt
     seed: NonNegativeInt = 0
     licence: str = "Apache-2.0"
+    control_tokens: ControlTokenRule = "refuse"
+    """As for rows."""
 
 
 # --- rows --------------------------------------------------------------------------------------------------------
@@ -36,6 +40,9 @@ class RowSource(Section):
     count: PositiveInt | None = None
     """Keep at most this many, chosen by hash; all of them when absent."""
     licence: str = "unknown"
+    control_tokens: ControlTokenRule = "refuse"
+    """A row with a control token of the teacher's tokenizer in its turns or tools ends the stage; `escape` puts a backslash after
+    the token's first character instead."""
 
 
 class JsonlSource(RowSource):

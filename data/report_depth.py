@@ -111,7 +111,7 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
     share, spread = correct / total, Z95**2 / total
     centre = (share + spread / 2) / (1 + spread)
     half = Z95 / (1 + spread) * math.sqrt(share * (1 - share) / total + spread / (4 * total))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return (centre - half if correct else 0.0), (centre + half if correct < total else 1.0)  # exact where rounding is not
 
 
 def difference(first: Share, second: Share) -> tuple[float, float, float] | None:

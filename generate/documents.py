@@ -1,6 +1,7 @@
 """Long prompts of packed documents with two facts hidden in them, far apart, that one question needs both of.
 
-Documents are taken in an order drawn by hash for every prompt, whole ones (generate/packing.py), until the budget is used.
+Documents are taken in an order drawn by hash for every prompt, whole ones (generate/packing.py), until the budget is used, with
+control tokens of the teacher escaped (generate/control_tokens.py) before anything is hidden or measured.
 The facts and their decoys are inserted at line ends near the depths of a grid (generate/needles.py), and where each came to
 stand is measured and recorded, so that a report can show accuracy by depth.
 """
@@ -14,6 +15,7 @@ from configs.errors import UnusableInput
 from configs.prompt_sources import DocumentsSource
 from data.records import Message, Prompt, Split, digest, prompt_identity
 from data.split import is_held_out
+from generate.control_tokens import NO_CONTROL_TOKENS, ControlTokens, refuse_in
 from generate.hiding import Hidden, Wanted, insert, tokens_before
 from generate.needles import DISTANT, STRATUM, Needle, depth_pairs, make_needle
 from generate.needles import VARIABLES as NEEDLE_VARIABLES
@@ -29,13 +31,21 @@ BUILDS_PER_PROMPT = 20
 """Prompts tried with different questions: their texts may hold a fact's words already, or be too short."""
 
 
-def read_documents(source: DocumentsSource, split: Split, folders: Sequence[Path], count_tokens: CountTokens) -> Iterator[Prompt]:
-    """`source.count` prompts of one side, the same ones for the same documents and seed. A question's text decides its side.
+def read_documents(
+    source: DocumentsSource,
+    split: Split,
+    folders: Sequence[Path],
+    count_tokens: CountTokens,
+    control: ControlTokens = NO_CONTROL_TOKENS,
+) -> Iterator[Prompt]:
+    """`source.count` prompts of one side, the same ones for the same documents, seed and control tokens. A question's text
+    decides its side.
 
     Raises:
-        UnusableInput: missing or unreadable documents, or texts too short for two distant facts.
+        UnusableInput: missing or unreadable documents, texts too short for two distant facts, or a template or facts that write
+            a control token.
     """
-    builder = _Builder(source, split, folders, count_tokens)
+    builder = _Builder(source, split, folders, count_tokens, control)
     seen: set[str] = set()
     missed = failed = 0  # since the last prompt
     for attempt in count():
@@ -61,8 +71,10 @@ def read_documents(source: DocumentsSource, split: Split, folders: Sequence[Path
 class _Builder:
     """What all prompts of a source share."""
 
-    def __init__(self, source: DocumentsSource, split: Split, folders: Sequence[Path], count_tokens: CountTokens) -> None:
-        self.source, self.count_tokens = source, count_tokens
+    def __init__(
+        self, source: DocumentsSource, split: Split, folders: Sequence[Path], count_tokens: CountTokens, control: ControlTokens
+    ) -> None:
+        self.source, self.count_tokens, self.control = source, count_tokens, control
         self.split: Split = split
         self.template = load_template(source.template, folders).require(VARIABLES)
         self.needles = load_template(source.needles, folders).require(NEEDLE_VARIABLES)
@@ -70,7 +82,7 @@ class _Builder:
             raise UnusableInput(f"template {self.template.name}: it never uses {{{{ {min(missing)} }}}}")
         self.version = f"{self.template.name}+{self.needles.name}@{digest(self.template.text, self.needles.text, size=4)}"
         self.documents = {document.name: document for document in load_documents(source, folders)}
-        self.shelf = Shelf(lambda name: self.documents[name].text, count_tokens)
+        self.shelf = Shelf(lambda name: self.documents[name].text, count_tokens, control)
         self.pairs = depth_pairs(source.seed)
 
     def build(self, needle: Needle, attempt: int, number: int) -> Prompt | None:
@@ -128,6 +140,8 @@ class _Builder:
         return self.template.render({"context": context, "question": needle.question, "num_documents": num_documents})
 
     def _prompt(self, needle: Needle, content: str, packed: Packed, evidence: str) -> Prompt:
+        where = f"documents {self.source.paths[0]}: the prompt of template {self.template.name} and facts {self.needles.name}"
+        refuse_in(content, self.control, where, "no document wrote it: take it out of these two files")
         messages: tuple[Message, ...] = ({"role": "user", "content": content},)
         return Prompt(
             prompt_id=prompt_identity(messages, self.version),
@@ -148,7 +162,7 @@ class _Builder:
         )
 
     def _provenance(self, packed: Packed) -> str:
-        """tokens: of the document's block before facts were put into it."""
+        """tokens: of the document's block before facts were put into it; escaped: control tokens of that block."""
         files = []
         for piece in packed.pieces:
             document = self.documents[piece.name]
@@ -159,10 +173,12 @@ class _Builder:
                     "licence": document.licence,
                     "tokens": piece.tokens,
                     "truncated": piece.truncated,
+                    "escaped": piece.escaped,
                 }
             )
         left_out = {"left_out": packed.left_out[:NAMED_LEFT_OUT], "num_left_out": len(packed.left_out)}
-        return json.dumps({"files": files, **left_out}, ensure_ascii=False)
+        escaped = sum(piece.escaped for piece in packed.pieces)
+        return json.dumps({"files": files, **left_out, "escaped": escaped}, ensure_ascii=False)
 
 
 def context_of(pieces: Sequence[Piece]) -> str:

@@ -1,11 +1,14 @@
 """Texts into a token budget: whole ones in a stated order, and only a text that no budget would hold is cut.
 
 A text that does not fit into what is left is left out and named, and smaller ones after it may still come. A text that
-alone exceeds the whole room is cut at a line end to what is left, and marked. Costs are the teacher's tokens.
+alone exceeds the whole room is cut at a line end to what is left, and marked. Costs are the teacher's tokens. What looks like
+a control token of the teacher is escaped when a text becomes a piece, so that places and costs are those of the prompt.
 """
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
+
+from generate.control_tokens import NO_CONTROL_TOKENS, ControlTokens
 
 CountTokens = Callable[[Sequence[str]], list[int]]
 """Tokens of each text, by the teacher's tokenizer, without special tokens."""
@@ -28,13 +31,15 @@ class Text(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A packed text as it stands in the prompt. num_lines: how many of its lines do; `truncated` when not all."""
+    """A packed text as it stands in the prompt. num_lines: how many of its lines do; `truncated` when not all. escaped: control
+    tokens in it that were escaped."""
 
     name: str
     block: str
     tokens: int
     num_lines: int
     truncated: bool
+    escaped: int = 0
 
 
 class Packed(NamedTuple):
@@ -59,35 +64,44 @@ def block_of(text: Text, num_lines: int | None = None, *, numbered: bool = False
     return f"=== {head} ===\n{body}\n"
 
 
-def whole_piece(text: Text, count_tokens: CountTokens, *, numbered: bool) -> Piece:
-    block = block_of(text, numbered=numbered)
-    return Piece(text.name, block, count_tokens([block])[0], len(text.lines), False)
-
-
-def cut_piece(text: Text, room: int, count_tokens: CountTokens, *, numbered: bool) -> Piece | None:
-    """The longest run of first lines that fits, found by halving; None when not even one does."""
-    fits, too_many = 0, len(text.lines)
-    best: Piece | None = None
-    while too_many - fits > 1:
-        middle = (fits + too_many) // 2
-        block = block_of(text, middle, numbered=numbered)
-        [tokens] = count_tokens([block])
-        if tokens <= room:
-            fits, best = middle, Piece(text.name, block, tokens, middle, True)
-        else:
-            too_many = middle
-    return best
-
-
 class Shelf:
     """Texts by name, read when they are asked for; what each costs as a whole is counted once."""
 
-    def __init__(self, read: Callable[[str], str], count_tokens: CountTokens, *, numbered: bool = False) -> None:
-        self._read, self._count_tokens, self._numbered = read, count_tokens, numbered
+    def __init__(
+        self,
+        read: Callable[[str], str],
+        count_tokens: CountTokens,
+        control: ControlTokens = NO_CONTROL_TOKENS,
+        *,
+        numbered: bool = False,
+    ) -> None:
+        self._read, self._count_tokens, self._control, self._numbered = read, count_tokens, control, numbered
         self._costs: dict[str, int] = {}
 
     def text(self, name: str) -> Text:
+        """As it was read: nothing is escaped in it yet."""
         return Text(name, lines_of(self._read(name)))
+
+    def whole(self, text: Text) -> Piece:
+        return self._as_piece(text, len(text.lines))
+
+    def cut(self, text: Text, room: int) -> Piece | None:
+        """The longest run of first lines that fits, found by halving; None when not even one does."""
+        fits, too_many = 0, len(text.lines)
+        best: Piece | None = None
+        while too_many - fits > 1:
+            middle = (fits + too_many) // 2
+            piece = self._as_piece(text, middle)
+            if piece.tokens <= room:
+                fits, best = middle, piece
+            else:
+                too_many = middle
+        return best
+
+    def _as_piece(self, text: Text, num_lines: int) -> Piece:
+        block, escaped = self._control.escape(block_of(text, num_lines, numbered=self._numbered))
+        [tokens] = self._count_tokens([block])
+        return Piece(text.name, block, tokens, num_lines, num_lines < len(text.lines), escaped)
 
     def piece(self, name: str, room: int, whole_room: int) -> Piece | None:
         """The text as a piece of at most `room` tokens; cut when it exceeds even `whole_room`; None when it is to be left
@@ -95,11 +109,11 @@ class Shelf:
         if room < self._costs.get(name, 0) <= whole_room:
             return None
         text = self.text(name)
-        whole = whole_piece(text, self._count_tokens, numbered=self._numbered)
+        whole = self.whole(text)
         self._costs[name] = whole.tokens
         if whole.tokens <= room:
             return whole
-        return cut_piece(text, room, self._count_tokens, numbered=self._numbered) if whole.tokens > whole_room else None
+        return self.cut(text, room) if whole.tokens > whole_room else None
 
 
 def pack(shelf: Shelf, names: Sequence[str], taken: Sequence[Piece], room: int) -> Packed:

@@ -2,10 +2,13 @@
 
 Which side an item falls on is decided by the hash of its text (data/split.py) or by its own `split` field, never by the
 order or the seed of a source, and the stream is checked as it passes: no evaluation item is a training prompt. Of a prompt
-that has passed, 16 bytes are kept.
+that has passed, 16 bytes are kept. Control tokens of the teacher are refused or escaped where texts are read, because a sealed
+set is asked as it stands.
 """
 
 import hashlib
+import json
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +28,7 @@ from configs.prompt_sources import (
 )
 from data.records import Prompt, Split, digest
 from data.store import sha256_file
+from generate.control_tokens import NO_CONTROL_TOKENS, ControlTokens
 from generate.digests import DigestTable
 from generate.documents import read_documents
 from generate.packing import CountTokens
@@ -39,23 +43,26 @@ from generate.sources.texts import find_documents
 from generate.templates import template_path
 from generate.tree import scan_tree, tree_hash
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(slots=True)
 class Tally:
-    """What a stream of prompts has let pass so far: prompts a side, training prompts a task, and candidates left out, by
-    reason."""
+    """What a stream of prompts has let pass so far: prompts a side, training prompts a task, candidates left out by reason, and
+    control tokens that were escaped, by the source of the prompts they stand in."""
 
     train: int = 0
     eval: int = 0
     by_task: Counter[str] = field(default_factory=Counter)
     left_out: Counter[str] = field(default_factory=Counter)
+    escaped: Counter[str] = field(default_factory=Counter)
 
 
 class PromptStream:
     """Every training prompt and then every evaluation item of a recipe, once, in source order and without duplicates.
 
-    `tally` is whole when the iteration has ended. Iterating raises UnusableInput for a source that cannot be read, yields
-    nothing, or puts one text on both sides.
+    `tally` is whole when the iteration has ended; what was escaped is logged then. Iterating raises UnusableInput for a source
+    that cannot be read, yields nothing, puts one text on both sides, or holds a control token that it was not told to escape.
     """
 
     def __init__(
@@ -64,10 +71,12 @@ class PromptStream:
         suites: Sequence[PromptSource],
         folders: Sequence[Path],
         count_tokens: CountTokens | None = None,
+        control: ControlTokens = NO_CONTROL_TOKENS,
     ) -> None:
-        """folders: tried in turn for relative paths. count_tokens: by the teacher's tokenizer; only long contexts need it."""
+        """folders: tried in turn for relative paths. count_tokens: by the teacher's tokenizer; only long contexts need it.
+        control: of the same tokenizer; without them texts are taken as they are."""
         self._sources: dict[Split, Sequence[PromptSource]] = {"train": training, "eval": suites}
-        self._folders, self._count_tokens = folders, count_tokens
+        self._folders, self._count_tokens, self._control = folders, count_tokens, control
         self._taught = DigestTable()
         self.tally = Tally()
 
@@ -82,6 +91,9 @@ class PromptStream:
         for item in self._distinct("eval"):
             self.tally.eval += 1
             yield item
+        if self.tally.escaped:
+            counts = ", ".join(f"{count} in {source}" for source, count in self.tally.escaped.items())
+            log.warning("control tokens of the teacher escaped by a backslash after their first character: %s", counts)
 
     def _distinct(self, split: Split) -> Iterator[Prompt]:
         """A side's prompts without those whose id has passed before: the first one counts."""
@@ -90,6 +102,8 @@ class PromptStream:
             for prompt in self._read(source, split):
                 if seen.add(bytes.fromhex(prompt.prompt_id)) is None:
                     self._refuse_overlap(prompt, number)
+                    if escaped := num_escaped(prompt):
+                        self.tally.escaped[prompt.source] += escaped
                     yield prompt
                 else:
                     self.tally.left_out["duplicate"] += 1
@@ -112,17 +126,17 @@ class PromptStream:
         side = Side(split, not self._is_shared(source, split))
         match source:
             case ReasoningGymSource():
-                return read_reasoning_gym(source, split, self.tally.left_out)
+                return read_reasoning_gym(source, split, self.tally.left_out, self._control)
             case JsonlSource():
-                return read_jsonl(source, side, self._folders, self.tally.left_out)
+                return read_jsonl(source, side, self._folders, self.tally.left_out, self._control)
             case ParquetSource():
-                return read_parquet(source, side, self._folders, self.tally.left_out)
+                return read_parquet(source, side, self._folders, self.tally.left_out, self._control)
             case DatasetsSource():
-                return read_datasets(source, side, self._folders, self.tally.left_out)
+                return read_datasets(source, side, self._folders, self.tally.left_out, self._control)
             case RepositorySource():
-                return read_repository(source, split, self._folders, self._counter(source))
+                return read_repository(source, split, self._folders, self._counter(source), self._control)
             case DocumentsSource():
-                return read_documents(source, split, self._folders, self._counter(source))
+                return read_documents(source, split, self._folders, self._counter(source), self._control)
 
     def _is_shared(self, source: PromptSource, split: Split) -> bool:
         """True when the other side of the recipe reads the same rows, so that nothing of them is left out."""
@@ -146,6 +160,11 @@ def normalised_text(prompt: Prompt) -> str:
     return " ".join(" ".join(message.get("content", "").split()) for message in prompt.messages)
 
 
+def num_escaped(prompt: Prompt) -> int:
+    """Control tokens that were escaped in it, by its provenance."""
+    return json.loads(prompt.provenance).get("escaped", 0) if prompt.provenance else 0
+
+
 class PromptList(NamedTuple):
     """Prompts in source order, without duplicates; and how many candidates were left out, by reason."""
 
@@ -158,9 +177,10 @@ def build_prompt_set(
     suites: Sequence[PromptSource],
     folders: Sequence[Path],
     count_tokens: CountTokens | None = None,
+    control: ControlTokens = NO_CONTROL_TOKENS,
 ) -> PromptList:
     """A whole PromptStream in memory, for small sets. Raises UnusableInput."""
-    stream = PromptStream(training, suites, folders, count_tokens)
+    stream = PromptStream(training, suites, folders, count_tokens, control)
     return PromptList(list(stream), stream.tally.left_out)
 
 
@@ -169,7 +189,8 @@ def build_prompt_set(
 
 def source_hashes(sources: Iterable[PromptSource], folders: Sequence[Path]) -> dict[str, str]:
     """Name -> sha256 of everything outside the recipe that decides its prompts: files, trees, and templates, the shipped ones
-    too. A path stands as the recipe writes it. (The tokenizer that long contexts are packed by is the caller's to add.)
+    too. A path stands as the recipe writes it. (The tokenizer, whose control tokens no prompt may hold and by which long contexts
+    are packed, is the caller's to add.)
 
     Raises:
         UnusableInput: for what is missing.

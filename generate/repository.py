@@ -5,7 +5,8 @@ is never the focus of a training prompt. Which files go in, until the budget is 
 root; then all others by how many folders lie between them and the focus, and by path. In which order they stand: README and
 manifests first, then by path, beginning with the file from which on the focus comes to stand at a depth drawn evenly (and
 after the last path the first; in plain path order neighbours of a deep folder all stood at the end). Whole files only
-(generate/packing.py).
+(generate/packing.py), with control tokens of the teacher escaped (generate/control_tokens.py); a bug is planted in the file as it
+is, before that.
 """
 
 import json
@@ -18,6 +19,7 @@ from configs.errors import UnusableInput
 from configs.prompt_sources import RepositorySource
 from data.records import Message, Prompt, Split, digest, prompt_identity
 from data.split import is_held_out
+from generate.control_tokens import NO_CONTROL_TOKENS, ControlTokens, refuse_in
 from generate.packing import (
     CHAT_TOKENS,
     NAMED_LEFT_OUT,
@@ -27,11 +29,9 @@ from generate.packing import (
     Piece,
     Shelf,
     Text,
-    cut_piece,
     fit,
     lines_of,
     pack,
-    whole_piece,
 )
 from generate.planting import CODE, PLANTABLE, Planted, plant
 from generate.templates import Template, load_template
@@ -55,18 +55,22 @@ class _Focus(NamedTuple):
 
 
 def read_repository(
-    source: RepositorySource, split: Split, folders: Sequence[Path], count_tokens: CountTokens
+    source: RepositorySource,
+    split: Split,
+    folders: Sequence[Path],
+    count_tokens: CountTokens,
+    control: ControlTokens = NO_CONTROL_TOKENS,
 ) -> Iterator[Prompt]:
-    """`source.count` prompts of one side, the same ones for the same tree and seed.
+    """`source.count` prompts of one side, the same ones for the same tree, seed and control tokens.
 
     Raises:
-        UnusableInput: an unreadable tree, a template that asks for what it cannot have, a budget too small for one file, or
-            fewer different prompts than asked for.
+        UnusableInput: an unreadable tree, a template that asks for what it cannot have or that writes a control token, a budget
+            too small for one file, or fewer different prompts than asked for.
     """
     template = load_template(source.template, folders).require(VARIABLES)
     if "context" not in template.variables:
         raise UnusableInput(f"template {template.name}: it never uses {{{{ context }}}}, which holds the packed files")
-    builder = _Builder(source, split, scan_tree(source, folders), template, count_tokens)
+    builder = _Builder(source, split, scan_tree(source, folders), template, count_tokens, control)
     seen: set[str] = set()
     paths = candidates = builder.candidates()
     for number in range(builder.rounds):
@@ -89,23 +93,32 @@ def read_repository(
 class _Builder:
     """What all prompts of a source share."""
 
-    def __init__(self, source: RepositorySource, split: Split, tree: Tree, template: Template, count_tokens: CountTokens) -> None:
-        self.source, self.tree, self.template, self.count_tokens = source, tree, template, count_tokens
+    def __init__(
+        self,
+        source: RepositorySource,
+        split: Split,
+        tree: Tree,
+        template: Template,
+        count_tokens: CountTokens,
+        control: ControlTokens,
+    ) -> None:
+        self.source, self.tree, self.template, self.count_tokens, self.control = source, tree, template, count_tokens, control
         self.split: Split = split
         self.files = {file.path: file for file in tree.files}
-        self.shelf = Shelf(lambda path: tree.read(self.files[path]), count_tokens, numbered=source.plants)
+        self.shelf = Shelf(lambda path: tree.read(self.files[path]), count_tokens, control, numbered=source.plants)
         self.room = source.budget_tokens - CHAT_TOKENS
         self.hash = tree_hash(tree)
         self.rounds = _ROUNDS if source.plants or "pick" in template.variables else 1
 
     def candidates(self) -> list[str]:
-        """Paths that may be a focus on this side, in the seed's order. With no code in the tree, any file may."""
+        """Paths that may be a focus on this side, in the seed's order. With no code in the tree, any file may. None is a focus
+        whose path stands escaped in the prompt: the answer would name a file that is not there."""
         code = [path for path in self.files if path.endswith(PLANTABLE if self.source.plants else CODE)]
         if self.source.plants:  # a bug in a test is no bug of the program
             code = [path for path in code if not _TEST.search(path)] or code
         elif not code:
             code = list(self.files)
-        ours = [path for path in code if is_held_out(path) == (self.split == "eval")]
+        ours = [path for path in code if is_held_out(path) == (self.split == "eval") and not self.control.find(path)]
         return sorted(ours, key=lambda path: digest(self.source.seed, path))
 
     def build(self, focus: _Focus) -> Prompt | None:
@@ -127,8 +140,8 @@ class _Builder:
         return None if fitted is None else self._prompt(focus, fitted, planted)
 
     def _focus_piece(self, text: Text, room: int) -> Piece | None:
-        whole = whole_piece(text, self.count_tokens, numbered=self.source.plants)
-        return whole if whole.tokens <= room else cut_piece(text, room, self.count_tokens, numbered=self.source.plants)
+        whole = self.shelf.whole(text)
+        return whole if whole.tokens <= room else self.shelf.cut(text, room)
 
     def by_proximity(self, focus: str) -> list[str]:
         """All paths but the focus, in the order in which they are taken."""
@@ -152,6 +165,8 @@ class _Builder:
         return self.template.render(values)
 
     def _prompt(self, focus: _Focus, fitted: Fitted, planted: Planted | None) -> Prompt:
+        where = f"repository {self.source.path}: the prompt of template {self.template.name}"
+        refuse_in(fitted.content, self.control, where, "no packed file wrote it: take it out of the template or the tree's name")
         messages: tuple[Message, ...] = ({"role": "user", "content": fitted.content},)
         answer = "" if planted is None else f"{focus.path}:{planted.site.line}"
         return Prompt(
@@ -173,7 +188,8 @@ class _Builder:
         )
 
     def _evidence(self, focus: _Focus, fitted: Fitted, planted: Planted) -> str:
-        """token: how many tokens of the message stand before the line, counted on their own; depth: over all of them."""
+        """token: how many tokens of the message stand before the line, counted on their own; depth: over all of them. before and
+        after: the line as the prompt would have shown it, and as it does."""
         before = fitted.content.find(context := self._context(focus, fitted.packed.pieces))
         if before < 0:
             raise UnusableInput(
@@ -185,12 +201,14 @@ class _Builder:
         [token] = self.count_tokens([fitted.content[:before]])
         place = {
             "path": focus.path, "line": planted.site.line, "token": token, "depth": round(token / fitted.tokens, 4),
-            "kind": planted.site.kind, "before": planted.before, "after": planted.after,
+            "kind": planted.site.kind,
+            "before": self.control.escape(planted.before).text, "after": self.control.escape(planted.after).text,
         }  # fmt: skip
         return json.dumps({"total_tokens": fitted.tokens, "places": [place]}, ensure_ascii=False)
 
     def _provenance(self, focus: _Focus, packed: Packed) -> str:
-        """sha256 and licence are the original file's, tokens those of its block in the prompt."""
+        """sha256 and licence are the original file's; tokens, and control tokens that were escaped, those of its block in the
+        prompt."""
         files = [_origin(self.files[piece.name], piece) for piece in self._arranged(focus, packed.pieces)]
         return json.dumps(
             {
@@ -200,6 +218,7 @@ class _Builder:
                 "files": files,
                 "left_out": packed.left_out[:NAMED_LEFT_OUT],
                 "num_left_out": len(packed.left_out),
+                "escaped": sum(piece.escaped for piece in packed.pieces),
                 "skipped": self.tree.skipped,
             },
             ensure_ascii=False,
@@ -218,6 +237,7 @@ def _origin(file: SourceFile, piece: Piece) -> dict[str, object]:
         "licence": file.licence,
         "tokens": piece.tokens,
         "truncated": piece.truncated,
+        "escaped": piece.escaped,
     }
 
 

@@ -29,6 +29,7 @@ def _prompts(context: Context, show: Callable[[Count], None]) -> Outcome:
         "requests": tally.train * context.recipe.generate.samples_per_prompt,
         "by_task": dict(tally.by_task),
         "left_out": dict(tally.left_out),
+        "escaped_control_tokens": dict(tally.escaped),
     }
     left_out = ", ".join(f"{count} {reason}" for reason, count in tally.left_out.items())
     summary = f"{tally.train} training prompts, {tally.eval} evaluation items" + (f"; left out: {left_out}" if left_out else "")
@@ -36,20 +37,20 @@ def _prompts(context: Context, show: Callable[[Count], None]) -> Outcome:
 
 
 def prompt_stream(context: Context) -> "PromptStream":
-    """The recipe's prompts. Long contexts are measured by the teacher's own tokenizer, which nothing else has to load."""
+    """The recipe's prompts. The teacher's own tokenizer measures long contexts, and says which words no prompt may hold."""
+    from generate.control_tokens import control_tokens_of
     from generate.prompts import PromptStream
-
-    tokenizers: list[Any] = []
-
-    def count_tokens(texts: Sequence[str]) -> list[int]:
-        if not tokenizers:
-            from teacher.engines import load_tokenizer
-
-            tokenizers.append(load_tokenizer(context.recipe.teacher))
-        return [len(ids) for ids in tokenizers[0](list(texts), add_special_tokens=False)["input_ids"]]
+    from teacher.engines import load_tokenizer
 
     recipe = context.recipe
-    return PromptStream(recipe.generate.prompts, recipe.evaluate.suites, context.folders, count_tokens)
+    tokenizer = load_tokenizer(recipe.teacher)
+
+    def count_tokens(texts: Sequence[str]) -> list[int]:
+        found: list[list[int]] = tokenizer(list(texts), add_special_tokens=False)["input_ids"]  # type: ignore[assignment]
+        return [len(ids) for ids in found]
+
+    control = control_tokens_of(tokenizer)
+    return PromptStream(recipe.generate.prompts, recipe.evaluate.suites, context.folders, count_tokens, control)
 
 
 def _prompts_identity(context: Context) -> dict[str, Any]:
@@ -57,16 +58,16 @@ def _prompts_identity(context: Context) -> dict[str, Any]:
 
     recipe = context.recipe
     sources = [*recipe.generate.prompts, *recipe.evaluate.suites]
+    from teacher.folders import fingerprint_tokenizer_only
+
     found = {
         "prompts": [source.model_dump(mode="json") for source in recipe.generate.prompts],
         "suites": [source.model_dump(mode="json") for source in recipe.evaluate.suites],
         "samples": recipe.generate.samples_per_prompt,
         "files": source_hashes(sources, context.folders),
+        # Its control tokens are refused or escaped in every prompt, and long ones are packed to a budget of its tokens.
+        "tokenizer": fingerprint_tokenizer_only(recipe.teacher.model),
     }
-    if any(source.type in ("repository", "documents") for source in sources):  # packed to a budget of the teacher's tokens
-        from teacher.folders import fingerprint_tokenizer_only
-
-        found["tokenizer"] = fingerprint_tokenizer_only(recipe.teacher.model)
     return found
 
 

@@ -10,6 +10,7 @@ import pyarrow as pa
 from configs.errors import UnusableInput
 from configs.prompt_sources import DatasetsSource
 from data.records import Prompt
+from generate.control_tokens import ControlTokens
 from generate.sources.parquet import ROWS_AT_ONCE, column_row, require_plain_tools
 from generate.sources.paths import find_folder
 from generate.sources.rows import Row, Side, select
@@ -18,10 +19,12 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def read_datasets(source: DatasetsSource, side: Side, folders: Sequence[Path], left_out: Counter[str]) -> Iterator[Prompt]:
+def read_datasets(
+    source: DatasetsSource, side: Side, folders: Sequence[Path], left_out: Counter[str], control: ControlTokens
+) -> Iterator[Prompt]:
     """The prompts of one side, ROWS_AT_ONCE rows in memory at a time. Raises UnusableInput naming folder and row."""
     folder = find_folder(source.path, folders, "datasets folder")
-    return select(source, folder.name, side, folders, left_out, lambda: dataset_rows(folder, source.split_name))
+    return select(source, folder.name, side, folders, left_out, control, lambda: dataset_rows(folder, source.split_name))
 
 
 def dataset_rows(folder: Path, split_name: str | None) -> Iterator[Row]:

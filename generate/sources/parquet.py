@@ -10,16 +10,19 @@ import pyarrow.parquet as pq
 from configs.errors import UnusableInput
 from configs.prompt_sources import ParquetSource
 from data.records import Prompt
+from generate.control_tokens import ControlTokens
 from generate.sources.paths import find_parts
 from generate.sources.rows import Row, Side, select, without_nulls
 
 ROWS_AT_ONCE = 64
 
 
-def read_parquet(source: ParquetSource, side: Side, folders: Sequence[Path], left_out: Counter[str]) -> Iterator[Prompt]:
+def read_parquet(
+    source: ParquetSource, side: Side, folders: Sequence[Path], left_out: Counter[str], control: ControlTokens
+) -> Iterator[Prompt]:
     """The prompts of one side, ROWS_AT_ONCE rows in memory at a time. Raises UnusableInput naming file and row."""
     parts = find_parts(source.path, folders, ".parquet", "prompt file")
-    return select(source, Path(source.path).name, side, folders, left_out, lambda: parquet_rows(parts))
+    return select(source, Path(source.path).name, side, folders, left_out, control, lambda: parquet_rows(parts))
 
 
 def parquet_rows(parts: Sequence[Path]) -> Iterator[Row]:

@@ -9,12 +9,15 @@ from configs.prompt_sources import ReasoningGymSource
 from data.records import Message, Prompt, Split, digest, prompt_identity
 from data.split import is_held_out
 from data.verify import self_check
+from generate.control_tokens import ControlTokens, RowControl, provenance_of
 
 ATTEMPTS_PER_ITEM = 200
 """reasoning-gym repeats itself when its space is small; a source that needs more draws than this an item is refused."""
 
 
-def read_reasoning_gym(source: ReasoningGymSource, split: Split, left_out: Counter[str]) -> Iterator[Prompt]:
+def read_reasoning_gym(
+    source: ReasoningGymSource, split: Split, left_out: Counter[str], control: ControlTokens
+) -> Iterator[Prompt]:
     """`source.count` distinct items of the wanted side, each scored 1.0 by its own scorer on its own reference answer."""
     import reasoning_gym  # 1.5 s; only when a recipe asks for it
 
@@ -31,7 +34,7 @@ def read_reasoning_gym(source: ReasoningGymSource, split: Split, left_out: Count
         if question in seen or is_held_out(question) != (split == "eval"):
             continue
         seen.add(question)
-        prompt = _to_prompt(source, where, entry, split)
+        prompt = _to_prompt(source, where, entry, split, RowControl(control, source.control_tokens))
         if not self_check(prompt):
             left_out["fails_self_check"] += 1
             continue
@@ -45,14 +48,15 @@ def read_reasoning_gym(source: ReasoningGymSource, split: Split, left_out: Count
     )
 
 
-def _to_prompt(source: ReasoningGymSource, where: str, entry: dict[str, object], split: Split) -> Prompt:
+def _to_prompt(source: ReasoningGymSource, where: str, entry: dict[str, object], split: Split, control: RowControl) -> Prompt:
     """The scorer needs the whole entry: it travels as JSON text in `details`."""
     details = json.dumps(
         {"task": source.task, "params": source.params, "entry": entry}, ensure_ascii=False, sort_keys=True, default=str
     )
     version = f"{where}@{digest(source.params, size=4)}"
-    messages: tuple[Message, ...] = ({"role": "user", "content": str(entry["question"])},)
+    asked: Message = {"role": "user", "content": str(entry["question"])}
+    messages, _, escaped = control.check([asked], None, where)
     return Prompt(
         prompt_identity(messages, version), where, source.task, version, messages, str(entry["answer"]), "reasoning_gym", split,
-        None, details, source.licence,
+        None, details, source.licence, provenance=provenance_of(escaped),
     )  # fmt: skip

@@ -2,7 +2,8 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from heapq import nsmallest
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -12,6 +13,7 @@ from configs.prompt_sources import RowSource
 from data.records import Message, Prompt, Split, digest, prompt_identity
 from data.split import is_held_out
 from data.verify import VERIFIERS
+from generate.control_tokens import ControlTokens, RowControl, provenance_of
 from generate.templates import Template, load_template
 
 KEYS = frozenset(
@@ -46,7 +48,13 @@ OTHER_SIDE: dict[Split, str] = {"train": "held_out", "eval": "not_held_out"}
 
 
 def select(
-    source: RowSource, name: str, side: Side, folders: Sequence[Path], left_out: Counter[str], read: Callable[[], Iterator[Row]]
+    source: RowSource,
+    name: str,
+    side: Side,
+    folders: Sequence[Path],
+    left_out: Counter[str],
+    control: ControlTokens,
+    read: Callable[[], Iterator[Row]],
 ) -> Iterator[Prompt]:
     """The prompts of `side`, in the order of `read()`; with source.count, those whose ids hash lowest, so that a row added
     elsewhere changes no other choice. Rows are read once more then: choosing holds `count` hashes, not the prompts.
@@ -55,9 +63,11 @@ def select(
         UnusableInput: naming the first row that is no prompt.
     """
     template = None if source.template is None else load_template(source.template, folders)
-    last = _last_chosen(source, name, side.split, template, read) if source.count is not None else None
-    for row in read():
-        prompt = to_prompt(row, name, source.licence, template)
+    made = partial(
+        to_prompt, source=name, licence=source.licence, template=template, control=RowControl(control, source.control_tokens)
+    )
+    last = _last_chosen(source.count, side.split, map(made, read())) if source.count is not None else None
+    for prompt in map(made, read()):
         if prompt.split != side.split:
             if side.alone:
                 left_out[OTHER_SIDE[side.split]] += 1
@@ -65,24 +75,25 @@ def select(
             yield prompt
 
 
-def _last_chosen(source: RowSource, name: str, split: Split, template: Template | None, read: Callable[[], Iterator[Row]]) -> str:
+def _last_chosen(count: int, split: Split, prompts: Iterable[Prompt]) -> str:
     """The highest hash that is still among the `count` lowest; "" when there is no row at all."""
-    prompts = (to_prompt(row, name, source.licence, template) for row in read())
     ranked = (digest(prompt.prompt_id) for prompt in prompts if prompt.split == split)
-    return max(nsmallest(source.count or 0, ranked), default="")
+    return max(nsmallest(count, ranked), default="")
 
 
-def to_prompt(row: Row, source: str, licence: str, template: Template | None = None) -> Prompt:
-    """The prompt that a row describes. source: file or folder name; its stem is the task of rows that name none.
+def to_prompt(row: Row, source: str, licence: str, template: Template | None, control: RowControl) -> Prompt:
+    """The prompt that a row describes. source: file or folder name; its stem is the task of rows that name none. The text as the
+    row has it decides the side, before anything is escaped in it.
 
     Raises:
         UnusableInput: one line with the row's place.
     """
     values, where = row.values, row.where
     _require_known_keys(row, template)
-    messages = _messages(row) if template is None else _templated(row, template)
+    said = _messages(row) if template is None else _templated(row, template)
     answer = _text(row, "answer")
-    tools = _tools(row)
+    messages, schemas, escaped = control.check(said, _tools(row), where)
+    tools = json.dumps(schemas, ensure_ascii=False) if schemas else ""
     version = PLAIN_VERSION if template is None else template.version
     if tools:  # part of what is rendered, and so of the identity
         version += f"+tools@{digest(tools, size=4)}"
@@ -98,7 +109,7 @@ def to_prompt(row: Row, source: str, licence: str, template: Template | None = N
         raise UnusableInput(f"{where}: known is {known!r}, expected true or false")
     return Prompt(
         prompt_identity(messages, version), source, task, version, messages, answer, verifier,
-        _split(row, messages), known, "", licence, tools, max_tokens, reasoning_budget,
+        _split(row, said), known, "", licence, tools, max_tokens, reasoning_budget, provenance=provenance_of(escaped),
     )  # fmt: skip
 
 
@@ -152,24 +163,23 @@ def _split(row: Row, messages: Sequence[Message]) -> Split:
     return cast(Split, split)
 
 
-def _tools(row: Row) -> str:
-    """Tool schemas as canonical JSON text, "" when there are none. Anything but a list of objects is refused."""
+def _tools(row: Row) -> list[dict[str, object]]:
+    """Tool schemas as JSON values. Anything but a list of objects is refused."""
     value = row.values.get("tools")
     if isinstance(value, str):
         try:
             value = json.loads(value) if value.strip() else None
         except (ValueError, RecursionError) as error:
             raise UnusableInput(f"{row.where}: tools is not valid JSON ({error}); expected a list of schemas") from error
-    if value is None or value == []:
-        return ""
+    if value is None:
+        return []
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise UnusableInput(f"{row.where}: tools is not a list of schemas, nor its JSON text")
-    text = json.dumps(value, ensure_ascii=False)
     try:
-        text.encode()
+        json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise UnusableInput(f"{row.where}: tools hold text that is no valid Unicode ({error.reason})") from error
-    return text
+    return value
 
 
 def _messages(row: Row) -> tuple[Message, ...]:

@@ -113,7 +113,8 @@ def make_run(root: Path, *, scale: int = 1, evaluated: bool = True, expert_alarm
     _seal(run, run.prompts, "prompts", [write_prompts(run, prompts)], {"requests": len(traces) + 3}, 2.5)
     for start in range(0, len(traces), 256):
         _commit(run, traces[start : start + 256])
-    _seal(run, run.traces, "generate", _write_routing(run, rng), {"expert_alarms": list(expert_alarms)}, 210.0)
+    files = [*run.traces.glob("*.arrow"), *run.traces.glob("*.json"), *_write_routing(run, rng)]
+    _seal(run, run.traces, "generate", files, {"expert_alarms": list(expert_alarms)}, 210.0)
     _write_view(run, traces)
     if evaluated:
         _write_training(run, rng)

@@ -1,5 +1,8 @@
+import dataclasses
 import json
 import re
+import shutil
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -7,16 +10,23 @@ import numpy as np
 import pytest
 
 from configs.errors import UnusableInput
+from configs.prompt_sources import DocumentsSource
 from data import plots
 from data.expert_counts import TaskCounts
 from data.expert_figures import read_load
+from data.prompt_set import prompt_file, read_prompts
+from data.records import Prompt
 from data.report import report_json, result_table, write_report
+from data.report_depth import Outcome, Share, bucket_of, depth_figures, difference, share_of, wilson_interval
 from data.report_experts import relative_load
 from data.report_items import MAX_TEXT, shortened
 from data.report_page import GateLine, verdict_of
 from data.report_summary import FIGURES
 from data.report_traces import length_facts
 from data.store import RunFolder
+from generate.prompts import build_prompt_set
+from tests.data.make_run import build_and_seal, make_prompt, make_trace
+from tests.data.make_run import make_run as make_small_run
 from tests.data.synthetic_run import EVIL, make_run
 
 
@@ -69,7 +79,7 @@ def collected(page: str) -> Collected:
 
 def test_the_summary_has_exactly_the_promised_keys(run: RunFolder) -> None:
     summary = report_json(run)
-    assert list(summary) == ["teacher", "base", "student", "export", "ledger", "seconds", "experts"]
+    assert list(summary) == ["teacher", "base", "student", "export", "ledger", "seconds", "experts", "accuracy_by_depth"]
     for name in ("teacher", "base", "student"):
         figures = summary[name]
         assert figures is not None
@@ -105,7 +115,7 @@ def test_the_ledger_of_the_summary_balances(run: RunFolder) -> None:
 
 def test_an_empty_run_folder_has_a_summary_of_nulls_and_a_page(tmp_path: Path) -> None:
     summary = report_json(RunFolder(tmp_path))
-    assert summary["teacher"] is summary["student"] is summary["ledger"] is None
+    assert summary["teacher"] is summary["student"] is summary["ledger"] is summary["accuracy_by_depth"] is None
     assert set(summary["seconds"].values()) == {None}
     assert "Not evaluated yet" in write_report(RunFolder(tmp_path)).read_text()
 
@@ -247,6 +257,110 @@ def test_telemetry_that_changed_after_it_was_sealed_is_refused(tmp_path: Path) -
 def test_relative_load_is_a_multiple_of_the_layers_mean() -> None:
     counts = [TaskCounts("a", 6, np.array([[1, 1, 1], [0, 0, 0]])), TaskCounts("b", 6, np.array([[1, 3, 5], [0, 0, 0]]))]
     assert relative_load(counts) == [pytest.approx([0.5, 1.0, 1.5]), [0.0, 0.0, 0.0]]
+
+
+# --- accuracy by depth -------------------------------------------------------------------------------------------
+
+
+def share(correct: int, traces: int) -> Share:
+    return share_of([True] * correct + [False] * (traces - correct))
+
+
+def test_wilson_intervals_are_those_of_the_textbooks() -> None:
+    """8 of 10 and 0 of 10 by hand; the differences are Newcombe's own examples (Statistics in Medicine 17, 1998, table II)."""
+    assert wilson_interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=5e-5)
+    assert (
+        wilson_interval(0, 10) == pytest.approx((0.0, 0.2775), abs=5e-5)
+        and wilson_interval(10, 10)[1] == 1.0
+        and wilson_interval(0, 14)[0] == 0.0
+    )
+    assert difference(share(56, 70), share(48, 80)) == pytest.approx((0.2, 0.0524, 0.3339), abs=5e-5)
+    assert difference(share(5, 56), share(0, 29)) == pytest.approx((5 / 56, -0.0381, 0.1926), abs=5e-5)
+    assert difference(share(1, 2), share_of([])) is None
+
+
+def test_buckets_are_tenths_and_the_whole_prompt_ends_in_the_last() -> None:
+    tenths = [0.0, 0.0999, 0.1, 0.3, 0.2999, 0.6999, 0.7, 0.9999, 1.0]
+    assert [bucket_of(depth) for depth in tenths] == [0, 0, 1, 3, 2, 6, 7, 9, 9]
+    assert all(bucket_of(round(number / 10, 4)) == min(number, 9) for number in range(11))
+
+
+def test_a_trace_counts_at_each_of_its_places_and_once_as_middle_or_ends() -> None:
+    outcomes = [
+        Outcome("a", (0.05, 0.95), True), Outcome("a", (0.05, 0.95), True), Outcome("a", (0.15, 0.55), False),
+        Outcome("a", (0.35, 0.95), True), Outcome("a", (0.05, 0.95), None), Outcome("b", (0.5,), False),
+    ]  # fmt: skip
+    found = depth_figures(outcomes)
+    assert list(found) == ["a", "b"] and (found["a"]["traces"], found["a"]["unjudged"]) == (4, 1)
+    rows = [(row["low"], row["traces"], row["correct"]) for row in found["a"]["by_depth"]]
+    assert rows == [(0.0, 2, 2), (0.1, 1, 0), (0.3, 1, 1), (0.5, 1, 0), (0.9, 3, 3)]
+    assert (found["a"]["ends"], found["a"]["middle"]) == (share(2, 2), share(1, 2))
+    assert found["a"]["lost_in_the_middle"] == 0.5 and found["b"]["lost_in_the_middle"] is None
+    assert found["b"]["ends"] == {"traces": 0, "correct": 0, "accuracy": None, "interval": None}
+
+
+@pytest.fixture(scope="module")
+def deep_run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """Prompts of the documents source, two traces each; the teacher is right where no fact is in the middle, and once it was
+    cut. Beside them a prompt without places."""
+    root = tmp_path_factory.mktemp("deep")
+    (root / "book.txt").write_text("the river keeps its own slow counsel and every mill on it grinds.\n" * 200)
+    source = DocumentsSource(paths=("book.txt",), budget_tokens=9_000, count=21, decoys=0)
+    prompts = build_prompt_set([source], [], [root], lambda texts: [len(text.encode()) for text in texts]).prompts
+    traces = [
+        make_trace(prompt, "wrong" if is_middle(prompt) else prompt.answer, sample=sample)
+        for prompt in prompts
+        for sample in range(2)
+    ]
+    cut = next(index for index, trace in enumerate(traces) if trace.messages[-1].get("content") != "wrong")
+    traces[cut] = dataclasses.replace(traces[cut], finish_reason="length")
+    plain = make_prompt("2+2?")
+    run = make_small_run(root / "run", [*prompts, plain], [traces[:30], [*traces[30:], make_trace(plain)]])
+    build_and_seal(run)
+    return run
+
+
+def is_middle(prompt: Prompt) -> bool:
+    return any(0.3 <= place["depth"] < 0.7 for place in json.loads(prompt.evidence)["places"])
+
+
+def test_the_report_of_a_run_tells_ends_from_the_middle(deep_run: RunFolder) -> None:
+    """Counted once more from the prompts themselves."""
+    figures = report_json(deep_run)["accuracy_by_depth"]
+    assert figures is not None and list(figures) == ["documents/two-facts"]
+    found, prompts = figures["documents/two-facts"], [prompt for prompt in read_prompts(deep_run) if prompt.evidence]
+    depths = [place["depth"] for prompt in prompts for place in json.loads(prompt.evidence)["places"]]
+    assert (found["traces"], found["unjudged"]) == (42, 0)
+    assert {row["low"]: row["traces"] for row in found["by_depth"]} == {
+        number / 10: 2 * count for number, count in sorted(Counter(bucket_of(depth) for depth in depths).items())
+    }
+    num_middle = 2 * sum(map(is_middle, prompts))
+    assert found["middle"] == share(0, num_middle) and found["ends"] == share(41 - num_middle, 42 - num_middle)
+    lost, interval = found["lost_in_the_middle"], found["lost_in_the_middle_interval"]
+    assert lost is not None and interval is not None and 0.5 < interval[0] < lost < interval[1]
+    assert lost == found["ends"]["accuracy"]
+    json.dumps(figures, allow_nan=False)
+
+
+def test_the_page_shows_accuracy_by_depth_where_there_is_any(deep_run: RunFolder, page: str) -> None:
+    shown = write_report(deep_run).read_text()
+    found = collected(shown)
+    assert not found.open and not found.unbalanced and "Accuracy by depth" in found.text
+    section = shown[shown.index("<h2>Accuracy by depth</h2>") :].partition("<h2>")[2].partition("<h2>")[0]
+    assert 'aria-label="accuracy by depth"' in section and "lost in the middle" in section and "0.9 to 1.0" in section
+    assert section.count("<tr>") == 1 + 10 + 2 and write_report(deep_run).read_text() == shown
+    assert "Accuracy by depth" not in page
+
+
+def test_depths_of_a_changed_file_are_refused(deep_run: RunFolder, tmp_path: Path) -> None:
+    shutil.copytree(deep_run.root, tmp_path / "run")
+    changed = RunFolder(tmp_path / "run")
+    for path in (prompt_file(changed), next(changed.traces.glob("*.arrow")), changed.verdicts / "verifier-exact-v1.arrow"):
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(UnusableInput, match=f"{path.name}: sha256"):
+            report_json(changed)
+        path.write_bytes(content)
 
 
 def test_percentiles_are_lengths_that_occurred() -> None:
