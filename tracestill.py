@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from configs.errors import Interrupted, Refused, TracestillError, UnusableInput
+from configs.errors import Interrupted, Refused, Stopped, TracestillError, UnusableInput
 
 if TYPE_CHECKING:
     from data.stage import Context, Stage
@@ -46,14 +46,14 @@ DISK_ERRORS = {
 
 def main() -> None:
     """The console script. Ends with 0 done, 1 failed, 2 unusable input, 3 refused, 75 interrupted and resumable."""
-    for number in (signal.SIGTERM, signal.SIGUSR2):  # not SIGUSR1: NCCL catches it
+    for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):  # not SIGUSR1: NCCL catches it
         signal.signal(number, _interrupt)
     try:
         app(standalone_mode=False)
     except TracestillError as error:
         _fail(error)
-    except KeyboardInterrupt:
-        _fail(Interrupted("interrupted; everything committed so far is kept, the same command continues"))
+    except Stopped as stop:
+        _fail(Interrupted(str(stop)))
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def _interrupt(number: int, _: object) -> None:
-    raise Interrupted(
+    raise Stopped(
         f"stopped by {signal.Signals(number).name}; everything committed so far is kept, the same command continues"
     )
 

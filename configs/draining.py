@@ -8,12 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-from configs.errors import Interrupted
+from configs.errors import Interrupted, Stopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)  # not SIGUSR1: NCCL catches it
 
-INSIST_S = 1.0
-"""An event loop logs what a handler raises in a callback of its, and goes on: so it is raised again."""
 SAME_WISH_S = 5.0
 """Slurm signals every process of a step, and torchrun passes on what it is told: a rank hears one wish twice."""
 
@@ -33,14 +31,14 @@ class Drain:
         name = signal.Signals(number).name
         if self.requested:
             self.given_up = f"stopped by {name} again"
-            signal.setitimer(signal.ITIMER_REAL, INSIST_S, INSIST_S)
+            signal.setitimer(signal.ITIMER_REAL, 0)
             self.give_up(number, None)
         self.requested, self.asked_at = name, time.monotonic()
         self.given_up = f"stopped by {name}, and not drained within generate.drain_seconds {self.seconds:g}"
-        signal.setitimer(signal.ITIMER_REAL, self.seconds, INSIST_S)
+        signal.setitimer(signal.ITIMER_REAL, self.seconds)
 
     def give_up(self, number: int, _: FrameType | None) -> None:
-        raise Interrupted(f"{self.given_up}; what the journal holds is continued by the next start")
+        raise Stopped(f"{self.given_up}; what the journal holds is continued by the next start")
 
     def end(self) -> None:
         """Raises Interrupted when somebody has asked: everything that was to be saved is."""

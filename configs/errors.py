@@ -23,3 +23,9 @@ class Interrupted(TracestillError, RuntimeError):
     """Stopped on request with everything committed; the same command continues."""
 
     exit_code = 75
+
+
+class Stopped(SystemExit):
+    """What a signal's handler raises, wherever the program is; main() ends with its one line and exit code 75. No Exception: an
+    event loop, an import that is tried, a library's own `except Exception` would take it for a failure of theirs and go on. No
+    KeyboardInterrupt: typer makes a return value of it."""

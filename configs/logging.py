@@ -20,5 +20,5 @@ def configure_logging(level: int = logging.INFO) -> None:
     logging.basicConfig(
         level=level, format=f"%(asctime)s {prefix}%(name)s %(levelname)s %(message)s", datefmt="%H:%M:%S", force=True
     )
-    for noisy in ("httpx", "httpcore", "filelock", "urllib3", "DeepSpeed", "datasets", "matplotlib"):
+    for noisy in ("httpx", "httpcore", "filelock", "urllib3", "DeepSpeed", "datasets", "matplotlib", "torch"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -93,7 +93,7 @@ def _report(
         requests=requests,
         completed=len(rows),
         failed=min(requests - len(rows), fates.by_reason.get("abort", 0)),
-        fates=Counter("kept" if decision.fate == "kept" else decision.reason for decision in decisions),
+        fates=dict(Counter("kept" if decision.fate == "kept" else decision.reason for decision in decisions)),
         truncated_share=sum(row["finish_reason"] == "length" for row in rows) / len(rows),
         reasoning_tokens={f"p{quantile * 100:g}": float(value) for quantile, value in zip(QUANTILES, reasoning, strict=True)},
         output_tokens=sum(row["reasoning_tokens"] + row["answer_tokens"] for row in rows),

@@ -25,7 +25,7 @@ from typing import NamedTuple, NoReturn, Protocol
 
 import torch.distributed as dist
 
-from configs.errors import Interrupted, TracestillError
+from configs.errors import Interrupted, Stopped, TracestillError
 from configs.launch import rank_error_line
 
 log = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ _SOURCE_LINE = re.compile(r"^\[\S+:\d+\] ")
 _COLLECTIVE = re.compile(r"gloo|NCCL|TCPStore|Connection (?:closed|reset|refused)|Broken pipe|[Tt]imed out waiting")
 
 
-_REQUESTS = (Interrupted, KeyboardInterrupt)
+_REQUESTS = (Interrupted, Stopped, KeyboardInterrupt)
 
 
 def is_of_others(error: BaseException) -> bool:

@@ -75,3 +75,36 @@ def kill_when(
     process.send_signal(number)
     process.communicate(timeout=60)
     return process.returncode
+
+
+def start(*words: str, cwd: Path) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        command(*words), cwd=cwd, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_until(ready: Callable[[], bool], *processes: "subprocess.Popen[str]", timeout_s: float = 60.0) -> None:
+    """Raises AssertionError when one of the processes ends, or time is up, before it is so."""
+    deadline = time.monotonic() + timeout_s
+    while not ready():
+        for process in processes:
+            assert process.poll() is None, process.communicate()[1][-2000:]
+        assert time.monotonic() < deadline, "never ready"
+        time.sleep(0.02)
+
+
+def end_of(process: "subprocess.Popen[str]", number: signal.Signals | None = None) -> tuple[Ended, float]:
+    """How it ended, and how many seconds after the signal, if one is to be sent."""
+    sent = time.monotonic()
+    if number is not None:
+        process.send_signal(number)
+    out, err = process.communicate(timeout=120)
+    return Ended(process.returncode, out, err), time.monotonic() - sent
+
+
+def error_line(ended: Ended) -> str:
+    """The one line that says why; it is the last, and nothing but progress and log records stands before it."""
+    assert "Traceback" not in ended.err, ended.err[-3000:]
+    errors = [line for line in ended.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and ended.err.splitlines()[-1] == errors[0], ended.err[-3000:]
+    return errors[0]
