@@ -75,9 +75,7 @@ def main() -> None:
 
 
 def _interrupt(number: int, _: object) -> None:
-    raise Stopped(
-        f"stopped by {signal.Signals(number).name}; everything committed so far is kept, the same command continues"
-    )
+    raise Stopped(f"stopped by {signal.Signals(number).name}; everything committed so far is kept, the same command continues")
 
 
 def _fail(error: TracestillError) -> None:

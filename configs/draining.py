@@ -40,6 +40,10 @@ class Drain:
     def give_up(self, number: int, _: FrameType | None) -> None:
         raise Stopped(f"{self.given_up}; what the journal holds is continued by the next start")
 
+    def join(self) -> None:
+        """Another rank was asked, and all of them have stopped."""
+        self.requested = self.requested or "a signal to another rank"
+
     def end(self) -> None:
         """Raises Interrupted when somebody has asked: everything that was to be saved is."""
         if self.requested:

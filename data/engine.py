@@ -161,17 +161,22 @@ def _never() -> bool:
     return False
 
 
+def _nothing() -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Handout:
     """How a caller gets at outputs that are not finished. take: called with each live output every `every_tokens` of
     its tokens (0: never), and once more when `stop` first answers True: then `generate` ends on all ranks, after the
     same forward pass, with nothing more than its partial outputs lost. keep: called with a request's id and what a server
-    returned for it, byte for byte, before anything parses that. All run in the loop: keep them short."""
+    returned for it, byte for byte, before anything parses that. stopped: called on every rank when that of any one of them
+    has ended `generate`. All run in the loop: keep them short."""
 
     every_tokens: int = 0
     take: Callable[[Partial], None] = _nobody
     stop: Callable[[], bool] = _never
     keep: Callable[[str, bytes], None] = _unkept
+    stopped: Callable[[], None] = _nothing
 
 
 class Source(Iterator[Request]):
@@ -222,6 +227,10 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
+OTHER_MODEL = "other_model"
+"""The error of a reply that does not count: another model gave it than the run's."""
+
+
 class ReadsReplies(Protocol):
     """An engine whose answers come from somewhere else, as bytes that Handout.keep was given."""
 
@@ -231,4 +240,8 @@ class ReadsReplies(Protocol):
 
     def read(self, request: Request, raw: bytes) -> Completion:
         """The completion that `raw` holds for `request`. Bytes that cannot be read are an `abort`, never an exception."""
+        ...
+
+    def price(self, prompt_tokens: int, output_tokens: int) -> float:
+        """Dollars."""
         ...

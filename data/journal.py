@@ -57,6 +57,7 @@ class Journal:
         self._unneeded: list[Path] = []
         """Files whose traces are whole elsewhere, once that is on the disk."""
         self._descriptor = -1
+        self._lock = threading.Lock()
         self._dirty, self._stopped = threading.Event(), threading.Event()
         self._next_file()
         self._thread = threading.Thread(target=self._keep_syncing, name="journal", daemon=True)
@@ -93,18 +94,21 @@ class Journal:
         for number, held in list(self._open.items()):
             held.discard(trace_id)
             if not held and number != self._number:
-                self._unneeded.append(self._path(number))
+                with self._lock:
+                    self._unneeded.append(self._path(number))
                 del self._open[number]
                 self._dirty.set()
 
     def sync(self) -> None:
         """What was appended is on the disk, and then what it makes unneeded is gone: never the other way round."""
         self._dirty.clear()
-        unneeded, self._unneeded = self._unneeded, []
+        with self._lock:
+            unneeded, self._unneeded = self._unneeded, []
         try:
             os.fsync(self._descriptor)
         except OSError:
-            self._unneeded += unneeded
+            with self._lock:
+                self._unneeded += unneeded
             raise
         for path in unneeded:
             path.unlink(missing_ok=True)
@@ -161,7 +165,8 @@ def _unpack(payload: bytes) -> Entry:
 
 
 def read_journal(path: Path) -> Iterator[tuple[int, Entry]]:
-    """(offset, record) up to the first frame that is torn or damaged, where a killed worker or a lost machine ended it."""
+    """(offset, record) up to the first frame that is torn, where a killed worker or a lost machine ended it. A frame that does
+    not have its checksum is left out; where its length is what is damaged, those behind it are too."""
     with path.open("rb") as file:
         while True:
             offset = file.tell()
@@ -170,9 +175,12 @@ def read_journal(path: Path) -> Iterator[tuple[int, Entry]]:
                 return
             length, crc = FRAME.unpack(head)
             payload = file.read(length)
-            if len(payload) < length or zlib.crc32(payload) != crc:
+            if len(payload) < length or not length:  # no length: a page that the file system never wrote
                 log.info("journal %s: ends with a torn record at byte %d", path.name, offset)
                 return
+            if zlib.crc32(payload) != crc:  # a flipped bit, and not in the length: what follows may be whole
+                log.warning("journal %s: the record at byte %d is damaged and left out", path.name, offset)
+                continue
             yield offset, _unpack(payload)
 
 
@@ -199,6 +207,9 @@ class _Tokens(NamedTuple):
     @property
     def worth(self) -> tuple[int, ...]:
         return self.is_final, self.num_tokens
+
+
+NOTHING = _Tokens(0, False, Path(), ())
 
 
 class _Reply(NamedTuple):
@@ -257,7 +268,7 @@ class Estate:
                 assert isinstance(sizes, list)
                 replies[entry.trace_id] = _Reply(len(sizes), path, offset)
                 tokens.pop(entry.trace_id, None)  # a stream's, which the reply holds again
-            elif (place := _extended(tokens.get(entry.trace_id), path, offset, entry)) is not None:
+            elif (place := _extended(tokens.get(entry.trace_id, NOTHING), path, offset, entry)).num_tokens:
                 tokens[entry.trace_id] = place
         _keep_better(self._tokens, tokens)
         _keep_better(self._replies, replies)
@@ -273,7 +284,7 @@ class Estate:
         names = dict.fromkeys(name for entry in entries for name in entry.arrays)
         arrays = {name: np.concatenate([entry.arrays[name] for entry in entries if name in entry.arrays]) for name in names}
         ids = tuple(arrays.pop("ids").tolist()) if entries else ()
-        is_finished = last is not None and last.kind == "finished"
+        is_finished = tokens is not None and tokens.is_final
         return Salvage(last if is_finished else None, ids, arrays, found[0] if found else None)
 
 
@@ -283,15 +294,17 @@ def _keep_better(known: dict[str, Of], new: Mapping[str, Of]) -> None:
             known[trace_id] = place
 
 
-def _extended(place: _Tokens | None, path: Path, offset: int, entry: Entry) -> _Tokens | None:
-    """The place with one more record; None for a record that does not fit to what stands before it."""
+def _extended(place: _Tokens, path: Path, offset: int, entry: Entry) -> _Tokens:
+    """The place with one more record, or as it was: of a record that does not fit to what stands before it. A finished output
+    that is an abort will be asked again, and what had been said of it before is still a beginning."""
     start, num_new = entry.header["start"], len(entry.arrays["ids"])
     assert isinstance(start, int)
-    if start == 0:
-        return _Tokens(num_new, entry.kind == "finished", path, (offset,))
-    if place is None or place.num_tokens != start or place.is_final:
-        return None
-    return _Tokens(start + num_new, entry.kind == "finished", path, (*place.offsets, offset))
+    is_final = entry.kind == "finished" and entry.header["finish_reason"] != "abort"
+    if start == 0 and (is_final or entry.kind == "partial" or num_new > place.num_tokens):
+        return _Tokens(num_new, is_final, path, (offset,))
+    if start == 0 or place.num_tokens != start or place.is_final:
+        return place
+    return _Tokens(start + num_new, is_final, path, (*place.offsets, offset))
 
 
 def _read_all(path: Path, offsets: Iterable[int]) -> list[Entry]:

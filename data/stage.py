@@ -90,7 +90,8 @@ class Outcome:
 class Stage:
     """One step of the pipeline. `depends` name folders whose manifests are its inputs; `identity` gives the values that,
     besides those, decide its result (their fingerprint is sealed). `together`: what any number of processes may be at in
-    one run folder, before one of them acts and seals."""
+    one run folder, before one of them acts and seals. admit: raises when this configuration must not touch what the folder
+    holds of an unfinished or outdated stage."""
 
     name: str
     unit: str
@@ -100,6 +101,7 @@ class Stage:
     act: Callable[[Context, Callable[[Count], None]], Outcome]
     plan: Callable[[Context], str]
     together: Callable[[Context, Callable[[Count], None]], None] | None = None
+    admit: Callable[[Context], None] = lambda context: None
 
 
 def run_stage(stage: Stage, context: Context) -> Rollup:
@@ -115,7 +117,8 @@ def run_stage(stage: Stage, context: Context) -> Rollup:
     identity = fingerprint(stage.identity(context))
     if (rollup := _complete(stage, context, identity, inputs)) is not None:
         return rollup
-    with Display(stage.name, stage.unit, context.console) as display:
+    stage.admit(context)
+    with folder_stays(run), Display(stage.name, stage.unit, context.console) as display:
         started = time.perf_counter() - _seconds_so_far(run, stage.name, identity)
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -133,14 +136,10 @@ def run_stage(stage: Stage, context: Context) -> Rollup:
                         run, folder, stage=stage.name, fingerprint=identity, inputs=inputs, files=outcome.files,
                         counts=outcome.counts, seconds=time.perf_counter() - started,
                     )  # fmt: skip
-        except BaseException as error:
+        except BaseException:
             if run.config.is_file():
                 with contextlib.suppress(OSError):  # the disk may be what went wrong
                     _note_seconds(run, stage.name, identity, time.perf_counter() - started)
-            elif isinstance(error, OSError):
-                raise UnusableInput(
-                    f"{run.root}: the run folder is gone ({error.strerror}); bring it back, then give the same command"
-                ) from error
             raise
     if outcome is None or rollup is None:
         rollup = read_rollup(folder)
@@ -149,6 +148,19 @@ def run_stage(stage: Stage, context: Context) -> Rollup:
     summary = "sealed by another process" if outcome is None else outcome.summary
     context.console.print(f"[bold]{stage.name:<9}[/bold] {rollup.seconds:6.1f} s  {summary}", highlight=False)
     return rollup
+
+
+@contextlib.contextmanager
+def folder_stays(run: RunFolder) -> Iterator[None]:
+    """A run folder that goes away meanwhile is one line."""
+    try:
+        yield
+    except OSError as error:
+        if run.config.is_file():
+            raise
+        raise UnusableInput(
+            f"{run.root}: the run folder is gone ({error.strerror}); bring it back, then give the same command"
+        ) from error
 
 
 def _complete(stage: Stage, context: Context, identity: str, inputs: Mapping[str, str]) -> Rollup | None:
@@ -238,7 +250,8 @@ def open_run(loaded: Loaded, run_dir: Path | None) -> RunFolder:
         raise UnusableInput("--run-dir is empty or the working directory itself; name a folder of its own, for example runs/mine")
     run = RunFolder((run_dir or Path("runs") / loaded.recipe.name).resolve())
     wanted = loaded.recipe.model_dump(mode="json")
-    if not run.config.is_file() and _holds_something(run.root):
+    # Looked at again: somebody who starts with us may have written it in between.
+    if not run.config.is_file() and _holds_something(run.root) and not run.config.is_file():
         raise UnusableInput(
             f"run directory {run.root}: not empty, and without the config.yaml of a run; "
             "choose an empty or new --run-dir, or restore config.yaml"

@@ -121,10 +121,19 @@ def write_bytes(path: Path, content: bytes, *, replace: bool = True) -> None:
         if replace:
             temporary.replace(path)
         else:
-            os.link(temporary, path)
+            _link(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     fsync_folder(path.parent)
+
+
+def _link(temporary: Path, path: Path) -> None:
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        # Over NFS a retransmitted link says EEXIST of the link it has just made.
+        if not (path.exists() and path.samefile(temporary)):
+            raise
 
 
 def write_json(path: Path, value: object, *, replace: bool = True) -> None:

@@ -16,7 +16,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -81,8 +81,10 @@ class Worker:
     def __enter__(self) -> "Worker":
         for place in (self.folder.workers, self.folder.leases, self.folder.journal):
             place.mkdir(parents=True, exist_ok=True)
-        with self.beat.open("x") as file:
-            file.write(self.name)
+        self._file = self.beat.open("x")  # open for as long as we are here: nobody's beat can get its inode
+        self._file.write(self.name)
+        self._file.flush()
+        self.inode = os.fstat(self._file.fileno()).st_ino
         self._thread.start()
         return self
 
@@ -104,22 +106,27 @@ class Worker:
                 log.warning("heartbeat %s: %s", self.beat, error)
 
     def tell(self, facts: dict[str, object]) -> None:
-        """What `--status` shows of this worker. A display and a budget's estimate, not a record: renamed, not fsynced, and
-        left out when the disk refuses it, which whoever writes a record will say."""
+        """What `--status` shows of this worker, and when it did so by the file server's clock (seen_at). A display and a budget's
+        estimate, not a record: renamed, not fsynced, and left out when the disk refuses it, which whoever writes a record will
+        say."""
         path = self.folder.facts(self.name)
         temporary = path.with_suffix(".tmp")
         try:
-            temporary.write_text(json.dumps(facts))
+            temporary.write_text(json.dumps(facts | {"seen_at": self.renew()}))
             temporary.replace(path)
         except OSError as error:
             log.warning("%s: %s", path, error.strerror)
 
 
-def read_facts(folder: WorkFolder) -> dict[str, dict[str, object]]:
+def read_facts(folder: WorkFolder, known: Mapping[str, dict[str, object]] | None = None) -> dict[str, dict[str, object]]:
     """Of every worker there ever was, what it last told. seen_at: when it was last seen alive, by its beat where that still
-    stands: a teacher of a terabyte is loaded for a quarter of an hour, in which its worker tells nothing."""
+    stands: a teacher of a terabyte is loaded for a quarter of an hour, in which its worker tells nothing. known: what was
+    read before, and is not read again of those that have ended: a run of a week has had thousands."""
     found = {}
     for path in sorted(folder.workers.glob("*.json")) if folder.workers.is_dir() else ():
+        if known is not None and known.get(path.stem, {}).get("state") == "ended":
+            found[path.stem] = known[path.stem]
+            continue
         with contextlib.suppress(OSError, ValueError):
             facts = found[path.stem] = json.loads(path.read_text())
             with contextlib.suppress(FileNotFoundError):
@@ -221,7 +228,7 @@ class Leases:
             os.link(self.worker.beat, lease)
         except FileExistsError:
             # Over NFS a retransmitted link can say EEXIST of the link it has just made.
-            if not _is_same_file(lease, self.worker.beat):
+            if _inode_of(lease) != self.worker.inode:
                 return False
         self.mine[unit] = generation
         self.others.pop(unit, None)
@@ -229,9 +236,12 @@ class Leases:
 
     def release(self, unit: int) -> None:
         """Only after everything that was done of the unit is committed, or will be asked again. Older generations stand until
-        now: whoever has not looked for a while would else claim a unit that is held."""
-        for generation in range(self.mine.pop(unit), -1, -1):
-            self._path(unit, generation).unlink(missing_ok=True)
+        now: whoever has not looked for a while would else claim a unit that is held. A lease that is not ours any more (we
+        stood still, and others came and went) is left to whom it belongs."""
+        last = self.mine.pop(unit)
+        if _inode_of(self._path(unit, last)) == self.worker.inode:
+            for generation in range(last, -1, -1):
+                self._path(unit, generation).unlink(missing_ok=True)
 
     def release_all(self) -> None:
         for unit in list(self.mine):
@@ -250,7 +260,8 @@ def _leases(folder: Path) -> Iterator[tuple[int, int, int, str]]:
                 yield int(unit), int(generation), entry.inode(), entry.path
 
 
-def _is_same_file(one: Path, other: Path) -> bool:
+def _inode_of(path: Path) -> int:
+    """0 of a file that is not there."""
     with contextlib.suppress(FileNotFoundError):
-        return one.samefile(other)
-    return False
+        return path.stat().st_ino
+    return 0

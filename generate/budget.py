@@ -25,18 +25,35 @@ class Spent(NamedTuple):
         return ""
 
 
-def spent(cost: float, tokens: int, workers: Mapping[str, Mapping[str, object]], living: Iterable[str]) -> Spent:
-    """cost, tokens: of what is committed. workers: what each told last. A worker's uncommitted part counts while it lives;
-    a dead one's is in its journal. GPUs of our own cost what they cost while their worker lives, loading the teacher and
-    what a kill lost included: that is more than the traces were charged with."""
-    for name in living:
-        tokens += int(number_of(workers.get(name, {}), "tokens_in_hand"))
-        cost += number_of(workers.get(name, {}), "cost_in_hand")
+class Others(NamedTuple):
+    """What workers say of themselves: dollars and tokens in the hands of the living, and, of all there ever were, dollars for
+    GPUs of our own and hours."""
+
+    cost: float = 0.0
+    tokens: int = 0
+    gpus: float = 0.0
+    hours: float = 0.0
+
+
+def others(workers: Mapping[str, Mapping[str, object]], living: Iterable[str]) -> Others:
+    """workers: what each told last. A worker's uncommitted part counts while it lives; a dead one's is in its journal. GPUs of
+    our own cost what they cost while their worker lives, loading the teacher and what a kill lost included."""
+    told = [workers[name] for name in living if name in workers]
     spans = [(number_of(facts, "started_at"), number_of(facts, "seen_at")) for facts in workers.values()]
     gpus = sum(
         (end - start) * number_of(facts, "price_per_second") for (start, end), facts in zip(spans, workers.values(), strict=True)
     )
-    return Spent(max(cost, gpus), tokens, union_seconds(spans) / 3600)
+    return Others(
+        sum(number_of(facts, "cost_in_hand") for facts in told),
+        sum(int(number_of(facts, "tokens_in_hand")) for facts in told),
+        gpus,
+        union_seconds(spans) / 3600,
+    )
+
+
+def spent(cost: float, tokens: int, said: Others) -> Spent:
+    """cost, tokens: of what is committed, and in our own hand. Traces are charged with less than our GPUs cost."""
+    return Spent(max(cost + said.cost, said.gpus), tokens + said.tokens, said.hours)
 
 
 def union_seconds(spans: Iterable[tuple[float, float]]) -> float:

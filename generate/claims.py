@@ -3,7 +3,7 @@
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -76,12 +76,19 @@ class Claims:
             while self.queue:
                 ask = self.queue.popleft()
                 if not self.pool.is_done[ask.request]:
-                    return ask
+                    return self._with_salvage(ask)
                 self._let_go(ask.unit)
             if not self._claim_more():
                 return None
         self._give_back()
         return None
+
+    def _with_salvage(self, ask: Ask) -> Ask:
+        """Read only now: long outputs with their logits are a hundred megabytes each, and a claim may be of many."""
+        salvage = self.estate.take(ask.trace_id)
+        if salvage is None:
+            return ask
+        return replace(ask, salvage=salvage, attempt=max(ask.attempt, 2))  # a holder that ended in order has freed its lease
 
     def _give_back(self) -> None:
         while self.queue:
@@ -90,8 +97,12 @@ class Claims:
     def _claim_more(self) -> bool:
         """Whether something was claimed. It may turn out to be done: a claim comes before the look at what is done, so that
         nothing that was committed before it is asked again."""
+        try:
+            now = self.leases.worker.renew()
+        except FileNotFoundError:  # we stood still until the others had ended, sealed and cleared up
+            return False
         self.leases.look()
-        living = {name for name, age in ages(self.leases.worker.folder, self.leases.worker.renew()).items() if self._lives(age)}
+        living = {name for name, age in ages(self.leases.worker.folder, now).items() if self._lives(age)}
         self.estate.look(living)
         units = self._claim(self._num_wanted(len(living)))
         self.catch_up()
@@ -137,9 +148,7 @@ class Claims:
         prompts = self.read_prompts([self.pool.position(request) for request in requests])
         for request, prompt in zip(requests, prompts, strict=True):
             trace_id = self.pool.trace_id(request)
-            salvage = self.estate.take(trace_id)
-            holders = max(attempt, 1 + (salvage is not None))  # a holder that ended in order has freed its lease
-            self.queue.append(Ask(request, trace_id, prompt, request % samples, unit, holders, salvage))
+            self.queue.append(Ask(request, trace_id, prompt, request % samples, unit, attempt))
 
     def committed(self, asks: Sequence[Ask]) -> None:
         """Their traces are durable: nobody needs their leases."""

@@ -48,8 +48,9 @@ class InHand:
 
     def finish(self, journal: Journal, completion: Completion) -> Completion:
         """The journal holds all of the answer; the completion has the logits of its prefix, and what all of it cost."""
+        completion = replace(completion, cost=completion.cost + self.paid)
         if self.replies:  # it holds the bytes that the answer was read from
-            return replace(completion, cost=completion.cost + self.paid)
+            return completion
         start = self.journalled if journal.holds(self.ask.trace_id) else 0
         arrays = self._arrays(completion.token_ids, completion.logprobs, completion.top, start)
         if isinstance(completion.expert_load, CountedLoad):
@@ -81,10 +82,7 @@ class InHand:
 
 
 def continued(request: Request, salvage: Salvage) -> Request:
-    """The request with what was said of it as its prefix. max_tokens stays: a prefix counts against it. An output that had
-    ended (as an abort: it is asked again) is no beginning."""
-    if salvage.ending is not None:
-        return request
+    """The request with what was said of it as its prefix. max_tokens stays: a prefix counts against it."""
     logprobs = salvage.arrays.get("logprobs", np.empty(0))
     return replace(request, prefix_ids=salvage.token_ids, prefix_logprobs=tuple(logprobs.tolist()))
 

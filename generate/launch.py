@@ -14,11 +14,11 @@ from configs.launch import Nodes, StageFailed, read_nodes, run_ranks
 from configs.progress import Count, Display, file_reporter, read_counts
 from configs.schema import DeepSpeedEngine, Recipe
 from data.ledger import Ledger, read_ledger
-from data.stage import Context
-from data.store import ROLLUP, SegmentLog, segments
+from data.stage import Context, exclusive, folder_stays
+from data.store import ROLLUP, RunFolder, SegmentLog, read_rollup, segments
 from data.work import WorkFolder, ages, read_facts
 from generate import identity
-from generate.budget import number_of, spent
+from generate.budget import number_of, others, spent
 
 if TYPE_CHECKING:
     from generate.canary import CanaryReport
@@ -44,11 +44,6 @@ def ask_together(context: Context, show: Callable[[Count], None]) -> None:
         StageFailed: requests stay pending though nobody is at them.
     """
     ledger, again = read_ledger(context.run), context.recipe.generate.retry_failed
-    if (share := context.recipe.generate.canary.share) is not None:
-        raise UnusableInput(f"generate.canary.share {share} in the recipe: a canary is asked with --canary {share}; leave it out")
-    if ledger.pending:
-        mine = identity.cheap_identity(context.recipe, context.run, teacher_fingerprint(context))
-        identity.refuse_others(context.recipe, context.run, mine)  # the ranks would too, half a minute later
     while ledger.pending or (again and ledger.failed):
         again, before = False, ledger
         refuse_if_spent(context, ledger.pending)
@@ -64,6 +59,26 @@ def ask_together(context: Context, show: Callable[[Count], None]) -> None:
                 raise StageFailed(f"{context.run.traces}: {left}; expected none; see the log, then give the same command")
     if context.recipe.generate.retry_failed:
         wait_until_alone(context)
+        unseal_if_grown(context.run)
+
+
+def refuse_strangers(context: Context) -> None:
+    """Raises UnusableInput when what the folder holds was begun with something else. The ranks would say so too, half a minute
+    later."""
+    if (share := context.recipe.generate.canary.share) is not None:
+        raise UnusableInput(f"generate.canary.share {share} in the recipe: a canary is asked with --canary {share}; leave it out")
+    mine = identity.cheap_identity(context.recipe, context.run, teacher_fingerprint(context))
+    identity.refuse_others(context.recipe, context.run, mine)
+
+
+def unseal_if_grown(run: RunFolder) -> None:
+    """Somebody who asked nothing again sealed while we did: what we added has to be in the view, so the stage is sealed once
+    more."""
+    with exclusive(run, "generate", waits=True):
+        if (rollup := read_rollup(run.traces)) is not None:
+            sealed = {Path(path).name for path in rollup.files}
+            if any(segment.path.name not in sealed for segment in SegmentLog(run.traces).look()):
+                (run.traces / ROLLUP).unlink()
 
 
 def unseal_for_retry(context: Context) -> None:
@@ -81,7 +96,7 @@ def ask_canary(context: Context) -> "CanaryReport":
     identity.refuse_others(context.recipe, run, mine)
     refuse_if_spent(context, ledger.pending)
     open_before = -1
-    with Display("canary", "traces", context.console) as display:
+    with folder_stays(run), Display("canary", "traces", context.console) as display:
         while (left := num_open(context)) and left != open_before:
             open_before = left
             launch(context, display.show, ledger)
@@ -163,7 +178,7 @@ def refuse_if_spent(context: Context, pending: int) -> None:
     tokens = sum(sum(segment.facts["output_tokens"]) for segment in committed)
     ttl_s = context.recipe.generate.lease_ttl_s
     living = [name for name, age in ages(folder).items() if age <= ttl_s]
-    if said := spent(cost, tokens, read_facts(folder), living).exceeds(context.recipe.generate.budget):
+    if said := spent(cost, tokens, others(read_facts(folder), living)).exceeds(context.recipe.generate.budget):
         raise Interrupted(f"{said}; {pending} requests stay pending: raise it, and the same command continues")
 
 
@@ -184,8 +199,10 @@ def join_generation(context: Context) -> None:
     launchers have met), so they agree on whether there is anything to do; and a rank commits before the collective in
     which its engine closes, so the first node's ranks end after everybody's last commit.
     """
+    refuse_strangers(context)
     ledger = read_ledger(context.run)
     if ledger.pending or (context.recipe.generate.retry_failed and ledger.failed):
+        refuse_if_spent(context, ledger.pending)  # as the first node does, which would be waited for at the rendezvous
         nodes = nodes_of(context.recipe)
         _run_ranks_here(context, nodes, context.run.logs / f"generate.n{nodes.rank if nodes else 0}.log", lambda: None)
 
@@ -241,7 +258,7 @@ def _lend_a_slice(context: Context) -> None:
 
     engine = open_engine(context.recipe.teacher)
     with draining(context.recipe.generate.drain_seconds) as drain:
-        for _ in engine.generate((), Handout(stop=lambda: bool(drain.requested))):
+        for _ in engine.generate((), Handout(stop=lambda: bool(drain.requested), stopped=drain.join)):
             pass
         drain.end()
     engine.close()

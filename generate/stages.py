@@ -12,7 +12,7 @@ from data.prompt_set import write_prompts
 from data.stage import Context, Outcome, Stage
 from data.store import read_segment, segments
 from data.work import WorkFolder, clear
-from generate.launch import ask_together, teacher_fingerprint
+from generate.launch import ask_together, refuse_strangers, teacher_fingerprint
 
 if TYPE_CHECKING:
     from generate.prompts import PromptStream
@@ -142,5 +142,6 @@ def _prompts_plan(context: Context) -> str:
 
 PROMPTS = Stage("prompts", "prompts", lambda run: run.prompts, (), _prompts_identity, _prompts, _prompts_plan)
 GENERATE = Stage(
-    "generate", "traces", lambda run: run.traces, ("prompts",), _generate_identity, _seal_traces, _generate_plan, ask_together
-)
+    "generate", "traces", lambda run: run.traces, ("prompts",), _generate_identity, _seal_traces, _generate_plan, ask_together,
+    refuse_strangers,
+)  # fmt: skip

@@ -13,7 +13,7 @@ from configs.schema import Budget
 from data.ledger import Ledger, fates_of, generation_ledger
 from data.store import RunFolder, read_rollup, segments
 from data.work import WorkFolder, ages, read_facts
-from generate.budget import Spent, number_of, spent
+from generate.budget import Spent, number_of, others, spent
 
 STRAGGLERS = 5
 
@@ -77,7 +77,7 @@ def read_status(run: RunFolder, ttl_s: float) -> Status:
         in_flight=sum(int(number_of(told, "in_flight")) for told in living.values()),
         uncommitted=sum(int(number_of(told, "uncommitted")) for told in living.values()),
         output_tokens=output_tokens,
-        spent=spent(cost, output_tokens, facts, living),
+        spent=spent(cost, output_tokens, others(facts, living)),
         tokens_per_s=tokens,
         traces_per_s=rate,
         eta_s=ledger.pending / rate if rate and ledger.pending else None,

@@ -21,7 +21,7 @@ from configs.errors import UnusableInput
 from configs.progress import Count, Report
 from configs.schema import Recipe
 from data.chat import dialect_of, encode_prompt
-from data.engine import Completion, Engine, Handout, Partial, Request, Source, request_under
+from data.engine import OTHER_MODEL, Completion, Engine, Handout, Partial, Request, Source, request_under
 from data.journal import Journal
 from data.prompt_set import PromptSet
 from data.records import request_seed
@@ -29,7 +29,7 @@ from data.store import RunFolder, SegmentLog
 from data.structure import CLOSE
 from data.work import Leases, Worker, WorkFolder, ages, read_facts
 from generate import identity
-from generate.budget import Spent, spent
+from generate.budget import Others, Spent, others, spent
 from generate.canary import canary_prompts
 from generate.claims import Ask, Claims
 from generate.in_hand import InHand, continued, finished_earlier, replies_of
@@ -118,7 +118,7 @@ def generate_traces(
         stack.enter_context(leases.worker)
         shift = Shift(recipe, run, engine, tokenizer, teacher_fingerprint, leases, pool, drain, report)
         shift.tell("loading")
-        if recipe.teacher.engine.type == "http":
+        if shift.is_served:
             engine.remember_in(shift.worker.folder.servers)  # type: ignore[attr-defined]
         engine.load()
         finished = shift.work()
@@ -148,10 +148,10 @@ class Shift:
         self.tokens_of: dict[str, int] = {}
         self.finished = self.tokens = 0
         self.nothing_free_until = -float("inf")
-        self.started, self.started_at, self.told = time.perf_counter(), time.time(), -float("inf")
-        self.refusal = ""
+        self.started, self.started_at, self.told = time.perf_counter(), self.worker.renew(), -float("inf")
         self.facts: dict[str, dict[str, object]] = {}
-        self.others, self.others_read = list[str](), -float("inf")
+        self.others, self.others_read = Others(), -float("inf")
+        self.is_served = recipe.teacher.engine.type == "http"
         budget = recipe.generate.budget
         self.price_per_second = price_per_second(recipe)
         self.has_budget = any(limit is not None for limit in (budget.max_cost, budget.max_tokens, budget.max_hours))
@@ -159,7 +159,7 @@ class Shift:
     def work(self) -> int:
         self.tell("working")
         self.report(Count(0, self.pool.num_open))
-        handout = Handout(self.recipe.generate.checkpoint_tokens, self.checkpoint, self.must_stop, self.keep)
+        handout = Handout(self.recipe.generate.checkpoint_tokens, self.checkpoint, self.must_stop, self.keep, self.drain.join)
         try:
             for completion in self.engine.generate(Source(self.next_request), handout):
                 self.take(completion)
@@ -189,16 +189,22 @@ class Shift:
         salvage = hand.ask.salvage
         if salvage is None:
             return None
-        if salvage.ending is not None and salvage.ending.header["finish_reason"] != "abort":
+        if salvage.ending is not None:
             return finished_earlier(hand.ask.trace_id, salvage)
-        asked, hand.request, hand.replies = hand.request, continued(hand.request, salvage), replies_of(salvage)
-        for raw in hand.replies:
+        asked, hand.request, said, completion = hand.request, continued(hand.request, salvage), 0, None
+        for raw in replies_of(salvage):
             completion = self.engine.read(asked, raw)  # type: ignore[attr-defined]
             hand.paid += completion.cost
+            if completion.error == OTHER_MODEL:
+                continue
+            hand.replies.append(raw)
+            said = max(said, len(completion.token_ids))
             if completion.may_continue and len(completion.token_ids) > len(hand.request.prefix_ids):
                 hand.request = replace(asked, prefix_ids=completion.token_ids, prefix_logprobs=completion.logprobs)
-        if hand.replies and (completion.finish_reason != "abort" or completion.error in FINAL):
+        if completion is not None and (completion.finish_reason != "abort" or completion.error in FINAL):
             return replace(completion, cost=hand.paid)
+        if self.is_served and (streamed := len(salvage.token_ids) - said) > 0:  # billed, and cut off before it was a reply
+            hand.paid += self.engine.price(len(asked.prompt_ids) + said, streamed)  # type: ignore[attr-defined]
         return None
 
     # --- asked by the engine, in its loop ---
@@ -219,11 +225,9 @@ class Shift:
 
     def may_admit(self) -> bool:
         """Whether the drain and the budget leave room for more."""
-        if self.drain.requested or self.refusal:
+        if self.drain.requested:
             return False
-        if self.has_budget:
-            self.refusal = self.spent().exceeds(self.recipe.generate.budget)
-        return not self.refusal
+        return not self.has_budget or not self.spent().exceeds(self.recipe.generate.budget)
 
     # --- what came back ---
 
@@ -242,6 +246,8 @@ class Shift:
         for ask in asks:
             self.journal.forget(ask.trace_id)
         self.claims.committed(asks)
+        if self.has_budget:
+            self.tell("working")  # others would else count these twice for a while: in our hand, and in the segment
 
     def tell(self, state: str) -> None:
         """What `--status` shows, and budgets count, of this worker."""
@@ -250,7 +256,7 @@ class Shift:
         tokens, cost = self.in_hand()
         self.worker.tell(
             {
-                "state": state, "started_at": self.started_at, "seen_at": time.time(), "finished": self.finished,
+                "state": state, "started_at": self.started_at, "finished": self.finished,
                 "tokens": self.tokens, "in_flight": len(self.asked), "uncommitted": len(self.writer.unwritten),
                 "tokens_in_hand": tokens,
                 "cost_in_hand": cost, "price_per_second": self.price_per_second, "engine": self.engine.name,
@@ -265,11 +271,11 @@ class Shift:
         """By all workers so far; of the others what they said a moment ago."""
         if time.monotonic() - self.others_read >= OTHERS_S:
             self.others_read, folder = time.monotonic(), self.worker.folder
-            self.facts = read_facts(folder)
-            alive = [name for name, age in ages(folder).items() if age <= self.worker.ttl_s]
-            self.others = [name for name in alive if name != self.worker.name]
+            self.facts = read_facts(folder, self.facts)
+            alive = [name for name, age in ages(folder).items() if age <= self.worker.ttl_s and name != self.worker.name]
+            self.others = others(self.facts, alive)
         tokens, cost = self.in_hand()
-        return spent(self.claims.cost_committed + cost, self.claims.tokens_committed + tokens, self.facts, self.others)
+        return spent(self.claims.cost_committed + cost, self.claims.tokens_committed + tokens, self.others)
 
     def in_hand(self) -> tuple[int, float]:
         """Tokens and dollars of answers that are not committed."""

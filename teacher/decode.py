@@ -115,6 +115,7 @@ def decode(
                 return
             case Agreed.STOP:
                 batch.hand_out()
+                handout.stopped()
                 return
         batch.settle()
         if batch.loads_next:

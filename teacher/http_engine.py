@@ -19,9 +19,10 @@ from transformers import PreTrainedTokenizerBase
 
 from configs import schema
 from configs.errors import UnusableInput
-from data.engine import Completion, ExpertStats, Handout, Request, Scores
+from data.engine import OTHER_MODEL, Completion, ExpertStats, Handout, Request, Scores
 from teacher.http.connection import Connection
 from teacher.http.listening import Conversation
+from teacher.http.raw import last_reply, url_of
 from teacher.http.reading import Prices, Reader
 from teacher.http.servers import Servers
 
@@ -88,10 +89,23 @@ class HttpEngine:
             conversation.close()
 
     def read(self, request: Request, raw: bytes) -> Completion:
-        """What `raw`, as handout.keep was given it, holds for `request`; no network. Bytes that cannot be read are an abort
-        (`bad_reply`); a stream without an end is one too (`torn`), and so is a reasoning phase that was to be continued
-        (`unfinished`), both with the ids so far."""
-        return self.reader.read(request, raw).completion
+        """What `raw`, as handout.keep was given it or as a trace holds it, holds for `request`; no network. Bytes that cannot be
+        read are an abort (`bad_reply`); a stream without an end is one too (`torn`), and so is a reasoning phase that was to be
+        continued (`unfinished`), both with the ids so far. What another model said than the one that the run remembers of that
+        server is `other_model`: it was kept before anybody had read who it came from."""
+        last = last_reply(raw)
+        reading = self.reader.read(request, last)
+        if reading.model and self.servers.is_another(url_of(last), reading.model):
+            completion = reading.completion
+            return Completion(
+                request.request_id, (), (), "abort", completion.started_at, completion.seconds, error=OTHER_MODEL,
+                cost=completion.cost,
+            )  # fmt: skip
+        return reading.completion
+
+    def price(self, prompt_tokens: int, output_tokens: int) -> float:
+        """Dollars that a server bills for them."""
+        return self.reader.prices.of(prompt_tokens, output_tokens)
 
     def score(
         self, sequences: Sequence[Sequence[int]], top_logits: int = 0, log_z_temperatures: Sequence[float] = (1.0,)

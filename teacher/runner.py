@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 
 from configs.errors import UnusableInput
 from data.chat import dialect_of
-from data.engine import Completion, ExpertStats, Handout, Request, Scores
+from data.engine import Completion, ExpertStats, Handout, Request, Scores, Source
 from teacher.admission import FIRST_COLUMNS
 from teacher.cache import SlotCache
 from teacher.checkpoint.manifest import is_prepared
@@ -86,18 +86,26 @@ class Runner:
             agree=self.agree,
         )
 
-    def _checked(self, requests: Iterable[Request]) -> Iterator[Request]:
-        for request in requests:
-            if request.stop_strings and self.detokenize is None:
-                raise UnusableInput("sampling.stop_strings: the model's folder has no tokenizer.json; add it, or stop by ids")
-            self._check_ids(f"request {request.request_id}", (*request.stop_ids, *request.prompt_ids, *request.prefix_ids))
-            check_numbers(request)
-            if len(request.prefix_ids) != len(request.prefix_logprobs):
-                raise UnusableInput(
-                    f"request {request.request_id}: {len(request.prefix_ids)} prefix ids with "
-                    f"{len(request.prefix_logprobs)} logprobs; expected one each"
-                )
-            yield request
+    def _checked(self, requests: Iterable[Request]) -> Source:
+        source = iter(requests)
+
+        def take() -> Request | None:
+            if (request := next(source, None)) is not None:
+                self._check(request)
+            return request
+
+        return Source(take)
+
+    def _check(self, request: Request) -> None:
+        if request.stop_strings and self.detokenize is None:
+            raise UnusableInput("sampling.stop_strings: the model's folder has no tokenizer.json; add it, or stop by ids")
+        self._check_ids(f"request {request.request_id}", (*request.stop_ids, *request.prompt_ids, *request.prefix_ids))
+        check_numbers(request)
+        if len(request.prefix_ids) != len(request.prefix_logprobs):
+            raise UnusableInput(
+                f"request {request.request_id}: {len(request.prefix_ids)} prefix ids with "
+                f"{len(request.prefix_logprobs)} logprobs; expected one each"
+            )
 
     def _check_ids(self, what: str, ids: Sequence[int]) -> None:
         """On a GPU an id out of range is a device assert, after which the process is of no use."""

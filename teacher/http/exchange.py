@@ -129,8 +129,11 @@ class Exchange:
                 assert task is not None
                 task.uncancel()
                 return cut or Failed("timed_out")
-            if cut:
-                self.handout.keep(live.request.request_id, self._pack(live, ask, server, cut))  # it was paid for
+            if cut:  # it was paid for
+                raw = self._pack(live, ask, server, cut)
+                self.handout.keep(live.request.request_id, raw)
+                if live.late:
+                    live.cost += self.reader.read(live.request, raw).completion.cost
             self.hand_out(live)
             raise
         finally:
@@ -163,7 +166,7 @@ class Exchange:
         finally:
             live.reading = False
             self.reading -= 1
-        self.servers.learn(server, model=reading.model)
+        self.servers.learn(server, "model", reading.model)
         return reading
 
     def _pack(self, live: Live, ask: Ask, server: Server, answer: Answer) -> bytes:

@@ -30,15 +30,45 @@ class Line(NamedTuple):
     phase: Literal["whole", "reasoning"] = "whole"
 
 
+class Packed(NamedTuple):
+    """One reply and what follows it in the same bytes: a trace's `raw` holds all replies that it took, one after the other."""
+
+    line: Line
+    body: bytes
+    rest: bytes
+
+
 def pack(line: Line, body: bytes) -> bytes:
-    return b"\n".join((ENCODER.encode(line._asdict()).encode(), body))
+    return b"\n".join((ENCODER.encode(line._asdict() | {"bytes": len(body)}).encode(), body))
 
 
-def unpack(raw: bytes) -> tuple[Line, bytes]:
+def unpack(raw: bytes) -> Packed:
     """Raises ValueError or TypeError when `raw` was not packed here."""
     head, newline, body = raw.partition(b"\n")
     if not newline:
         raise ValueError("no line before the body")
     fields = json.loads(head)
+    size = fields.pop("bytes")
     line = Line(**fields)
-    return line._replace(given=tuple(line.given), given_logprobs=tuple(line.given_logprobs)), body
+    line = line._replace(given=tuple(line.given), given_logprobs=tuple(line.given_logprobs))
+    if len(body) < size:
+        raise ValueError(f"{len(body)} bytes of a body of {size}")
+    return Packed(line, body[:size], body[size:])
+
+
+def last_reply(raw: bytes) -> bytes:
+    """The one that the answer was read from. Bytes that nobody packed come back as they are."""
+    try:
+        while rest := unpack(raw).rest:
+            raw = rest
+    except (ValueError, TypeError, KeyError):
+        pass
+    return raw
+
+
+def url_of(raw: bytes) -> str:
+    """Where the reply came from; "" of bytes that nobody packed."""
+    try:
+        return unpack(raw).line.url
+    except (ValueError, TypeError, KeyError):
+        return ""

@@ -23,6 +23,10 @@ class Prices(NamedTuple):
     prompt: float = 0.0
     output: float = 0.0
 
+    def of(self, prompt_tokens: int, output_tokens: int) -> float:
+        """Dollars."""
+        return (prompt_tokens * self.prompt + output_tokens * self.output) / 1e6
+
 
 class Reading(NamedTuple):
     """completion, as HttpEngine.read gives it. model: what the reply says answered; "" when it does not. detail: the server's
@@ -69,7 +73,7 @@ class Reader:
         line = Line("", 0, 0.0, 0.0, 0)
         reply = Reply()
         try:
-            line, body = unpack(raw)
+            line, body, _ = unpack(raw)
             reply = read_stream(body) if line.streamed else read_body(body)
             return self._reading(request, line, reply)
         except Exception as error:  # hostile bytes find every way to be wrong: nesting, huge numbers, types
@@ -135,7 +139,7 @@ class Reader:
         """Dollars, of the tokens that the server bills or, when it does not say, of ours."""
         ours = len(request.prompt_ids) + len(line.given)
         prompt, output = reply.usage or (ours, new)
-        return (prompt * self.prices.prompt + output * self.prices.output) / 1e6
+        return self.prices.of(prompt, output)
 
 
 def _plain_backend(tokenizer: PreTrainedTokenizerBase):  # noqa: ANN202  (tokenizers.Tokenizer, which pure-Python ones lack)

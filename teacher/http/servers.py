@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from configs import schema
 from configs.engines import server_url_problem
@@ -77,25 +78,43 @@ class Servers:
             self._recall(server)
 
     def _recall(self, server: Server) -> None:
-        if self._memory is not None and (path := self._memory / _file_of(server.url)).is_file():
-            told = read_json(path)
-            server.model, server.root = str(told.get("model", "")), str(told.get("root", ""))
+        server.model, server.root = self._told(server.url, "model"), self._told(server.url, "root")
 
-    def learn(self, server: Server, *, model: str = "", root: str = "") -> None:
-        """What a reply says answered, what a list says the model's folder is. Aliases are fine, as long as they stay the same.
+    def _told(self, url: str, what: Literal["model", "root"]) -> str:
+        """By any worker of the run so far; "" while nobody has."""
+        path = None if self._memory is None else self._memory / _file_of(url, what)
+        return str(read_json(path).get(what, "")) if path is not None and path.is_file() else ""
+
+    def learn(self, server: Server, what: Literal["model", "root"], now: str) -> None:
+        """What a reply says answered (`model`), what a list says the model's folder is (`root`). Aliases are fine, as long as
+        they stay the same.
 
         Raises:
-            UnusableInput: it is another than before.
+            UnusableInput: it is another than before, for this worker or for any other of the run.
         """
-        for was, now in ((server.model, model), (server.root, root)):
-            if was and now and was != now:
-                raise changed(server.url, was, now)
-        if (model and not server.model) or (root and not server.root):
-            server.model, server.root = server.model or model, server.root or root
-            if self._memory is not None:
-                self._memory.mkdir(exist_ok=True)
-                told = {"url": server.url, "model": server.model, "root": server.root}
-                write_json(self._memory / _file_of(server.url), told)
+        was = getattr(server, what)
+        if now and not was:
+            was = self._tell(server.url, what, now)
+            setattr(server, what, was)
+        if now and now != was:
+            raise changed(server.url, was, now)
+
+    def _tell(self, url: str, what: Literal["model", "root"], now: str) -> str:
+        """What the run remembers from now on: the first worker's word."""
+        if self._memory is None:
+            return now
+        try:
+            write_json(self._memory / _file_of(url, what), {"url": url, what: now}, replace=False)
+        except FileExistsError:
+            return self._told(url, what)
+        return now
+
+    def is_another(self, url: str, model: str) -> bool:
+        """Whether the run remembers another model of the server that was asked at `url`."""
+        base = url.removesuffix("/chat/completions").removesuffix("/completions")
+        server = self.all.get(base)
+        was = server.model if server is not None and server.model else self._told(base, "model")
+        return bool(was) and was != model
 
     # --- who is there ------------------------------------------------------------------------------------------------
 
@@ -260,7 +279,7 @@ class Servers:
                 raise changed(server.url, self.model, names)
             self.down(server, f"serves {names} and not {self.model}; set teacher.engine.model")
             return False
-        self.learn(server, root=roots[self.model])
+        self.learn(server, "root", roots[self.model])
         return True
 
     # --- the end of a run --------------------------------------------------------------------------------------------
@@ -280,8 +299,8 @@ class Servers:
             server.withheld.clear()
 
 
-def _file_of(url: str) -> str:
-    return f"{hashlib.sha256(url.encode()).hexdigest()[:16]}.json"
+def _file_of(url: str, what: str) -> str:
+    return f"{hashlib.sha256(url.encode()).hexdigest()[:16]}.{what}.json"
 
 
 def denied(server: Server, answer: Answer, engine: schema.HttpEngine, connection: Connection) -> UnusableInput:

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import subprocess
@@ -34,6 +35,19 @@ def rows(*identities: str, said: str = "x") -> pa.Table:
 
 def commit(folder: Path, *identities: str, said: str = "x") -> Path:
     return commit_segment(folder, rows(*identities, said=said), worker="w", facts={"trace_ids": list(identities)}).path
+
+
+def test_a_link_that_the_file_server_repeated_is_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over NFS the answer to a link may get lost; the client asks again and hears EEXIST of its own doing."""
+    real_link = os.link
+
+    def link(source: Path, target: Path) -> None:
+        real_link(source, target)
+        raise FileExistsError(errno.EEXIST, "File exists")
+
+    monkeypatch.setattr("data.store.os.link", link)
+    write_bytes(tmp_path / "file", b"one", replace=False)
+    assert (tmp_path / "file").read_bytes() == b"one" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_written_file_is_whole_and_leaves_no_temporary_one(tmp_path: Path) -> None:

@@ -100,6 +100,21 @@ def test_one_beat_renews_all_leases(workers: list[Leases]) -> None:
     assert not any(other.is_free(unit) for unit in range(20))
 
 
+def test_a_worker_that_stood_still_does_not_release_what_is_others_by_now(workers: list[Leases]) -> None:
+    """It slept, the unit was taken over and released, and a third worker has claimed it under the same name."""
+    sleeper, heir, third = workers
+    assert sleeper.claim(5)
+    os.utime(sleeper.worker.beat, (HOUR_AGO, HOUR_AGO))
+    heir.look()
+    assert heir.claim(5)
+    heir.release(5)
+    third.look()
+    assert third.claim(5)
+    sleeper.release(5)
+    heir.look()
+    assert not heir.is_free(5) and third._path(5, 0).samefile(third.worker.beat)
+
+
 def test_the_beat_beats(folder: WorkFolder) -> None:
     with Worker(folder, "w", ttl_s=0.3) as worker:
         os.utime(worker.beat, (1.0, 1.0))
@@ -109,8 +124,9 @@ def test_the_beat_beats(folder: WorkFolder) -> None:
             time.sleep(0.01)
         assert ages(folder).keys() == {"w"}
         worker.tell({"finished": 3})
-    assert not ages(folder) and read_facts(folder) == {"w": {"finished": 3}}
-    assert json.loads(folder.facts("w").read_text()) == {"finished": 3}
+    told = read_facts(folder)["w"]
+    assert not ages(folder) and told["finished"] == 3 and time.time() - 60 < told.pop("seen_at") < time.time() + 60  # type: ignore[operator]
+    assert json.loads(folder.facts("w").read_text()).keys() == {"finished", "seen_at"}
 
 
 def test_what_the_dead_left_is_cleared_and_the_living_keep_theirs(workers: list[Leases]) -> None:

@@ -12,16 +12,18 @@ from pathlib import Path
 
 import pytest
 
+from configs.engines import HttpEngine, LocalEngine
 from configs.errors import Interrupted, UnusableInput
 from configs.load import load_recipe
-from configs.schema import Budget, LocalEngine, Recipe, Teacher
-from data.engine import Completion, ExpertStats, Handout, Partial, Request, Scores
+from configs.schema import Budget, Recipe, Teacher
+from data.engine import OTHER_MODEL, Completion, ExpertStats, Handout, Partial, Request, Scores
 from data.ledger import read_ledger
 from data.prompt_set import write_prompts
 from data.records import Prompt, Trace, prompt_identity
 from data.schema import from_table
 from data.store import RunFolder, read_first_copies, seal, segments
-from generate.budget import spent
+from data.work import WorkFolder, clear
+from generate.budget import others, spent
 from generate.worker import generate_traces
 from teacher.engines import load_tokenizer
 
@@ -279,6 +281,73 @@ def test_a_reply_that_was_paid_for_is_committed_and_one_that_cannot_be_read_is_a
     assert {trace.cost for trace in traces(run)} == {0.25}
 
 
+def test_what_another_model_said_is_asked_again_and_stays_out_of_the_trace(
+    recipe: Recipe, run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"engine": HttpEngine()})})
+
+    class Impostor(Served):
+        def remember_in(self, folder: Path) -> None: ...
+
+        def price(self, prompt_tokens: int, output_tokens: int) -> float:
+            return 0.01 * output_tokens
+
+        def read(self, request: Request, raw: bytes) -> Completion:
+            if raw == b"{other}":
+                return Completion(request.request_id, (), (), "abort", 1.0, 0.5, error=OTHER_MODEL, cost=0.5)
+            return super().read(request, raw)
+
+    kill(served, run, Impostor([b"{other}"], dies=True), monkeypatch)
+    second = Impostor([b"{ours}"] * 10)
+    assert work(served, run, second) == 10
+    assert {trace.raw for trace in traces(run)} == {b"{ours}"}
+    assert sorted(trace.cost for trace in traces(run)) == [0.25] * 9 + [0.75]
+
+
+def test_what_a_stream_said_before_its_worker_was_killed_is_paid_for(
+    recipe: Recipe, run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No reply was ever kept of it, and the server bills it all the same."""
+    served = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"engine": HttpEngine()})})
+
+    class Priced(Dying):
+        def remember_in(self, folder: Path) -> None: ...
+
+        def price(self, prompt_tokens: int, output_tokens: int) -> float:
+            assert prompt_tokens > 0
+            return 0.01 * output_tokens
+
+    kill(served, run, Priced(0, 4), monkeypatch)
+    second = Scripted(cost=1.0)
+    second.price = lambda prompt_tokens, output_tokens: 0.01 * output_tokens  # type: ignore[attr-defined]
+    second.remember_in = lambda folder: None  # type: ignore[attr-defined]
+    assert work(served, run, second) == 10
+    assert sorted(trace.cost for trace in traces(run)) == [1.0] * 6 + [1.03] * 4
+
+
+def test_a_worker_that_wakes_after_the_others_have_sealed_ends_in_order(recipe: Recipe, run: RunFolder) -> None:
+    """They cleared it away; what it had in hand is committed beside the seal, and in nobody's view."""
+    quick = changed(recipe, lease_ttl_s=0.2)
+
+    class Sleeper(Scripted):
+        def generate(self, requests: Iterable[Request], handout: Handout | None = None) -> Iterator[Completion]:
+            source = iter(requests)
+            request = next(source)
+            folder = WorkFolder(run.root / "work")
+            for beat in folder.workers.glob("*.beat"):
+                os.utime(beat, (1.0, 1.0))
+            clear(folder, ttl_s=30.0)
+            yield Completion(request.request_id, self.ids, tuple(-0.5 for _ in self.ids), "stop", 1.0, 0.5)
+            self.requests = [*source]
+
+    sleeper = Sleeper()
+    with_beats_that_stand = pytest.MonkeyPatch()
+    with_beats_that_stand.setattr("data.work.Worker._keep_beating", lambda self: None)
+    assert work(quick, run, sleeper) == 1
+    with_beats_that_stand.undo()
+    assert len(sleeper.requests) < 9 and read_ledger(run).completed == 1
+
+
 def test_a_lease_whose_holder_lives_is_left_alone(recipe: Recipe, run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     kill(recipe, run, Dying(0, 4), monkeypatch)
     for beat in (run.root / "work" / "workers").glob("*.beat"):
@@ -386,8 +455,8 @@ def test_a_drain_journals_what_is_half_said_and_exits_resumable(recipe: Recipe, 
 def test_gpus_of_our_own_are_paid_while_their_worker_lives(recipe: Recipe, run: RunFolder) -> None:
     """Loading the teacher, and what a kill lost: traces are charged with neither."""
     facts = {"a": {"started_at": 0.0, "seen_at": 100.0, "price_per_second": 0.01}, "b": {"started_at": 50.0, "seen_at": 150.0}}
-    assert spent(0.4, 7, facts, []) == (1.0, 7, 150 / 3600)
-    assert spent(1.5, 7, facts, []).cost == 1.5
+    assert spent(0.4, 7, others(facts, [])) == (1.0, 7, 150 / 3600)
+    assert spent(1.5, 7, others(facts, [])).cost == 1.5
     priced = {"teacher.hardware": {"gpu": "h200", "gpus_per_node": 1}, "plan.price_per_gpu_hour": 3600.0}
     paid = load_recipe("embedded", [f"{key}={json.dumps(value)}" for key, value in priced.items()]).recipe
     paid = paid.model_copy(update={"teacher": paid.teacher.model_copy(update={"engine": LocalEngine()})})

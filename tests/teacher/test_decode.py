@@ -13,7 +13,7 @@ import teacher.admission
 import teacher.row
 import teacher.score
 from configs.errors import UnusableInput
-from data.engine import Completion, Handout, LoopGuard, Partial, Request
+from data.engine import Completion, Handout, LoopGuard, Partial, Request, Source
 from teacher.cache import SlotCache
 from teacher.decode import Agreed, Batch, Limits, NotNumbers, compacted, decode
 from teacher.local_engine import LocalEngine
@@ -92,6 +92,24 @@ def test_refill_and_chunked_prefill_change_no_token(
 ) -> None:
     engine = with_limits(LocalEngine(folder, batch_size=6), refill_idle=refill_idle, prefill_tokens=prefill_tokens)
     assert outputs(engine.generate(make_requests(20))) == expected
+
+
+def test_a_source_that_had_nothing_is_asked_again_while_others_are_answered(
+    folder: Path, expected: dict[str, tuple[int, ...]]
+) -> None:
+    """What a worker that dies leaves comes late; the first request is still being answered then."""
+    first, *late = make_requests(20)
+    waiting, asked = [first], 0
+
+    def take() -> Request | None:
+        nonlocal asked
+        asked += 1
+        if asked == 4:
+            waiting.extend(late)
+        return waiting.pop(0) if waiting else None
+
+    found = outputs(LocalEngine(folder, batch_size=6).generate(Source(take)))
+    assert found == expected
 
 
 @pytest.mark.parametrize(("cache_tokens", "prefill_tokens"), [(128, 8192), (300, 11), (700, 8192)])

@@ -8,11 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from configs import schema
 from data.engine import Completion
 from data.structure import count_reasoning_tokens
-from teacher.http.raw import Line, pack, unpack
+from teacher.http.raw import Line, last_reply, pack, unpack
 from teacher.http.reading import Prices, Reader
 from teacher.http.replies import EventStream, read_body, read_stream
+from teacher.http_engine import HttpEngine
 from tests.teacher.http_asks import CLOSE, STOP, request, tokenizer
 from tests.teacher.mock_server import completed, encoded, events, said
 
@@ -252,7 +254,16 @@ def test_a_kept_reply_is_one_line_of_ours_and_the_servers_bytes() -> None:
     body = b'{"a":\n 1}\xff'
     raw = pack(LINE, body)
     head, _, rest = raw.partition(b"\n")
-    assert rest == body and json.loads(head)["url"] == LINE.url and unpack(raw) == (LINE, body)
+    assert rest == body and json.loads(head)["url"] == LINE.url and unpack(raw) == (LINE, body, b"")
+
+
+def test_replies_one_after_the_other_stay_apart_and_the_last_is_the_answer() -> None:
+    """As a trace's `raw` holds them."""
+    first, last = pack(LINE, b'{"a":\n 1}'), pack(LINE._replace(attempt=2), encoded(said(content="4")))
+    assert unpack(first + last).rest == last and last_reply(first + last) == last
+    assert last_reply(b"nobody packed this") == b"nobody packed this"
+    engine = HttpEngine(schema.HttpEngine(), "tiny", tokenizer())
+    assert engine.read(request(), first + last) == Reader(tokenizer()).read(request(), last).completion
 
 
 def test_our_ids_are_those_that_the_tokenizer_itself_gives() -> None:

@@ -1,5 +1,6 @@
 """Several servers: the least loaded healthy one is asked; they may die, come back, come and go; none may change its model."""
 
+import contextlib
 import json
 import logging
 import threading
@@ -15,7 +16,7 @@ from pydantic import ValidationError
 from configs import schema
 from configs.errors import UnusableInput
 from configs.load import load_recipe
-from data.engine import Request
+from data.engine import Handout, Request
 from teacher.folders import fingerprint_teacher
 from teacher.http.listening import BACKLOG
 from teacher.http_engine import HttpEngine
@@ -235,8 +236,35 @@ def test_a_server_that_changes_its_model_between_two_workers_is_refused_too(
     serves("v2")
     with pytest.raises(UnusableInput, match=rf"{servers[0].url}: its model changed during the run: was '.*v1', is '.*v2'"):
         work()
-    (path,) = (tmp_path / "servers").iterdir()
-    assert json.loads(path.read_text())["url"] == servers[0].url
+    assert {json.loads(path.read_text())["url"] for path in (tmp_path / "servers").iterdir()} == {servers[0].url}
+
+
+def test_of_two_workers_that_start_together_the_second_believes_the_first(servers: list[MockServer], tmp_path: Path) -> None:
+    """Neither found anything written when it began; the model changed between their first replies."""
+    first, second = engine_for(servers[0]), engine_for(servers[0])
+    for engine in (first, second):
+        engine.remember_in(tmp_path / "servers")
+    servers[0].reply = lambda asked: Reply(body=encoded(GOOD | {"model": "v1"}))
+    assert len(ask(first, request())) == 1
+    servers[0].reply = lambda asked: Reply(body=encoded(GOOD | {"model": "v2"}))
+    with pytest.raises(UnusableInput, match="its model changed during the run: was 'v1', is 'v2'"):
+        ask(second, request())
+
+
+def test_a_reply_of_another_model_that_was_kept_does_not_count_for_whoever_reads_it_later(
+    servers: list[MockServer], tmp_path: Path
+) -> None:
+    """It is on the disk before anybody can know who gave it, and the worker that found out is gone."""
+    kept = list[bytes]()
+    engine = engine_for(servers[0], concurrency=1)
+    engine.remember_in(tmp_path / "servers")
+    for model in ("v1", "v2"):
+        servers[0].reply = lambda asked, model=model: Reply(body=encoded(GOOD | {"model": model}))
+        with contextlib.suppress(UnusableInput):
+            ask(engine, request(), handout=Handout(keep=lambda _, raw: kept.append(raw)))
+    heir = engine_for(servers[0], base_urls=servers[1].url)  # which does not even know that server
+    heir.remember_in(tmp_path / "servers")
+    assert [heir.read(request(), raw).error for raw in kept] == ["", "other_model"]
 
 
 def test_a_server_that_lists_another_model_than_before_ends_the_run(servers: list[MockServer]) -> None:
