@@ -147,8 +147,8 @@ def _run(command: list[str], environment: dict[str, str], log: Path, poll: Calla
 _MARK = re.compile(r"^error\[(\d+)\]: (.*)$")
 _RANK = re.compile(r"rank\s*: (\d+) \(local_rank: \d+\)")
 _SIGNAL = re.compile(r"Signal \d+ \((SIG\w+)\) received by PID \d+|exitcode\s*: (-\d+ \(pid: \d+\))")
-# Not 75: torchrun ends the other ranks with SIGTERM when one has failed, and they call that an interruption. A launcher
-# that was itself asked to stop never comes here.
+# Not 75: torchrun ends the other ranks with SIGTERM when one has failed, and they call that an interruption; so it is one
+# only when nobody says anything else. A launcher that was itself asked to stop never comes here.
 _KINDS: dict[int, type[TracestillError]] = {kind.exit_code: kind for kind in (UnusableInput, Refused)}
 
 
@@ -169,6 +169,8 @@ def _failure(log: Path, start: int, code: int) -> TracestillError:
     raised = [line.strip()[-300:] for line in lines if "Error:" in line and "ChildFailedError" not in line]
     ended = list(_ended_by_signal(lines))
     reported = [mark[2] for mark in marks if int(mark[1]) != Interrupted.exit_code]
+    if marks and not (reported or ended or raised):  # somebody asked one rank, and all have drained
+        return Interrupted(marks[0][2])
     why = next(iter([*reported, *ended, *raised]), "no message")
     return StageFailed(f"ranks ended with exit code {code}: {why}; see {log}; the same command continues from what is committed")
 

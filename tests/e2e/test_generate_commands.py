@@ -412,3 +412,21 @@ def test_a_server_behind_https_needs_its_authority_named(lay: Lay, authority: Pa
         check_every_request_ended_once(trusting)
         assert refused.code == 2 and "certificate is not trusted here; name its authority in ca_file" in error_line(refused)
         assert len(server.asked) == REQUESTS
+
+
+@pytest.mark.long
+def test_a_signal_to_one_rank_alone_drains_them_all(tmp_path: Path) -> None:
+    """As when one node of several is preempted: the others must not wait for it in their last collective."""
+    words = ("embedded", "--run-dir", "r")
+    assert tracestill("prompts", *words, cwd=tmp_path, small=True).code == 0
+    process, run = start(*command("generate", *words, small=True)[3:], cwd=tmp_path), RunFolder(tmp_path / "r")
+    wait_until(lambda: bool(segments(run.traces)), process)
+    (rank,) = (name for path in WorkFolder.of(run).workers.glob("*.beat") if (name := path.stem).endswith("-r1"))
+    os.kill(int(rank.split("-")[-3]), signal.SIGTERM)
+    ended, seconds = end_of(process)
+    assert ended.code == 75 and "stopped by" in error_line(ended) and seconds < 60
+    before = read_ledger(run)
+    assert before.completed and before.pending
+    assert tracestill("generate", *words, cwd=tmp_path, small=True).code == 0
+    ledger = read_ledger(run)
+    assert (ledger.pending, ledger.superseded) == (0, 0)
