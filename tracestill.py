@@ -512,7 +512,7 @@ def data_show(
     min_tokens: Annotated[int, typer.Option(help="Only outputs of at least so many tokens.")] = 0,
     max_tokens: Annotated[int | None, typer.Option(help="Only outputs of at most so many tokens.")] = None,
     unfold: Annotated[bool, typer.Option("--unfold", help="Show reasoning and long prompts whole.")] = False,
-    limit: Annotated[int | None, typer.Option(help="How many. [default: all on a terminal, else 5]")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="How many. [default: all on a terminal, else 5]")] = None,
 ) -> None:
     """Traces in the terminal, page by page: prompt, folded reasoning, answer, verdicts."""
     from data.viewer import Wanted, rendered, show

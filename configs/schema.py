@@ -180,7 +180,7 @@ class Canary(Section):
 
 class Generate(Section):
     prompts: tuple[PromptSource, ...] = ()
-    samples_per_prompt: PositiveInt = 4
+    samples_per_prompt: Annotated[int, Field(ge=1, le=100_000)] = 4
     sampling: Sampling = Sampling()
     seed: NonNegativeInt = 0
     budget: Budget = Budget()
@@ -396,6 +396,18 @@ class Recipe(Section):
     def _logits_need_a_model(self) -> "Recipe":
         if self.generate.logits is not None and isinstance(self.teacher.engine, HttpEngine):
             raise ValueError("generate.logits needs teacher.engine deepspeed or local: a server does not give log Z")
+        return self
+
+    @model_validator(mode="after")
+    def _costs_have_prices(self) -> "Recipe":
+        engine = self.teacher.engine
+        if isinstance(engine, HttpEngine):
+            priced, remedy = engine.price_input_per_million + engine.price_output_per_million > 0, "set the engine's prices"
+        else:
+            priced, remedy = self.teacher.hardware.gpu != "cpu", "a CPU is free"
+        for key, limit in (("budget", self.generate.budget.max_cost), ("canary", self.generate.canary.max_cost)):
+            if limit is not None and not priced:
+                raise ValueError(f"generate.{key}.max_cost {limit:g} can never be reached: no price is known; {remedy}")
         return self
 
     @model_validator(mode="after")

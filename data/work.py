@@ -128,7 +128,9 @@ def read_facts(folder: WorkFolder, known: Mapping[str, dict[str, object]] | None
             found[path.stem] = known[path.stem]
             continue
         with contextlib.suppress(OSError, ValueError):
-            facts = found[path.stem] = json.loads(path.read_text())
+            if not isinstance(facts := json.loads(path.read_text()), dict):
+                continue
+            found[path.stem] = facts
             with contextlib.suppress(FileNotFoundError):
                 facts["seen_at"] = max(facts.get("seen_at", 0.0), folder.beat(path.stem).stat().st_mtime)
     return found

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from rich.table import Table
 
-from configs.errors import Refused, UnusableInput
+from configs.errors import Refused
 from configs.schema import Canary, Recipe
 from data.judge import collect, judge_all
 from data.ledger import fates_of
@@ -58,7 +58,7 @@ class CanaryReport:
 
 
 def measure(recipe: Recipe, run: RunFolder) -> CanaryReport:
-    """Raises UnusableInput when not one of the canary's requests is completed."""
+    """Raises Refused when not one of the canary's requests is completed."""
     assert recipe.generate.canary.share is not None
     with PromptSet.open(run) as found:
         index = found.index("train")
@@ -82,9 +82,8 @@ def _report(
     decisions = [decision for decision, is_mine in zip(select(found.identities, judgements), mine, strict=True) if is_mine]
     rows = [row for row, is_mine in zip(found.rows.to_pylist(), mine, strict=True) if is_mine]
     if not rows:
-        raise UnusableInput(
-            f"{run.traces}: no completed trace of the canary; see the failures with: tracestill generate --status"
-        )
+        said = ", ".join(f"{count} {error}" for error, count in fates.errors.items()) or "see --status"
+        raise Refused(f"{run.traces}: not one of the canary's {len(asked) * samples} requests completed ({said}); mend the cause")
     requests = len(asked) * samples
     cost = sum(float(segment.facts.get("cost", 0.0)) for segment in committed)
     done = max(1, sum(fates.by_reason.values()))

@@ -56,11 +56,18 @@ def refuse_others(recipe: Recipe, run: RunFolder, mine: Mapping[str, str]) -> No
     first = read_json(path) if path.is_file() else mine
     for name in ("code", "template", "teacher", "sampling", "prompts"):
         if name in mine and first.get(name) != mine[name] and not (name == "code" and recipe.generate.accept_code_change):
-            said = f"{first.get('revision', '?')[:12]} against {mine['revision'][:12]}" if name == "code" else "hashes differ"
+            revisions = f"{_short(first.get('revision', '?'))} against {_short(mine['revision'])}"
+            said = revisions if name == "code" else "hashes differ"
             raise UnusableInput(
                 f"{run.root}: this worker's {name} is not the one that began the run ({said}); "
                 f"{REMEDIES.get(name, 'use another --run-dir')}"
             )
+
+
+def _short(revision: str) -> str:
+    """`a1b2c3d4e5f6+changes` of a checkout with edits."""
+    head, plus, changes = revision.partition("+")
+    return f"{head[:12]}{plus}{changes}"
 
 
 def source_fingerprint() -> str:

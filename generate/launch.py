@@ -15,7 +15,7 @@ from configs.progress import Count, Display, file_reporter, read_counts
 from configs.schema import DeepSpeedEngine, Recipe
 from data.ledger import Ledger, read_ledger
 from data.stage import Context, exclusive, folder_stays
-from data.store import ROLLUP, RunFolder, SegmentLog, read_rollup, segments
+from data.store import ROLLUP, RunFolder, SegmentLog, read_rollup, segments, verify_files
 from data.work import WorkFolder, ages, read_facts
 from generate import identity
 from generate.budget import number_of, others, spent
@@ -69,6 +69,8 @@ def refuse_strangers(context: Context) -> None:
         raise UnusableInput(f"generate.canary.share {share} in the recipe: a canary is asked with --canary {share}; leave it out")
     mine = identity.cheap_identity(context.recipe, context.run, teacher_fingerprint(context))
     identity.refuse_others(context.recipe, context.run, mine)
+    if (rollup := read_rollup(context.run.traces)) is not None:
+        verify_files(context.run, rollup)  # sealed, and not complete: something of it is gone, or was changed
 
 
 def unseal_if_grown(run: RunFolder) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from configs.errors import UnusableInput
+from configs.launch import StageFailed
 from configs.progress import Count
 from configs.schema import DeepSpeedEngine
 from data.expert_counts import ALARMS_COUNT
@@ -74,6 +75,12 @@ def _prompts_identity(context: Context) -> dict[str, Any]:
 def _seal_traces(context: Context, show: Callable[[Count], None]) -> Outcome:
     ledger = read_ledger(context.run)
     ledger.check(viewed=False)
+    if ledger.failed == ledger.requested:
+        said = ", ".join(f"{count} {reason}" for reason, count in ledger.failed_by_reason.items())
+        raise StageFailed(
+            f"{context.run.traces}: not one of {ledger.requested} requests completed ({said}); nothing is sealed: "
+            "mend the cause, then: tracestill generate CONFIG -s generate.retry_failed=true"
+        )
     committed = segments(context.run.traces)
     for segment in committed:
         read_segment(segment)  # a damaged one is never sealed as what the teacher said
@@ -140,7 +147,18 @@ def _prompts_plan(context: Context) -> str:
     return f"{len(sources)} training sources, {len(context.recipe.evaluate.suites)} evaluation suites"
 
 
-PROMPTS = Stage("prompts", "prompts", lambda run: run.prompts, (), _prompts_identity, _prompts, _prompts_plan)
+def _refuse_new_prompts(context: Context) -> None:
+    """Traces are answers to the prompts that they were asked for."""
+    if any(context.run.traces.glob("*.json")):
+        raise UnusableInput(
+            f"{context.run.prompts}: the prompt set has changed or is damaged, and there are traces of the one before; "
+            "restore its sources and files, or use another --run-dir"
+        )
+
+
+PROMPTS = Stage(
+    "prompts", "prompts", lambda run: run.prompts, (), _prompts_identity, _prompts, _prompts_plan, admit=_refuse_new_prompts
+)
 GENERATE = Stage(
     "generate", "traces", lambda run: run.traces, ("prompts",), _generate_identity, _seal_traces, _generate_plan, ask_together,
     refuse_strangers,

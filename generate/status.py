@@ -16,6 +16,7 @@ from data.work import WorkFolder, ages, read_facts
 from generate.budget import Spent, number_of, others, spent
 
 STRAGGLERS = 5
+SHOWN_WORKERS = 40
 
 
 class WorkerLine(NamedTuple):
@@ -137,7 +138,7 @@ def _ledger_table(status: Status, budget: Budget) -> Table:
     table.add_column(justify="left")
     table.add_column(justify="right")
     table.add_column(justify="left")
-    share = f"{(ledger.completed + ledger.failed) / max(1, ledger.requested):.1%} of all"
+    share = f"{ledger.completed / max(1, ledger.requested):.1%} of all"
     table.add_row("requested", f"{ledger.requested:,}", "= completed + failed + pending")
     table.add_row("completed", f"{ledger.completed:,}", share)
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in ledger.failed_by_reason.items())
@@ -166,9 +167,12 @@ def _duration(seconds: float) -> str:
 
 def _workers_table(status: Status) -> Table:
     table = Table("worker", "state", "silent", "finished", "in flight", "tokens/s", title="workers", title_justify="left")
-    for line in status.workers:
+    shown = sorted(status.workers, key=lambda line: (line.silent_s is None, line.silent_s or 0.0))[:SHOWN_WORKERS]
+    for line in shown:
         silent = "" if line.silent_s is None else f"{line.silent_s:.0f} s"
         table.add_row(line.name, line.state, silent, f"{line.finished:,}", f"{line.in_flight:,}", f"{line.tokens_per_s:,.0f}")
+    if len(status.workers) > len(shown):
+        table.caption = f"and {len(status.workers) - len(shown):,} more that have ended or died"
     return table
 
 

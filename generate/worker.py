@@ -10,6 +10,7 @@ import os
 import socket
 import time
 import uuid
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -148,6 +149,7 @@ class Shift:
         self.tokens_of: dict[str, int] = {}
         self.finished = self.tokens = 0
         self.nothing_free_until = -float("inf")
+        self.failures = Counter[str]()
         self.started, self.started_at, self.told = time.perf_counter(), self.worker.renew(), -float("inf")
         self.facts: dict[str, dict[str, object]] = {}
         self.others, self.others_read = Others(), -float("inf")
@@ -236,8 +238,18 @@ class Shift:
         self._add(hand, hand.finish(self.journal, completion))
         self.tokens_of.pop(completion.request_id, None)
         self.finished, self.tokens = self.finished + 1, self.tokens + len(completion.token_ids)
+        if completion.finish_reason == "abort":
+            self._count_failure(completion)
         rate = self.tokens / (time.perf_counter() - self.started)
-        self.report(Count(self.finished, self.finished + self.pool.num_open, f"{rate:.0f} tokens/s"))
+        failed = f", {self.failures.total()} failed" if self.failures else ""
+        self.report(Count(self.finished, self.finished + self.pool.num_open, f"{rate:.0f} tokens/s{failed}"))
+
+    def _count_failure(self, completion: Completion) -> None:
+        """The first of each kind is a warning: a run that fails must not look like one that works."""
+        error = completion.error or "unknown"
+        self.failures[error] += 1
+        if self.failures[error] == 1:
+            log.warning("request %s failed: %s; more of these are counted, see --status", completion.request_id, error)
 
     def _add(self, hand: InHand, completion: Completion) -> None:
         self.writer.add(hand.ask, hand.request, completion, hand.replies)

@@ -9,9 +9,15 @@ from data.engine import Completion
 from data.records import FinishReason
 from teacher.http.asks import Asks
 from teacher.http.exchange import Exchange, Failed, Live
+from teacher.http.reading import REFUSALS as REFUSALS_OF
 from teacher.http.reading import Output, Reading
 from teacher.http.servers import REFUSALS, Server
 from teacher.http.waits import jittered_wait
+
+WITHHELD = ("refused", "bad_reply", "torn", "timed_out")
+"""Failures of a request that may be the server's or the recipe's."""
+ANSWERS = tuple(REFUSALS_OF.values())
+"""Aborts that are a working server's own answer."""
 
 
 class Asker:
@@ -67,7 +73,10 @@ class Asker:
         """The completion, or None when more is to be asked: a rest, or the same again."""
         completion = reading.completion
         live.cost += completion.cost
-        self._proved(live.server)
+        if completion.finish_reason != "abort" or completion.error in ANSWERS or completion.may_continue:
+            self._proved(live.server)
+        elif live.server is not None:
+            live.server.why = reading.detail or completion.error
         if self._go_on(live, completion):
             live.failures = 0
             return None
@@ -105,20 +114,20 @@ class Asker:
         return None
 
     def _withhold(self, live: Live, completion: Completion) -> bool:
-        """Holds back the refusals of a server that never completed anything: a wrong recipe must not fail a million rows one
-        by one.
+        """Holds back the failures of a server that never completed anything: a wrong recipe, or an address where something else
+        answers, must not fail a million rows one by one.
 
         Raises:
-            UnusableInput: the server has refused REFUSALS requests and completed none.
+            UnusableInput: REFUSALS requests have failed at the server, and it completed none.
         """
         server = live.server
-        if completion.error != "refused" or server is None or server.answered:
+        if completion.error not in WITHHELD or server is None or server.answered:
             return False
         server.withheld.append(completion)
         if len(server.withheld) >= REFUSALS:
             raise UnusableInput(
-                f"teacher.engine.base_urls {server.url}: the first {REFUSALS} requests were all refused, the last with "
-                f"{server.why}; correct the recipe's model, sampling or prompts"
+                f"teacher.engine.base_urls {server.url}: the first {REFUSALS} requests all failed, the last as "
+                f"{completion.error} ({server.why}); correct the recipe's model, sampling or prompts, or the server"
             )
         return True
 

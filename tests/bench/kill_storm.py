@@ -4,14 +4,16 @@
 
 `WORKERS` processes of `tracestill generate` share one run folder and one mock server that streams token ids, `RATE` a second
 for each request; what it says is a function of the request alone. As soon as a worker has shown its beat it is left alone for a
-random while and then gets SIGKILL, and another one is started, `--kills` times; then nobody is killed any more. A second part
-does the same to launches of the embedded teacher on two DeepSpeed ranks. Keys:
+random while and then gets SIGKILL, and another one is started, `--http-kills` times; then nobody is killed any more. A second
+part does the same to launches of the embedded teacher on two DeepSpeed ranks, one after the other: a quarter of the kills fall
+anywhere in a launch, loading included, the others after its first token. Keys:
 
 lost          requests without a trace at the end
 duplicated    trace ids that a reader of the finished run sees twice
 wrong         traces whose tokens are not those of an undisturbed run
-redone        tokens that the server had to say again; redone_bound: most that were in flight since their last checkpoint,
-              kills x concurrency x (checkpoint_tokens + what the sockets hold)
+redone        tokens said, by the server's count or by a meter in every rank, beyond those that count in the end
+redone_bound  most that were in flight since their last checkpoint: kills x requests in flight x checkpoint_tokens (of a server:
+              and what the sockets hold)
 superseded    copies finished twice: leases are advisory
 """
 
@@ -20,13 +22,14 @@ import json
 import math
 import os
 import random
+import runpy
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,7 +46,9 @@ WORKERS, CONCURRENCY, CHECKPOINT_TOKENS, TTL_S = 4, 8, 64, 3.0
 RATE, TOKENS_PER_EVENT = 200, 8
 SOCKET_TOKENS = 64
 """Sent by the server and not yet in the journal: an event or two on the way, and the reader's own pace."""
+RANKS, RANK_SLOTS, RANK_CHECKPOINT_TOKENS = 2, 16, 8
 LIVES_S = (0.2, 4.0)
+LOADING_SHARE, LOADING_S, SPEAKING_S = 0.25, (0.5, 8.0), (0.0, 2.0)
 START_S = 120.0
 
 
@@ -117,25 +122,14 @@ def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def start(recipe: str, run: RunFolder, *words: str) -> "subprocess.Popen[bytes]":
+def start(recipe: str, run: RunFolder, *words: str, cwd: Path | None = None) -> "subprocess.Popen[bytes]":
     command = [sys.executable, "-m", "tracestill", "generate", recipe, "--run-dir", str(run.root), *words]
     log = (run.root.parent / "workers.log").open("ab")
-    return subprocess.Popen(command, env=environment(), stdout=log, stderr=log, start_new_session=True)
+    return subprocess.Popen(command, cwd=cwd, env=environment(), stdout=log, stderr=log, start_new_session=True)
 
 
 def beats(run: RunFolder) -> set[Path]:
     return set((run.root / "work" / "workers").glob("*.beat"))
-
-
-def kill_one(process: "subprocess.Popen[bytes]", run: RunFolder, before: set[Path], wait_s: float) -> None:
-    """SIGKILL, `wait_s` after one more worker than before has shown a beat; with its ranks, which die with it."""
-    deadline = time.monotonic() + START_S
-    while not (beats(run) - before) and process.poll() is None:
-        assert time.monotonic() < deadline, "the worker never showed a beat"
-        time.sleep(0.05)
-    time.sleep(wait_s)
-    process.kill()
-    process.wait()
 
 
 # --- http --------------------------------------------------------------------------------------------------------
@@ -230,35 +224,83 @@ def outputs(run: RunFolder) -> dict[str, tuple[int, ...]]:
 # --- deepspeed ---------------------------------------------------------------------------------------------------
 
 
-def storm_on_ranks(folder: Path, *, kills: int, seed: int) -> Part:
-    """The embedded teacher on two ranks; greedy in float32, so that the tokens are those of the run that nobody killed."""
+class Meter:
+    """Counts every token that a rank says, a byte each in a file of its process: a SIGKILL takes no byte back. Ranks run the
+    front door of their working directory, and there stands one that opens the real one with the meter in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir()
+        words = f"from tests.bench.kill_storm import open_metered\n\nopen_metered({str(folder)!r})\n"
+        (folder / "tracestill.py").write_text(words)
+
+    @property
+    def said(self) -> int:
+        return sum(path.stat().st_size for path in self.folder.glob("*.said"))
+
+
+def open_metered(folder: str) -> None:
+    """`python -m tracestill` in a process whose rows, if it is a rank, count what they say."""
+    if "RANK" in os.environ:
+        from teacher.row import Row
+
+        said, say = os.open(f"{folder}/{os.getpid()}-{time.time_ns()}.said", os.O_CREAT | os.O_WRONLY | os.O_APPEND), Row.say
+
+        def counted(self: Row, token_id: int, logprob: float) -> None:
+            os.write(said, b".")
+            say(self, token_id, logprob)
+
+        Row.say = counted
+    runpy.run_path(str(ROOT / "tracestill.py"), run_name="__main__")
+
+
+def storm_on_ranks(folder: Path, *, kills: int, seed: int, overrides: Sequence[str] = ("generate.samples_per_prompt=4",)) -> Part:
+    """The embedded teacher on two ranks, in float32 with noise that knows seed and position alone, so that the tokens are those
+    of the run that nobody killed."""
     dice, started = random.Random(seed), time.monotonic()
-    settings = [word for override in (*SMALL, f"generate.checkpoint_tokens={8}", f"generate.lease_ttl_s={TTL_S}")
-                for word in ("-s", override)]  # fmt: skip
+    chosen = (*SMALL, f"generate.checkpoint_tokens={RANK_CHECKPOINT_TOKENS}", f"generate.lease_ttl_s={TTL_S}",
+              f"teacher.engine.batch_size={RANK_SLOTS}", *overrides)  # fmt: skip
+    settings = [word for override in chosen for word in ("-s", override)]
     undisturbed, run = RunFolder(folder / "undisturbed"), RunFolder(folder / "killed")
     for one in (undisturbed, run):
         words = [sys.executable, "-m", "tracestill", "prompts", "embedded", "--run-dir", str(one.root), *settings]
         subprocess.run(words, env=environment(), check=True, capture_output=True)
-    assert start("embedded", undisturbed, *settings).wait() == 0
-    for _ in range(kills):
-        process = start("embedded", run, *settings)
-        kill_one(process, run, beats(run), dice.uniform(0.5, 8.0))
-        if not read_ledger(run).pending:
-            break
-    assert start("embedded", run, *settings).wait() == 0
+    calm, meter, killed = Meter(folder / "calm"), Meter(folder / "meter"), 0
+    assert start("embedded", undisturbed, *settings, cwd=calm.folder).wait() == 0
+    while killed < kills and read_ledger(run).pending:
+        killed += kill_one(start("embedded", run, *settings, cwd=meter.folder), run, meter, dice)
+    assert start("embedded", run, *settings, cwd=meter.folder).wait() == 0
     ledger, expected, said = read_ledger(run), outputs(undisturbed), outputs(run)
+    tokens = sum(map(len, expected.values()))
+    assert calm.said == tokens, f"{calm.said} tokens by the meter, {tokens} in the traces of a run that nobody killed"
     return Part(
-        kills=kills,
+        kills=killed,
         requests=len(expected),
         lost=ledger.pending + ledger.failed + len(expected.keys() - said.keys()),
         duplicated=sum(count - 1 for count in Counter(identities(run)).values()),
         wrong=sum(said.get(identity) != ids for identity, ids in expected.items()),
         superseded=ledger.superseded,
-        redone=0,
-        redone_bound=0,
-        tokens=sum(map(len, expected.values())),
+        redone=meter.said - tokens,
+        redone_bound=killed * RANKS * RANK_SLOTS * RANK_CHECKPOINT_TOKENS,
+        tokens=tokens,
         seconds=time.monotonic() - started,
     )
+
+
+def kill_one(process: "subprocess.Popen[bytes]", run: RunFolder, meter: Meter, dice: random.Random) -> bool:
+    """SIGKILL to the launch, with whose front process its ranks die; False when it had ended before. A while after its beat shows
+    or, more often, after it has begun to speak."""
+    before, silent = beats(run), meter.said
+    speaks = dice.random() >= LOADING_SHARE
+    deadline = time.monotonic() + START_S
+    while process.poll() is None and not (meter.said > silent if speaks else beats(run) - before):
+        assert time.monotonic() < deadline, "the launch never began"
+        time.sleep(0.05)
+    time.sleep(dice.uniform(*(SPEAKING_S if speaks else LOADING_S)))
+    was_alive = process.poll() is None
+    process.kill()
+    process.wait()
+    return was_alive
 
 
 def measure(http_kills: int, rank_kills: int, requests: int, seed: int) -> Result:

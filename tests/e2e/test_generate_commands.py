@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from data.ledger import read_ledger
-from data.store import RunFolder, read_first_copies, read_rollup, segments
+from data.store import ROLLUP, RunFolder, read_first_copies, read_rollup, segments
 from data.work import WorkFolder
 from generate.status import read_status
 from tests.e2e.commands import Ended, command, end_of, environment, error_line, start, tracestill, wait_until
@@ -349,6 +349,11 @@ def test_a_sealed_run_is_opened_again_for_what_failed_and_nothing_else(lay: Lay,
     check_every_request_ended_once(case, superseded=4)
     sealed = read_rollup(case.run.traces)
     assert sealed is not None and sealed.counts["failed_by_reason"] == {} and sealed.counts["completed"] == REQUESTS
+    sidecar = segments(case.run.traces)[0].path.with_suffix(".json")
+    sidecar.write_bytes(sidecar.read_bytes() + b" ")
+    damaged = case.finish()
+    assert damaged.code == 2 and sidecar.name in error_line(damaged), "a changed byte is named, not sealed again"
+    assert (case.run.traces / ROLLUP).is_file()
 
 
 @pytest.mark.long

@@ -8,6 +8,7 @@ import pytest
 
 from configs.errors import UnusableInput
 from data.engine import Completion, Handout, Partial
+from teacher.http.listening import BACKLOG
 from tests.teacher.http_asks import ask, by_id, engine_for, request
 from tests.teacher.mock_server import Asked, MockServer, Reply, completed, encoded, events, said, serving
 from tests.teacher.test_http_engine import by_ids, whole
@@ -228,6 +229,15 @@ def test_a_recipe_that_is_refused_from_the_start_ends_the_run_before_any_row_is_
     with pytest.raises(UnusableInput, match=r"HTTP 400: .*max_tokens is too large.*correct the recipe"):
         yielded.extend(engine_for(server).generate(request(index) for index in range(1000)))
     assert yielded == [] and len(server.asked) <= 12
+
+
+@pytest.mark.parametrize("body", [b"<html>Welcome</html>", b"null", b'{"choices": []}'])
+def test_an_address_where_something_else_answers_ends_the_run_before_any_row_is_failed(server: MockServer, body: bytes) -> None:
+    server.reply = lambda asked: Reply(body=body)
+    yielded: list[Completion] = []
+    with pytest.raises(UnusableInput, match="the first 8 requests all failed, the last as bad_reply"):
+        yielded.extend(engine_for(server, attempts=2).generate(request(index) for index in range(1000)))
+    assert yielded == [] and len(server.asked) <= 2 * (8 + 4) + BACKLOG
 
 
 def test_a_few_requests_that_are_all_refused_are_as_many_aborts(server: MockServer) -> None:
