@@ -11,6 +11,7 @@ import uuid
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -164,11 +165,12 @@ class PromptSet:
         starts = self._batch_starts()
         rows = [int(position) for position in positions]
         found: dict[int, Prompt] = {}
-        for row in sorted(set(rows)):  # a batch is decompressed once a call, whatever the order
-            if not 0 <= row < starts[-1]:
-                raise IndexError(f"position {row} of {starts[-1]} prompts")
-            number = bisect_right(starts, row) - 1
-            [found[row]] = _records(self._batch(number).slice(row - starts[number], 1))
+        for number, members in groupby(sorted(set(rows)), lambda row: bisect_right(starts, row) - 1):
+            wanted = list(members)  # a batch is decompressed once a call, whatever the order
+            if not 0 <= wanted[0] <= wanted[-1] < starts[-1]:
+                raise IndexError(f"position {wanted[-1] if wanted[0] >= 0 else wanted[0]} of {starts[-1]} prompts")
+            batch = self._batch(number).take(pa.array([row - starts[number] for row in wanted]))
+            found |= zip(wanted, _records(batch), strict=True)
         return [found[row] for row in rows]
 
     def iterate(self, split: Split | None = None) -> Iterator[Prompt]:

@@ -103,7 +103,7 @@ def _row(record: object) -> dict[str, object]:
 def from_table(table: pa.Table, kind: type[Record]) -> list[Record]:
     """The records of a table. Raises UnusableInput when its schema is not the current one."""
     expected = _SCHEMAS[kind]
-    if schema_hash(table.schema) != schema_hash(expected):
+    if not table.schema.equals(expected):  # a hash of both took 0.2 ms, half of what one prompt costs
         found = schema_hash(table.schema)
         raise UnusableInput(f"{kind.__name__} table: schema {found}, expected {schema_hash(expected)} (version {SCHEMA_VERSION})")
     return [kind(**_restore(row)) for row in table.to_pylist()]

@@ -6,6 +6,8 @@ the think block does not close there is none, whatever the text inside it looks 
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import cache
 from typing import Literal, NamedTuple, Protocol
 
 OPEN, CLOSE = "<think>", "</think>"
@@ -68,13 +70,25 @@ def count_reasoning_tokens(ids: Sequence[int], tokenizer: Encoder, *, prompt_ope
 
     Counted from ids: servers that put `<think>` into the prompt report 0 reasoning tokens for the same output.
     """
-    close, opening = (tokenizer.encode(tag, add_special_tokens=False) for tag in (CLOSE, OPEN))
+    close, opening = _tag_ids(tokenizer)
     if (end := _find(ids, close)) is not None:
         return end + len(close)
     return len(ids) if prompt_opens_think or _find(ids, opening) is not None else 0
 
 
+@cache
+def _tag_ids(tokenizer: Encoder) -> tuple[list[int], list[int]]:
+    """Of `</think>` and of `<think>`."""
+    return tokenizer.encode(CLOSE, add_special_tokens=False), tokenizer.encode(OPEN, add_special_tokens=False)
+
+
 def _find(ids: Sequence[int], part: Sequence[int]) -> int | None:
     """First position of `part` in `ids`. A tag is one id in every tokenizer we met; a tag of several ids works too."""
-    wanted = tuple(part)
-    return next((start for start in range(len(ids) - len(wanted) + 1) if tuple(ids[start : start + len(wanted)]) == wanted), None)
+    wanted, start = list(part), 0
+    with suppress(ValueError):  # index gives up
+        while True:  # from one first id to the next: a comparison at every position took 2 ms of 4,600 ids
+            start = ids.index(wanted[0], start)
+            if list(ids[start : start + len(wanted)]) == wanted:
+                return start
+            start += 1
+    return None

@@ -106,8 +106,7 @@ class Claims:
         self.estate.look(living)
         units = self._claim(self._num_wanted(len(living)))
         self.catch_up()
-        for unit in units:
-            self._queue_up(unit)
+        self._queue_up(units)
         return bool(units)
 
     def _lives(self, age: float) -> bool:
@@ -138,17 +137,19 @@ class Claims:
             self.estate.forget(trace_ids[place])
         return sorted({self.pool.unit_of(request) for request in requests[is_open].tolist()})
 
-    def _queue_up(self, unit: int) -> None:
-        requests = self.pool.open_requests(unit)
-        if not requests:
-            self.leases.release(unit)
-            return
-        self.unfinished[unit] = len(requests)
-        samples, attempt = self.pool.samples, self.leases.mine[unit] + 1
-        prompts = self.read_prompts([self.pool.position(request) for request in requests])
-        for request, prompt in zip(requests, prompts, strict=True):
-            trace_id = self.pool.trace_id(request)
-            self.queue.append(Ask(request, trace_id, prompt, request % samples, unit, attempt))
+    def _queue_up(self, units: Sequence[int]) -> None:
+        """Their prompts are read together: units of single requests are neighbours in the file, and a read has its price."""
+        requests_of = {unit: self.pool.open_requests(unit) for unit in units}
+        positions = [self.pool.position(request) for requests in requests_of.values() for request in requests]
+        prompts = iter(self.read_prompts(positions))
+        for unit, requests in requests_of.items():
+            if not requests:
+                self.leases.release(unit)
+                continue
+            self.unfinished[unit] = len(requests)
+            samples, attempt = self.pool.samples, self.leases.mine[unit] + 1
+            for request in requests:
+                self.queue.append(Ask(request, self.pool.trace_id(request), next(prompts), request % samples, unit, attempt))
 
     def committed(self, asks: Sequence[Ask]) -> None:
         """Their traces are durable: nobody needs their leases."""

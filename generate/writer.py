@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from configs.schema import Recipe
 from data.chat import Dialect, dialect_of
 from data.columns import coded
+from data.decoding import decode
 from data.engine import Completion, Engine, ExpertLoad, Request
 from data.logits import commit_logits, to_row
 from data.records import Message, Trace, Turn
@@ -107,8 +108,7 @@ class Writer:
     def _trace(self, ask: Ask, request: Request, completion: Completion, raw: bytes) -> Trace:
         ids = list(completion.token_ids)
         spoken = ids[:-1] if completion.finish_reason == "stop" and ids and ids[-1] in request.stop_ids else ids
-        raw_text = self.tokenizer.decode(spoken, skip_special_tokens=False)
-        assert isinstance(raw_text, str)
+        raw_text = decode(self.tokenizer, spoken)
         parsed = split_reasoning(raw_text, prompt_opens_think=self.dialect.prompt_opens_think)
         reasoning_tokens = count_reasoning_tokens(ids, self.tokenizer, prompt_opens_think=self.dialect.prompt_opens_think)
         said: Message = {"role": "assistant", "content": parsed.answer, "reasoning_content": parsed.reasoning}

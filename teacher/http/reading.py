@@ -66,7 +66,8 @@ class Reader:
         """The ids of `text`, special tokens in it recognised and none added."""
         if self._backend is None:
             return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
-        return tuple(self._backend.encode(text, add_special_tokens=False).ids)
+        [encoding] = self._backend.encode_batch_fast([text], add_special_tokens=False)  # without offsets: a fifth less
+        return tuple(encoding.ids)
 
     def read(self, request: Request, raw: bytes) -> Reading:
         """What `raw` holds for `request`; whatever it holds instead is an abort, never an exception."""
