@@ -130,9 +130,10 @@ class Journal:
         before, self._number = self._descriptor, self._number + 1
         descriptor = os.open(self._path(self._number), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
         fsync_folder(self.folder)
+        if before >= 0:
+            os.fsync(before)  # while it is still what `sync` knows: else that could call on the disk what is not
         self._open[self._number], self._size, self._descriptor = set(), 0, descriptor
         if before >= 0:
-            os.fsync(before)
             os.close(before)
             self.forget("")
 

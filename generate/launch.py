@@ -201,10 +201,10 @@ def join_generation(context: Context) -> None:
     launchers have met), so they agree on whether there is anything to do; and a rank commits before the collective in
     which its engine closes, so the first node's ranks end after everybody's last commit.
     """
-    refuse_strangers(context)
     ledger = read_ledger(context.run)
     if ledger.pending or (context.recipe.generate.retry_failed and ledger.failed):
-        refuse_if_spent(context, ledger.pending)  # as the first node does, which would be waited for at the rendezvous
+        refuse_strangers(context)  # as the first node does, which would be waited for at the rendezvous
+        refuse_if_spent(context, ledger.pending)
         nodes = nodes_of(context.recipe)
         _run_ranks_here(context, nodes, context.run.logs / f"generate.n{nodes.rank if nodes else 0}.log", lambda: None)
 

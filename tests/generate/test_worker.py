@@ -325,7 +325,9 @@ def test_what_a_stream_said_before_its_worker_was_killed_is_paid_for(
     assert sorted(trace.cost for trace in traces(run)) == [1.0] * 6 + [1.03] * 4
 
 
-def test_a_worker_that_wakes_after_the_others_have_sealed_ends_in_order(recipe: Recipe, run: RunFolder) -> None:
+def test_a_worker_that_wakes_after_the_others_have_sealed_ends_in_order(
+    recipe: Recipe, run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """They cleared it away; what it had in hand is committed beside the seal, and in nobody's view."""
     quick = changed(recipe, lease_ttl_s=0.2)
 
@@ -341,10 +343,8 @@ def test_a_worker_that_wakes_after_the_others_have_sealed_ends_in_order(recipe: 
             self.requests = [*source]
 
     sleeper = Sleeper()
-    with_beats_that_stand = pytest.MonkeyPatch()
-    with_beats_that_stand.setattr("data.work.Worker._keep_beating", lambda self: None)
+    monkeypatch.setattr("data.work.Worker._keep_beating", lambda self: None)
     assert work(quick, run, sleeper) == 1
-    with_beats_that_stand.undo()
     assert len(sleeper.requests) < 9 and read_ledger(run).completed == 1
 
 

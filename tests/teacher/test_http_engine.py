@@ -158,6 +158,7 @@ def test_more_than_a_thousand_connections_at_once(server: MockServer) -> None:
 
     completions = list(engine_for(server, concurrency=1100, deadline_s=100.0).generate(requests()))
     assert len(completions) == 1300 and {completion.finish_reason for completion in completions} == {"stop"}
+    # A connection that was lost on a busy machine is opened again: 1,101 were counted once; one a request would be 1,300.
     assert 1024 < server.peak <= 1100 and server.connections <= 1110 and threads - before <= 4
 
 
