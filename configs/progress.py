@@ -15,9 +15,17 @@ WRITE_INTERVAL_S = 0.5
 
 
 class Count(NamedTuple):
+    """How far a stage is. failed: of those done; said on the line, so that a run that fails does not look like one that works."""
+
     done: int
     total: int
     note: str = ""
+    failed: int = 0
+
+    @property
+    def remark(self) -> str:
+        """The note, and what failed."""
+        return ", ".join(filter(None, [self.note, f"{self.failed} failed" if self.failed else ""]))
 
 
 Report = Callable[[Count], None]
@@ -51,7 +59,8 @@ def read_counts(paths: list[Path]) -> Count | None:
             continue
     if len(counts) < len(paths):
         return None
-    return Count(sum(count.done for count in counts), sum(count.total for count in counts), counts[0].note)
+    done, total, failed = (sum(column) for column in zip(*((one.done, one.total, one.failed) for one in counts), strict=True))
+    return Count(done, total, counts[0].note, failed)
 
 
 class Display:
@@ -85,12 +94,13 @@ class Display:
             self.first_done, self.started = count.done, now
         rate = (count.done - self.first_done) / max(now - self.started, 1e-9)
         if self.bar is not None and self.task is not None:
-            self.bar.update(self.task, completed=count.done, total=count.total, rate=f"{rate:.1f} {self.unit}/s", note=count.note)
+            said = f"{rate:.1f} {self.unit}/s"
+            self.bar.update(self.task, completed=count.done, total=count.total, rate=said, note=count.remark)
         elif now - self.last_line >= PLAIN_INTERVAL_S:
             self.last_line = now
             left = f"{(count.total - count.done) / rate:.0f} s left" if rate > 0 else "starting"
             print(
-                f"{self.stage}: {count.done}/{count.total} {self.unit}, {rate:.1f}/s, {left} {count.note}".rstrip(),
+                f"{self.stage}: {count.done}/{count.total} {self.unit}, {rate:.1f}/s, {left} {count.remark}".rstrip(),
                 file=sys.stderr,
                 flush=True,
             )

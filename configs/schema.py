@@ -8,12 +8,13 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from configs.engines import TORCHRUN_GRACE_S, DeepSpeedEngine, HttpEngine, LocalEngine
+from configs.filters import AnswerPresentFilter, FilterSettings, FinishReasonFilter, ThinkTagsFilter
+from configs.planning import Planning
 from configs.prompt_sources import PromptSource
 from configs.section import Section
+from configs.views import WithViews
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
-PlannedCount = Annotated[int, Field(ge=1, le=10**12)]
-"""Bounded, as every rate and price of a plan is: its figures are products of them and have to stay finite."""
 
 
 # --- teacher -----------------------------------------------------------------------------------------------------
@@ -205,19 +206,55 @@ class Generate(Section):
 
 # --- data --------------------------------------------------------------------------------------------------------
 
-FilterName = Literal["finish_reason", "think_tags", "answer_present", "length"]
 
-
-class Data(Section):
-    filters: tuple[FilterName, ...] = ("finish_reason", "think_tags", "answer_present")
-    max_trace_tokens: PositiveInt = 131072
-    """For the `length` filter: prompt + output tokens."""
-    require_verified: bool = True
-    """Keep only traces whose verifier scored 1.0; traces without a verifier are then `unjudged`."""
-    dedup: Literal["exact", "none"] = "exact"
+class Data(WithViews):
+    filters: tuple[FilterSettings, ...] = (FinishReasonFilter(), ThinkTagsFilter(), AnswerPresentFilter())
+    """What makes a trace unfit whatever its answer, each by its type or as a section. The default finds broken records, which
+    nothing should be trained on; what else counts as unfit is the recipe's to say."""
+    decontaminate: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Benchmark files, JSONL or Parquet, by path or pattern, looked for beside the recipe and in the working directory. The run's
+    own evaluation prompts are always looked for."""
+    dedup: Literal["near", "exact", "none"] = "exact"
+    """near: also what differs in a few words (MinHash of five-word shingles)."""
+    near_threshold: Annotated[float, Field(ge=0.6, le=0.95)] = 0.8
+    """Estimated Jaccard similarity of two traces' shingles from which on the second is a copy."""
     validation_share: Share = 0.03
     """Share of prompts (by hash, never of rows) whose traces go to the validation split."""
     verify_timeout_s: PositiveFloat = 10.0
+    """Wall seconds for one answer; a verifier that needs more says so itself."""
+    permitted_licences: tuple[str, ...] = ("MIT", "Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "CC0-1.0", "CC-BY-4.0")
+    """Of teachers and prompt sources: licences that permit distillation as you read them. Any other stops the build (exit 3).
+    `unknown` is a licence too: that of a source which names none."""
+    parquet: bool = True
+    """The rows once more as Parquet, beside the Arrow files."""
+    processes: PositiveInt | None = None
+    """That judge and write; absent: as many as this machine has cores. Shows in no byte."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _verified_is_a_view(cls, given: object) -> object:
+        if isinstance(given, dict) and "require_verified" in given:
+            raise ValueError(
+                f"require_verified is the view's now; expected view: {{require_verified: {given['require_verified']}}}"
+            )
+        return given
+
+    @model_validator(mode="before")
+    @classmethod
+    def _length_is_a_filter(cls, given: object) -> object:
+        if isinstance(given, dict) and "max_trace_tokens" in given:
+            raise ValueError(
+                f"max_trace_tokens is the length filter's now; expected filters: [..., {{type: length, max_tokens: "
+                f"{given['max_trace_tokens']}}}]"
+            )
+        return given
+
+    @model_validator(mode="after")
+    def _each_filter_once(self) -> "Data":
+        types = [chosen.type for chosen in self.filters]
+        if twice := sorted({name for name in types if types.count(name) > 1}):
+            raise ValueError(f"filters name {twice[0]} twice; expected each type once: put all its bounds into one section")
+        return self
 
 
 # --- student and training ----------------------------------------------------------------------------------------
@@ -324,58 +361,7 @@ class Slurm(Section):
     """Shell lines before each stage: module loads, container, virtual environment."""
 
 
-# --- planning ----------------------------------------------------------------------------------------------------
-
-
-class ApiPrices(Section):
-    """List price of the same model behind somebody else's API, in dollars per million tokens."""
-
-    input: Annotated[float, Field(ge=0.0, le=1e6)] = 1.40
-    cached_input: Annotated[float, Field(ge=0.0, le=1e6)] = 0.26
-    """A prompt's second and later samples."""
-    output: Annotated[float, Field(ge=1e-6, le=1e6)] = 4.40
-
-
-class Workload(Section):
-    """What the launch is to produce; lengths of outputs are log-normal, cut at generate.sampling.max_tokens."""
-
-    traces: PlannedCount = 10_000
-    prompt_tokens: PlannedCount = 4_000
-    """Mean; a request of this prompt and an output of p99 length must fit."""
-    output_tokens_median: PlannedCount = 4_000
-    output_tokens_p99: PlannedCount = 32_000
-    """Eight times the median: reasoning traces have a long tail."""
-
-    @model_validator(mode="after")
-    def _tail_is_long(self) -> "Workload":
-        if self.output_tokens_p99 <= self.output_tokens_median:
-            raise ValueError(
-                f"output_tokens_p99 {self.output_tokens_p99} is not above output_tokens_median {self.output_tokens_median}"
-            )
-        return self
-
-
-class Planning(Section):
-    """What `tracestill plan` assumes; no other command reads it."""
-
-    context_lengths: tuple[PlannedCount, ...] = (8_192, 32_768, 131_072, 1_048_576)
-    """Rows of the table; those above the model's positions are left out."""
-    context_tokens: PlannedCount | None = None
-    """Prompt and output of a long request that has to fit; absent: the workload's prompt and its p99 output. Beside it, our own
-    engines have to hold the prompt and generate.sampling.max_tokens: they refuse a request that might outgrow the cache."""
-    concurrency: PlannedCount | None = None
-    """Requests in flight over the whole launch, which then have to fit; absent: as many as fit and the engine takes."""
-    efficiency: Annotated[float, Field(ge=0.0001, le=1.0)] = 0.15
-    """Expected decode rate over the bound. A public server reaches 0.16 of its weights-only bound: GLM-5.2 FP8 on 8 x H200,
-    256 requests, 267 output tokens/s per GPU."""
-    prefill_efficiency: Annotated[float, Field(ge=0.0001, le=1.0)] = 0.4
-    """Share of the peak arithmetic that prefill reaches: large matrix products with their attention, in practice 0.3 to 0.5."""
-    prefill_chunk_tokens: PlannedCount = 8_192
-    """Prompt tokens of one prefill pass: its activations and score buffers grow with it, its reads of the weights shrink."""
-    price_per_gpu_hour: Annotated[float, Field(ge=0.0001, le=1e6)] = 3.0
-    """Dollars. Put your own: rented H200s cost 2 to 4 an hour."""
-    api: ApiPrices = ApiPrices()
-    workload: Workload = Workload()
+# --- the whole run -----------------------------------------------------------------------------------------------
 
 
 class Recipe(Section):

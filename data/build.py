@@ -1,37 +1,41 @@
 """From traces to a dataset: every completed trace is judged, every judgement is written down, and what all of them let
 pass becomes the training set. Nothing is deleted, so that the view can be taken again with other settings.
 
-Killed anywhere, a second call starts over from the traces and leaves the same bytes; only the stage's roll-up, which
-the caller seals last, makes the result count.
+Traces are read a segment at a time by worker processes, decisions are made over columns, and rows go from segments into
+sorted shards: what is held in memory grows by some 200 bytes a trace, whatever its length. Killed anywhere, a second call
+takes over what was judged and leaves the same bytes; only the stage's roll-up, which the caller seals last, makes the
+result count. Neither the number of processes nor the way the log was cut into segments shows in any byte.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pyarrow as pa
 
 from configs.errors import Refused, UnusableInput
 from configs.progress import Count, Report
 from configs.schema import Data
+from data.card import INVISIBLE, CardFacts, origins, render_card
 from data.counts import Counts, count
-from data.dataset import save_dataset
-from data.judge import VERSIONS, Collected, collect, judge_all
+from data.dataset import SPLITS, save_dataset
+from data.judge import VERSIONS, Judged, judge_run, opinion
 from data.ledger import Ledger, generation_ledger, read_fates, with_view
-from data.prompt_set import read_prompts
-from data.records import Verdict
-from data.schema import to_table
-from data.select import VIEW_FILE, Decision, Judgement, kept, select, view_table
+from data.licences import check_licences, licences
+from data.processes import num_cores
+from data.select import KEPT, VIEW_FILE, Decisions, Judgement, order_of, select, verdict_table, view_table
 from data.split import is_held_out
 from data.store import ROLLUP, RunFolder, fsync_folder, read_rollup, table_bytes, write_bytes
 from data.verify import VERIFIERS, Verifier
 
 
 class Built(NamedTuple):
-    """files: everything to seal (verdicts, view, dataset), in a fixed order."""
+    """files: everything to seal (verdicts, view, dataset), in a fixed order. settings: those that made it, for the manifest."""
 
     files: list[Path]
     counts: Counts
+    settings: dict[str, object]
 
 
 def build(
@@ -40,34 +44,44 @@ def build(
     report: Report | None = None,
     *,
     num_workers: int | None = None,
+    folders: Sequence[Path] = (),
     verifiers: Mapping[str, Verifier] = VERIFIERS,
 ) -> Built:
     """Verdict files, view and dataset stand in the run folder, unsealed. One builder at a time.
 
-    num_workers: processes that judge answers; the machine's cores when None.
+    num_workers: processes that read and judge; the machine's cores when None. folders: where benchmark files are looked for.
 
     Raises:
-        UnusableInput: a damaged segment, traces without their prompt, a ledger that does not balance. Nothing was written.
-        Refused: nothing is left to train on. The verdicts are written and say why.
+        UnusableInput: a damaged segment or benchmark file, traces without their prompt, a ledger that does not balance. Nothing
+            was written.
+        Refused: a licence that is not listed; or nothing is left to train on, and then the verdicts are written and say why.
     """
-    tell = report or _silent
+    tell, num_workers = report or _silent, num_workers or settings.processes or num_cores()
     ledger = read_generation_ledger(run)
-    prompts = {prompt.prompt_id: prompt for prompt in read_prompts(run)}
-    found = collect(run, settings, prompts, ledger.completed, tell)
-    judgements = judge_all(found, prompts, settings, verifiers=verifiers, num_workers=num_workers, tell=tell)
-    decisions = select(found.identities, judgements)
-    splits = split_rows(rows_of(found, kept(decisions)), settings.validation_share)
-    counts = count([candidate.prompt.task for candidate in found.candidates], decisions, splits)
+    found = judge_run(run, settings, num_workers=num_workers, tell=tell, folders=folders, verifiers=verifiers)
+    view = opinion(found, settings)
+    said = view.judgements
+    decisions = select(said, len(found))
+    splits_N = split_rows(found, decisions, settings.validation_share)
+    counts = count(found["facts"], decisions, splits_N)
     with_view(ledger, counts).check(viewed=True)
-    tell(Count(0, 2, "writing verdicts"))
+    tell(Count(0, 1, "writing verdicts"))
+    check_licences(licences(found["facts"], decisions.kept_N), settings.permitted_licences)
     unseal(run)
-    files = write_judgements(run, found, judgements, decisions, verifiers)
-    if not splits["train"].num_rows:
+    files = write_judgements(run, found, said, decisions, verifiers)
+    if not counts["train_rows"]:
         raise Refused(nothing_kept(counts))
-    tell(Count(1, 2, "writing dataset"))
-    files += save_dataset(run, splits)
-    tell(Count(2, 2, "written"))
-    return Built(files, counts)
+    files += save_dataset(
+        run,
+        found.segments,
+        found.per_segment(splits_N, absent=-1),
+        text_bytes_of(found, splits_N),
+        card=render_card(card_facts(settings, found, decisions, counts)),
+        parquet=settings.parquet,
+        num_workers=num_workers,
+        tell=tell,
+    )
+    return Built(files, counts, settings.model_dump(mode="json", exclude=INVISIBLE))
 
 
 def _silent(count: Count) -> None:
@@ -92,53 +106,52 @@ def unseal(run: RunFolder) -> None:
         fsync_folder(run.dataset)
 
 
-def rows_of(found: Collected, wanted: set[str]) -> pa.Table:
-    """The dataset rows of the wanted traces, sorted by trace_id: in no way does the log's order show."""
-    mask = pa.array([trace_id in wanted for trace_id in found.identities], pa.bool_())
-    return found.rows.filter(mask).sort_by("trace_id")
+def split_rows(found: Judged, decisions: Decisions, validation_share: float) -> np.ndarray:
+    """int8 [N]: position in SPLITS of each kept trace, -1 for the others. The prompt's hash decides: one prompt's samples stay
+    together."""
+    prompts = found["facts"]["prompt_id"].combine_chunks().dictionary_encode()
+    held_out = np.array([is_held_out(prompt_id, share=validation_share) for prompt_id in prompts.dictionary.to_pylist()], bool)
+    side_N = held_out[prompts.indices.to_numpy()].astype(np.int8)
+    return np.where(decisions.fates_N == KEPT, side_N, np.int8(-1))
 
 
-def split_rows(rows: pa.Table, validation_share: float) -> dict[str, pa.Table]:
-    """`train` and `validation`, either possibly empty. The prompt's hash decides: one prompt's samples stay together."""
-    held_out = [is_held_out(prompt_id, share=validation_share) for prompt_id in rows["prompt_id"].to_pylist()]
-    return {
-        "train": rows.filter(pa.array([not side for side in held_out], pa.bool_())),
-        "validation": rows.filter(pa.array(held_out, pa.bool_())),
-    }
+def card_facts(settings: Data, found: Judged, decisions: Decisions, counts: Counts) -> CardFacts:
+    facts, kept_N = found["facts"], decisions.kept_N
+    teachers = origins(facts, kept_N, ["model_id", "model_revision"], "teacher_licence")
+    return CardFacts(settings, counts, teachers, origins(facts, kept_N, ["source"], "source_licence"))
+
+
+def text_bytes_of(found: Judged, splits_N: np.ndarray) -> dict[str, int]:
+    bytes_N = found["facts"]["text_bytes"].to_numpy()
+    return {split: int(bytes_N[splits_N == number].sum()) for number, split in enumerate(SPLITS)}
 
 
 def write_judgements(
-    run: RunFolder,
-    found: Collected,
-    judgements: Sequence[Judgement],
-    decisions: Sequence[Decision],
-    verifiers: Mapping[str, Verifier],
+    run: RunFolder, found: Judged, said: Sequence[Judgement], decisions: Decisions, verifiers: Mapping[str, Verifier]
 ) -> list[Path]:
     """One Arrow file per filter or verifier version, and the view: sorted by trace_id, the same bytes every time."""
-    tables = {VIEW_FILE: view_table(decisions)}
-    for judgement in judgements:
-        if judgement.name == "verifier":
-            tables |= _by_verifier(found, judgement, verifiers)
-        else:
-            tables[f"{judgement.name}-v{VERSIONS[judgement.name]}.arrow"] = _verdict_table(judgement.verdicts.values())
     for leftover in run.verdicts.glob(".*.tmp"):
         leftover.unlink()
-    for name, table in tables.items():
+    trace_ids = found.trace_ids
+    order_N = order_of(trace_ids)
+    files = []
+
+    def write(name: str, table: pa.Table) -> None:
         write_bytes(run.verdicts / name, table_bytes(table))
-    return sorted(run.verdicts / name for name in tables)
+        files.append(run.verdicts / name)
 
-
-def _by_verifier(found: Collected, judgement: Judgement, verifiers: Mapping[str, Verifier]) -> dict[str, pa.Table]:
-    """A file for each verifier in use, with the traces that were its to judge; those of no verifier are in the view alone."""
-    verdicts: dict[str, list[Verdict]] = {}
-    for candidate in found.candidates:
-        if candidate.prompt.verifier:
-            verdicts.setdefault(candidate.prompt.verifier, []).append(judgement.verdicts[candidate.trace_id])
-    return {f"verifier-{name}-v{verifiers[name].version}.arrow": _verdict_table(its) for name, its in verdicts.items()}
-
-
-def _verdict_table(verdicts: Iterable[Verdict]) -> pa.Table:
-    return to_table(sorted(verdicts, key=lambda verdict: verdict.trace_id), Verdict)
+    write(VIEW_FILE, view_table(trace_ids, decisions, order_N))
+    for one in said:
+        if one.name == "view":
+            continue  # in VIEW_FILE, with everybody else's
+        if one.name != "verifier":
+            write(f"{one.name}-v{VERSIONS[one.name]}.arrow", verdict_table(trace_ids, one, order_N))
+            continue
+        # A file for each verifier in use, with the traces that were its to judge; those of no verifier are in the view alone.
+        names_N = np.array(found["verifier"]["verifier"].to_pylist(), object)[order_N]
+        for name in sorted(set(names_N.tolist()) - {""}):
+            write(f"verifier-{name}-v{verifiers[name].version}.arrow", verdict_table(trace_ids, one, order_N[names_N == name]))
+    return sorted(files)
 
 
 def nothing_kept(counts: Counts) -> str:
@@ -149,5 +162,5 @@ def nothing_kept(counts: Counts) -> str:
     return (
         f"data build: nothing kept of {counts['completed']} completed traces "
         f"({', '.join(f'{reason} {number}' for reason, number in by_reason.items())}); "
-        f"the verdicts are in verdicts/{VIEW_FILE}: change data.filters, data.require_verified or the teacher's sampling"
+        f"the verdicts are in verdicts/{VIEW_FILE}: change data.filters, data.view or the teacher's sampling"
     )

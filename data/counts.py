@@ -1,12 +1,13 @@
 """How many traces became what: the figures that a dataset's manifest carries and the ledger adds up."""
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
+import numpy as np
 import pyarrow as pa
 
-from data.select import Decision, reasons
+from data.select import REJECTED, UNDECIDED, Decisions, coded, reasons
+
+TOKENS = ("prompt_tokens", "reasoning_tokens", "answer_tokens")
 
 
 class TaskCounts(TypedDict):
@@ -32,39 +33,35 @@ class Counts(TaskCounts):
     by_task: dict[str, TaskCounts]
 
 
-def count(tasks: Sequence[str], decisions: Sequence[Decision], splits: Mapping[str, pa.Table]) -> Counts:
-    """tasks: of each decision's trace, in the same order. splits: the dataset's rows."""
-    fates: dict[str, Counter[str]] = {task: Counter() for task in sorted(set(tasks))}
-    for task, decision in zip(tasks, decisions, strict=True):
-        fates[task][decision.fate] += 1
+def count(facts: pa.Table, decisions: Decisions, splits_N: np.ndarray) -> Counts:
+    """facts: of the decisions' traces, in the same order. splits_N: 0 train, 1 validation, -1 neither."""
+    codes_N, tasks = coded(facts["task"])
+    by_task = {
+        task: _task_counts(facts, decisions, splits_N, codes_N == code)
+        for code, task in enumerate(tasks)
+        if (codes_N == code).any()
+    }
+    kept = facts["prompt_id"].filter(pa.array(decisions.kept_N))
     return {
-        **_task_counts(sum(fates.values(), Counter()), splits),
-        "prompts": len({prompt_id for table in splits.values() for prompt_id in table["prompt_id"].to_pylist()}),
+        **_task_counts(facts, decisions, splits_N, np.ones(len(codes_N), bool)),
+        "prompts": len(kept.unique()),
         "rejected_by_reason": reasons(decisions, "rejected"),
         "unjudged_by_reason": reasons(decisions, "unjudged"),
-        "by_task": {task: _task_counts(counter, _of_task(splits, task)) for task, counter in fates.items()},
+        "by_task": by_task,
     }
 
 
-def _of_task(splits: Mapping[str, pa.Table], task: str) -> dict[str, pa.Table]:
+def _task_counts(facts: pa.Table, decisions: Decisions, splits_N: np.ndarray, mine_N: np.ndarray) -> TaskCounts:
+    kept_N = mine_N & decisions.kept_N
+    prompt, reasoning, answer = (int(facts[name].to_numpy()[kept_N].sum()) for name in TOKENS)
     return {
-        split: table.filter(pa.array([its_task == task for its_task in table["task"].to_pylist()], pa.bool_()))
-        for split, table in splits.items()
-    }
-
-
-def _task_counts(fates: Counter[str], splits: Mapping[str, pa.Table]) -> TaskCounts:
-    def total(column: str) -> int:
-        return sum(sum(table[column].to_pylist()) for table in splits.values())
-
-    return {
-        "completed": fates.total(),
-        "kept": fates["kept"],
-        "rejected": fates["rejected"],
-        "unjudged": fates["unjudged"],
-        "train_rows": splits["train"].num_rows,
-        "validation_rows": splits["validation"].num_rows,
-        "prompt_tokens": total("prompt_tokens"),
-        "reasoning_tokens": total("reasoning_tokens"),
-        "answer_tokens": total("answer_tokens"),
+        "completed": int(mine_N.sum()),
+        "kept": int(kept_N.sum()),
+        "rejected": int((decisions.fates_N[mine_N] == REJECTED).sum()),
+        "unjudged": int((decisions.fates_N[mine_N] == UNDECIDED).sum()),
+        "train_rows": int((splits_N[mine_N] == 0).sum()),
+        "validation_rows": int((splits_N[mine_N] == 1).sum()),
+        "prompt_tokens": prompt,
+        "reasoning_tokens": reasoning,
+        "answer_tokens": answer,
     }

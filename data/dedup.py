@@ -1,46 +1,35 @@
 """Exact deduplication: the same conversation with the same reasoning and answer, up to whitespace, is kept once."""
 
-from collections.abc import Iterable, Sequence
-from collections.abc import Set as AbstractSet
-from typing import NamedTuple
+import hashlib
+from collections.abc import Sequence
 
-from data.records import Message, digest
+import numpy as np
 
-VERSION = 1
+from data.records import Message
 
-
-class Keyed(NamedTuple):
-    """A trace and the hash of everything in it that training would see."""
-
-    trace_id: str
-    key: str
-
-
-def conversation_key(messages: Sequence[Message]) -> str:
-    """Hash over every turn's role, content and reasoning, with runs of whitespace made one.
-
-    Case and punctuation count: two traces that differ in them are two lessons for a byte-level or BPE student.
-    """
-    return digest(
-        [[message.get(part, "") and " ".join(message.get(part, "").split()) for part in _PARTS] for message in messages]
-    )
-
+VERSION = 2
 
 _PARTS = ("role", "content", "reasoning_content")
 
 
-def duplicates(traces: Iterable[Keyed], eligible: AbstractSet[str]) -> set[str]:
-    """The trace_ids that repeat an earlier one. `traces` come in log order; the first *eligible* copy is the original.
+def conversation_key(messages: Sequence[Message]) -> bytes:
+    """16 bytes over every turn's role, content and reasoning, with runs of whitespace made one.
 
-    A copy that another judgement has turned down (truncated, say) is neither an original nor a duplicate, so that
-    dropping it can never take its healthy twin along.
+    Case and punctuation count: two traces that differ in them are two lessons for a byte-level or BPE student.
     """
-    seen: set[str] = set()
-    repeated = set()
-    for trace_id, key in traces:
-        if trace_id not in eligible:
-            continue
-        if key in seen:
-            repeated.add(trace_id)
-        seen.add(key)
+    words = ("\x1f".join(message.get(part, "").split()) for message in messages for part in _PARTS)
+    return hashlib.blake2b("\x1e".join(words).encode(), digest_size=16).digest()
+
+
+def repeats(keys_N: np.ndarray, preference_N: np.ndarray, eligible_N: np.ndarray) -> np.ndarray:
+    """bool [N]: True for each trace that repeats a preferred one.
+
+    keys_N: equal for equal conversations. preference_N: lower is kept; it must differ between any two traces, so that what
+    stays depends on the traces alone and never on their order. A copy that another judgement has turned down (truncated, say)
+    is neither an original nor a repeat: dropping it can never take its healthy twin along.
+    """
+    rows = np.flatnonzero(eligible_N)
+    order = rows[np.lexsort((preference_N[rows], keys_N[rows]))]
+    repeated = np.zeros(len(keys_N), bool)
+    repeated[order[1:]] = keys_N[order[1:]] == keys_N[order[:-1]]
     return repeated

@@ -1,137 +1,286 @@
 """Every judgement on every completed trace of a run, in the order in which they decide."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pyarrow as pa
 
-from configs.errors import UnusableInput
-from configs.progress import Count, Report
+from configs.errors import Refused, UnusableInput
+from configs.progress import Report
 from configs.schema import Data
-from data import decontaminate, dedup
-from data.dataset import ROW
-from data.dedup import Keyed
+from data import calibration, decontaminate, dedup, groups, near_dedup, selection
+from data.calibration import Evidence, Labelled
+from data.copies import counting_rows, keys_of, segment_keys
 from data.filters import FILTERS
-from data.records import Prompt, Trace, Verdict
-from data.schema import from_table
-from data.select import Judgement, kept, select
-from data.store import RunFolder, read_first_copies
-from data.verify import Verifier
-from data.verify.runner import Item, judge
+from data.judging import examine
+from data.minhash import NUM_SLOTS, Signatures
+from data.panel import PanelSpec
+from data.select import FAIL, PASS, VERDICTS, Judgement, coded, judgement, order_of, select
+from data.store import RunFolder, Segment, segments
+from data.verify import VERIFIERS, Verifier
+from data.verify.runner import Pool
+from data.what_if import Difference, Groups, Taken, what_if
+
+log = logging.getLogger(__name__)
 
 VERSIONS = {name: judge.version for name, judge in FILTERS.items()} | {
     "decontaminate": decontaminate.VERSION,
     "dedup": dedup.VERSION,
+    "near_dedup": near_dedup.VERSION,
+    "view": selection.VERSION,
 }
 """Of every judgement except the verifiers' (those are data.verify.VERIFIERS')."""
 
 
-class Candidate(NamedTuple):
-    """What judging needs of a trace; its text waits in Arrow. answer is "" for a truncated trace, whatever its last words."""
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """The panel's answers about N completed traces, one copy of each, in log order, by question."""
 
-    trace_id: str
-    prompt: Prompt
-    answer: str
-    key: str
+    segments: Sequence[Segment]
+    counts_M: np.ndarray
+    """bool: which of the M completed rows of the segments is the copy that counts; N of them are."""
+    rows_of_segment: Sequence[int]
+    """Completed rows of each segment; they add up to M."""
+    tables: Mapping[str, pa.Table]
 
+    def __len__(self) -> int:
+        return self.tables["facts"].num_rows
 
-@dataclass(slots=True)
-class Collected:
-    """Completed traces in log order, the filters' verdicts on them, and their dataset rows (ROW, log order)."""
-
-    candidates: list[Candidate] = field(default_factory=list)
-    filtered: dict[str, list[Verdict]] = field(default_factory=dict)
-    rows: pa.Table = field(default_factory=ROW.empty_table)
+    def __getitem__(self, question: str) -> pa.Table:
+        return self.tables[question]
 
     @property
-    def identities(self) -> list[str]:
-        return [candidate.trace_id for candidate in self.candidates]
+    def trace_ids(self) -> pa.Array:
+        return self["facts"]["trace_id"].combine_chunks()
+
+    def per_segment(self, values_N: np.ndarray, absent: int) -> list[np.ndarray]:
+        """A value a completed row of each segment; `absent` for superseded copies."""
+        values_M = np.full(len(self.counts_M), absent, values_N.dtype)
+        values_M[self.counts_M] = values_N
+        return np.split(values_M, np.cumsum(self.rows_of_segment)[:-1])
 
 
-def completed_traces(run: RunFolder) -> Iterator[pa.Table]:
-    """The first copy of every completed trace, verified, a segment at a time. Aborted requests failed: they are no traces."""
-    for table in read_first_copies(run.traces) if run.traces.is_dir() else ():
-        yield table.filter(pa.array([reason != "abort" for reason in table["finish_reason"].to_pylist()], pa.bool_()))
-
-
-def collect(run: RunFolder, settings: Data, prompts: Mapping[str, Prompt], total: int, tell: Report) -> Collected:
-    """One pass over the log. A segment is in memory at a time, and its token ids and logprobs are dropped with it.
-
-    total: completed traces by the ledger, for the progress report.
-    Raises UnusableInput for a damaged segment, no completed trace, or one whose prompt is not in the prompt set.
-    """
-    found = Collected(filtered={name: [] for name in FILTERS if name in settings.filters})
-    tables = []
-    for table in completed_traces(run):
-        tables.append(table.select(ROW.names))
-        for trace in from_table(table, Trace):
-            found.candidates.append(_candidate(trace, prompts, run))
-            for name, verdicts in found.filtered.items():
-                verdicts.append(_verdict(trace.trace_id, FILTERS[name].apply(trace, settings)))
-        tell(Count(len(found.candidates), total, "reading traces"))
-    if not found.candidates:
-        raise UnusableInput(f"{run.traces}: no completed trace; run tracestill generate first")
-    found.rows = pa.concat_tables([found.rows, *tables])
-    return found
-
-
-def _candidate(trace: Trace, prompts: Mapping[str, Prompt], run: RunFolder) -> Candidate:
-    prompt = prompts.get(trace.prompt_id)
-    if prompt is None:
-        raise UnusableInput(
-            f"{run.traces}: trace {trace.trace_id} answers prompt {trace.prompt_id}, which is not in {run.prompts}; "
-            "the folder holds traces of another prompt set: use another --run-dir"
-        )
-    answer = trace.messages[-1].get("content", "") if trace.finish_reason == "stop" else ""
-    return Candidate(trace.trace_id, prompt, answer, dedup.conversation_key(trace.messages))
-
-
-def _verdict(trace_id: str, reason: str) -> Verdict:
-    return Verdict(trace_id, "fail" if reason else "pass", reason, 0.0 if reason else 1.0)
-
-
-def judge_all(
-    found: Collected,
-    prompts: Mapping[str, Prompt],
+def judge_run(
+    run: RunFolder,
     settings: Data,
     *,
-    verifiers: Mapping[str, Verifier],
-    num_workers: int | None,
+    num_workers: int,
     tell: Report,
-) -> list[Judgement]:
-    """Filters, decontamination, verifier, deduplication: the first that does not pass decides.
+    folders: Sequence[Path] = (),
+    verifiers: Mapping[str, Verifier] = VERIFIERS,
+) -> Judged:
+    """Asks what has not been asked in earlier builds. num_workers: processes that read, and as many that verify. folders: where
+    benchmark files are looked for.
 
-    Deduplication comes last and looks at survivors only, so the copy that stays is good in itself. Without
-    settings.require_verified the verifiers' verdicts are on record and decide nothing.
+    Raises UnusableInput for a damaged segment, no completed trace, or one whose prompt is not in the prompt set.
     """
-    items = [Item(candidate.prompt, candidate.answer) for candidate in found.candidates]
-    results = judge(items, timeout_s=settings.verify_timeout_s, num_workers=num_workers, verifiers=verifiers, report=tell)
-    verified = (Verdict(trace_id, *result) for trace_id, result in zip(found.identities, results, strict=True))
-    judgements = [
-        *(_judgement(name, verdicts) for name, verdicts in found.filtered.items()),
-        _judgement("decontaminate", _contamination(found, prompts)),
-        _judgement("verifier", verified, decides=settings.require_verified),
-    ]
-    if settings.dedup == "exact":
-        judgements.append(_judgement("dedup", _duplication(found, judgements)))
-    return judgements
+    committed = segments(run.traces)
+    spec = PanelSpec.of(run, settings, folders, verifiers)
+    with Pool(verifiers, timeout_s=settings.verify_timeout_s, num_workers=num_workers) as pool:
+        tables = examine(run, committed, spec, num_workers=num_workers, pool=pool, tell=tell)
+    keys_R2, is_abort_R = segment_keys(committed)
+    counts_M = counting_rows(keys_R2, is_abort_R)[~is_abort_R]
+    ends = np.cumsum([segment.rows for segment in committed])
+    rows_of_segment = [int((~part).sum()) for part in np.split(is_abort_R, ends[:-1])] if committed else []
+    if not counts_M.any():
+        raise UnusableInput(f"{run.traces}: no completed trace; run tracestill generate first")
+    counting = {name: table.filter(pa.array(counts_M)).combine_chunks() for name, table in tables.items()}
+    return Judged(committed, counts_M, rows_of_segment, counting)
 
 
-def _judgement(name: str, verdicts: Iterable[Verdict], *, decides: bool = True) -> Judgement:
-    return Judgement(name, {verdict.trace_id: verdict for verdict in verdicts}, decides)
+# --- before the view ---------------------------------------------------------------------------------------------
+
+Fitted = tuple[calibration.Model, calibration.Report]
 
 
-def _contamination(found: Collected, prompts: Mapping[str, Prompt]) -> Iterator[Verdict]:
-    asked = {candidate.prompt.prompt_id: candidate.prompt for candidate in found.candidates}
-    held_out = [prompt for prompt in prompts.values() if prompt.split == "eval"]
-    leaks = decontaminate.contaminated(asked.values(), held_out)
-    for candidate in found.candidates:
-        yield _verdict(candidate.trace_id, "contaminated" if candidate.prompt.prompt_id in leaks else "")
+class Opinion(NamedTuple):
+    """What a view makes of the traces. selection: relabelled rows, training tokens. calibration: p(correct), if it was fitted."""
+
+    judgements: list[Judgement]
+    selection: selection.Selection
+    calibration: Fitted | None
 
 
-def _duplication(found: Collected, judgements: list[Judgement]) -> Iterator[Verdict]:
-    survivors = kept(select(found.identities, judgements))
-    repeated = dedup.duplicates([Keyed(candidate.trace_id, candidate.key) for candidate in found.candidates], survivors)
-    for trace_id in found.identities:
-        yield _verdict(trace_id, "duplicate" if trace_id in repeated else "")
+def opinion(found: Judged, settings: Data) -> Opinion:
+    """Filters, decontamination, verifier, copies, view: the first that does not pass decides.
+
+    Copies are looked for among survivors only, so the one that stays is good in itself. Where the view does not require a
+    verifier's pass, verdicts are on record and decide nothing by themselves.
+    """
+    said = [*_filtered(found), judgement("decontaminate", found["contamination"]["reason"])]
+    eligible_N = select(said, len(found)).kept_N
+    said.append(verified(found["verifier"], decides=settings.view.require_verified))
+    if settings.dedup != "none":
+        repeated_N = dedup.repeats(conversations(found), preference(found), select(said, len(found)).kept_N)
+        said.append(_copies("dedup", repeated_N, "duplicate"))
+    if settings.dedup == "near":
+        said.append(_copies("near_dedup", _near_copies(found, settings, select(said, len(found)).kept_N), "near_duplicate"))
+    model = _calibrated(found, settings, eligible_N)
+    columns = _columns(found, settings, model, select(said, len(found)).kept_N)
+    chosen = selection.apply_view(columns, settings.view)
+    said.append(_chosen(chosen))
+    return Opinion(said, chosen, model)
+
+
+def _filtered(found: Judged) -> list[Judgement]:
+    table = found.tables.get("filters")
+    return [] if table is None else [judgement(name, table[name]) for name in table.column_names]
+
+
+def verified(table: pa.Table, *, decides: bool) -> Judgement:
+    reasons_N, words = coded(table["reason"])
+    verdicts_N, names = coded(table["verdict"])
+    codes = np.array([0, *(VERDICTS.index(name) for name in names[1:])], np.uint8)[verdicts_N]
+    return Judgement("verifier", codes, reasons_N, words, table["score"].to_numpy(), decides)
+
+
+def _copies(name: str, repeated_N: np.ndarray, reason: str) -> Judgement:
+    verdicts_N = np.where(repeated_N, FAIL, PASS).astype(np.uint8)
+    return Judgement(name, verdicts_N, repeated_N.astype(np.int32), ("", reason), 1.0 - repeated_N)
+
+
+def _near_copies(found: Judged, settings: Data, eligible_N: np.ndarray) -> np.ndarray:
+    trace_keys_N2 = keys_of("".join(found.trace_ids.to_pylist()))
+    near = near_dedup.near_duplicates(
+        signatures(found["near"]), eligible_N, [preference(found)], trace_keys_N2, settings.near_threshold
+    )
+    return near.original_N >= 0
+
+
+def signatures(table: pa.Table) -> Signatures:
+    column = table["slots"].combine_chunks()
+    slots = np.frombuffer(column.buffers()[1], np.uint8).reshape(-1, NUM_SLOTS)[column.offset : column.offset + len(column)]
+    return Signatures(slots, table["shingles"].to_numpy())
+
+
+def conversations(found: Judged) -> np.ndarray:
+    """S16 [N]: equal for equal conversations."""
+    column = found["facts"]["conversation"].combine_chunks()
+    return np.frombuffer(column.buffers()[1], "S16")[column.offset : column.offset + len(column)]
+
+
+def preference(found: Judged) -> np.ndarray:
+    """int64 [N], no two alike, lower is better: what a verifier passed, then fewer generated tokens, then the lower trace_id."""
+    passed_N = strong_verdicts(found["verifier"]) == calibration.PASSED
+    order = np.lexsort((_rank(found.trace_ids), generated_tokens(found), ~passed_N))
+    ranks_N = np.empty(len(found), np.int64)
+    ranks_N[order] = np.arange(len(found))
+    return ranks_N
+
+
+def _rank(identities: pa.Array) -> np.ndarray:
+    """int64 [N]: the place of each identity in their sorted order."""
+    ranks_N = np.empty(len(identities), np.int64)
+    ranks_N[order_of(identities)] = np.arange(len(identities))
+    return ranks_N
+
+
+def generated_tokens(found: Judged) -> np.ndarray:
+    facts = found["facts"]
+    return facts["reasoning_tokens"].to_numpy().astype(np.int64) + facts["answer_tokens"].to_numpy()
+
+
+# --- the view ----------------------------------------------------------------------------------------------------
+
+
+def strong_verdicts(table: pa.Table) -> np.ndarray:
+    """int8 [N] as data.calibration has them. Of every verifier we have a pass is the answer's being right."""
+    verdicts_N, names = coded(table["verdict"])
+    meaning = {"pass": calibration.PASSED, "fail": calibration.FAILED}
+    return np.array([meaning.get(name, calibration.UNJUDGED) for name in names], np.int8)[verdicts_N]
+
+
+def _calibrated(found: Judged, settings: Data, eligible_N: np.ndarray) -> tuple[calibration.Model, calibration.Report] | None:
+    """None where the view asks for no p(correct), or where verdicts are too few to learn from: what is verified stays known."""
+    if not settings.view.needs_p_correct:
+        return None
+    codes_N, prompt_ids = _coded(found["facts"]["prompt_id"])
+    tasks_N, tasks = _coded(found["facts"]["task"])
+    labelled = Labelled(
+        evidence(found, codes_N, eligible_N), strong_verdicts(found["verifier"]), eligible_N, codes_N, prompt_ids, tasks_N, tasks,
+        groups.trace_keys(found.trace_ids.to_pylist()),
+    )  # fmt: skip
+    try:
+        return calibration.fit(labelled)
+    except Refused as few:
+        log.warning("%s; traces that no verifier has judged are left out", few)
+        return None
+
+
+def evidence(found: Judged, prompt_codes_N: np.ndarray, eligible_N: np.ndarray) -> Evidence:
+    said, tokens_N = found["evidence"], generated_tokens(found)
+    answers_N = said["answer"].to_numpy()
+    unknown_N = np.full(len(found), np.nan)
+    return Evidence(
+        agreement_N=groups.agreement(prompt_codes_N, answers_N, eligible_N),
+        answer_logprob_N=said["answer_logprob"].to_numpy(),
+        reasoning_logprob_N=said["reasoning_logprob"].to_numpy(),
+        lowest_logprob_N=said["lowest_logprob"].to_numpy(),
+        tokens_N=tokens_N.astype(float),
+        relative_length_N=groups.relative_length(prompt_codes_N, tokens_N, eligible_N),
+        judge_N=unknown_N,
+        weak_score_N=unknown_N,
+    )
+
+
+def _columns(found: Judged, settings: Data, model: Fitted | None, eligible_N: np.ndarray) -> selection.Columns:
+    facts = found["facts"]
+    codes_N, _ = _coded(facts["prompt_id"])
+    tasks_N, tasks = _coded(facts["task"])
+    verdicts_N = strong_verdicts(found["verifier"])
+    needs_p = settings.view.needs_p_correct
+    p_N = (
+        calibration.final_p(model[0] if model else None, evidence(found, codes_N, eligible_N), verdicts_N)
+        if needs_p
+        else np.where(verdicts_N == calibration.UNJUDGED, np.nan, verdicts_N == calibration.PASSED)
+    )
+    return selection.Columns(
+        trace_keys_N=groups.trace_keys(found.trace_ids.to_pylist()),
+        prompt_codes_N=codes_N,
+        task_codes_N=tasks_N,
+        tasks=tasks,
+        eligible_N=eligible_N,
+        verdicts_N=verdicts_N,
+        p_correct_N=p_N,
+        prompt_tokens_N=facts["prompt_tokens"].to_numpy().astype(np.int64),
+        generated_tokens_N=generated_tokens(found),
+        answer_keys_N=found["evidence"]["answer"].to_numpy(),
+        signatures_NP=signatures(found["near"]).slots_NS if "near" in found.tables else None,
+        error_margin=model[1].error_margin if model else 0.0,
+    )
+
+
+def _coded(column: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:
+    """int64 codes and words, as they come."""
+    encoded = column.combine_chunks().dictionary_encode()
+    return encoded.indices.to_numpy().astype(np.int64), encoded.dictionary.to_pylist()
+
+
+def _chosen(found: selection.Selection) -> Judgement:
+    """`ineligible` passes here: what turned such a trace down has the better reason, and has decided already."""
+    words = tuple(selection.REASONS)
+    verdict_of = {"kept": PASS, "rejected": FAIL, "unjudged": VERDICTS.index("unjudged")}
+    verdicts = np.array([verdict_of[fate] for fate in selection.REASONS.values()], np.uint8)
+    verdicts[selection.CODES["ineligible"]] = PASS
+    reasons_N = np.where(found.codes_N == selection.CODES["ineligible"], 0, found.codes_N).astype(np.int32)
+    return Judgement("view", verdicts[found.codes_N], reasons_N, words, (found.codes_N == 0).astype(float))
+
+
+# --- two views side by side --------------------------------------------------------------------------------------
+
+
+def compare(found: Judged, current: Data, other_found: Judged, other: Data) -> Difference:
+    """What building with the other settings would change. The same traces twice, each asked what its settings ask."""
+    codes_N, _ = _coded(found["facts"]["prompt_id"])
+    tasks_N, tasks = _coded(found["facts"]["task"])
+    return what_if(Groups(codes_N, tasks_N, tasks), _taken(found, current), _taken(other_found, other))
+
+
+def _taken(found: Judged, settings: Data) -> Taken:
+    view = opinion(found, settings)
+    decisions = select(view.judgements, len(found))
+    return Taken(decisions.reasons_N, decisions.words, view.selection.tokens_N, view.selection.relabelled_N)

@@ -28,6 +28,7 @@ BATCH_ROWS = 64
 BATCH_BYTES = 1 << 20
 CACHED_BATCHES = 8
 _ID_BYTES = 16
+_KEY = np.dtype(f"S{_ID_BYTES}")
 
 
 def prompt_file(run: RunFolder) -> Path:
@@ -117,6 +118,7 @@ class PromptSet:
             )
         self._reader = self._columns(*PROMPT.names)
         self._starts: list[int] = []
+        self._sorted: tuple[np.ndarray, np.ndarray] | None = None
         self._cache: OrderedDict[int, pa.RecordBatch] = OrderedDict()
 
     @classmethod
@@ -172,6 +174,22 @@ class PromptSet:
             batch = self._batch(number).take(pa.array([row - starts[number] for row in wanted]))
             found |= zip(wanted, _records(batch), strict=True)
         return [found[row] for row in rows]
+
+    def positions_of(self, prompt_ids: Sequence[str]) -> np.ndarray:
+        """int64: where each of these prompts stands in the file, -1 for one that does not. Holds 24 bytes a prompt from the
+        first call on."""
+        if self._sorted is None:
+            reader = self._columns("prompt_id")
+            batches = (reader.get_batch(number)["prompt_id"] for number in range(reader.num_record_batches))
+            ids_N = np.concatenate([np.zeros(0, _KEY), *(_keys(_id_bytes(batch, self.path)) for batch in batches)])
+            order_N = np.argsort(ids_N, kind="stable")
+            self._sorted = ids_N[order_N], order_N
+        ids_N, order_N = self._sorted
+        if not len(ids_N):
+            return np.full(len(prompt_ids), -1)
+        wanted_W = _keys(_id_bytes(pa.array(prompt_ids, pa.string()), self.path))
+        places_W = np.minimum(np.searchsorted(ids_N, wanted_W), len(ids_N) - 1)
+        return np.where(ids_N[places_W] == wanted_W, order_N[places_W], -1)
 
     def iterate(self, split: Split | None = None) -> Iterator[Prompt]:
         """The prompts of one side (or of both) in the order of the file, a batch in memory at a time."""
@@ -241,6 +259,11 @@ def _id_bytes(column: pa.Array, path: Path) -> np.ndarray:
         raise UnusableInput(
             f"{path}: a prompt_id is not {_ID_BYTES} bytes in hex ({error}); build the prompt set again"
         ) from error
+
+
+def _keys(ids_ND: np.ndarray) -> np.ndarray:
+    """The 16 bytes of each id as one value that sorts."""
+    return np.ascontiguousarray(ids_ND).view(_KEY).reshape(-1)
 
 
 def _characters(messages: pa.ListArray) -> np.ndarray:

@@ -20,6 +20,7 @@ from configs.errors import UnusableInput
 from configs.load import Loaded, fingerprint
 from configs.progress import Count, Display
 from configs.schema import Recipe
+from data.checksum import checked_text
 from data.store import (
     ROLLUP,
     Rollup,
@@ -39,9 +40,10 @@ log = logging.getLogger(__name__)
 # file does.
 VERIFIED_AT_ONCE_BYTES = 4 << 30
 # What may change under a run folder without making another run of it: where and how fast, not what. No layout changes a
-# token's identity: a run that began on two nodes goes on with four, from shards or from the checkpoint.
+# token's identity: a run that began on two nodes goes on with four, from shards or from the checkpoint. A dataset is a view
+# of the traces, which may be taken again; its own manifest says with what settings.
 FREE = (
-    "slurm", "plan", "teacher.hardware", "teacher.layout", "teacher.experts", "teacher.engine.processes",
+    "data", "slurm", "plan", "teacher.hardware", "teacher.layout", "teacher.experts", "teacher.engine.processes",
     "teacher.engine.batch_size", "teacher.engine.cache_bytes", "teacher.engine.prepared", "teacher.engine.timeout_s",
     "teacher.engine.concurrency", "teacher.engine.base_urls", "teacher.engine.servers_file", "teacher.engine.stream",
     "teacher.engine.deadline_s", "teacher.engine.attempts", "teacher.engine.health_s", "teacher.engine.drain_s",
@@ -272,7 +274,7 @@ def open_run(loaded: Loaded, run_dir: Path | None) -> RunFolder:
     header = {"code_revision": code_revision(), "fingerprint": fingerprint(wanted)}
     text = f"# Resolved configuration of this run; written once.\n{yaml.safe_dump(header | {'recipe': wanted}, sort_keys=False)}"
     try:
-        write_bytes(run.config, text.encode())
+        write_bytes(run.config, checked_text(text))
     except OSError as error:
         raise UnusableInput(
             f"run directory {run.root}: cannot be written ({error.strerror}); choose another --run-dir"

@@ -5,6 +5,7 @@ from typing import Any
 
 from configs.progress import Count
 from data.build import build
+from data.card import INVISIBLE
 from data.judge import VERSIONS
 from data.stage import Context, Outcome, Stage
 from data.store import RunFolder, input_hashes, read_rollup, seal
@@ -13,23 +14,23 @@ from data.verify import VERIFIERS
 
 def _identity(context: Context) -> dict[str, Any]:
     """The settings and every judge's version: a raised version judges again."""
-    settings = context.recipe.data.model_dump(mode="json", exclude={"verify_timeout_s"})
+    settings = context.recipe.data.model_dump(mode="json", exclude=INVISIBLE)
     return {"data": settings, "judges": VERSIONS | {name: verifier.version for name, verifier in VERIFIERS.items()}}
 
 
 def _act(context: Context, show: Callable[[Count], None]) -> Outcome:
-    built = build(context.recipe.data, context.run, show)
+    built = build(context.recipe.data, context.run, show, folders=context.folders)
     counts = built.counts
     reasons = ", ".join(
         f"{number} {reason}" for reason, number in {**counts["rejected_by_reason"], **counts["unjudged_by_reason"]}.items()
     )
     summary = f"{counts['kept']} of {counts['completed']} traces kept" + (f" ({reasons})" if reasons else "")
-    return Outcome(built.files, dict(counts), summary)
+    return Outcome(built.files, {**counts, "settings": built.settings}, summary)
 
 
 def _plan(context: Context) -> str:
     settings = context.recipe.data
-    filters = ", ".join(settings.filters) or "none"
+    filters = ", ".join(chosen.type for chosen in settings.filters) or "none"
     return f"filters {filters}; dedup {settings.dedup}; {settings.validation_share:.0%} of prompts to validation"
 
 

@@ -25,6 +25,7 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from configs.errors import UnusableInput
+from data.checksum import checked_json, parse_checked
 from data.columns import words_of
 from data.copies import counting_rows, segment_keys
 from data.schema import SCHEMA_VERSION, schema_hash
@@ -234,7 +235,7 @@ def commit_segment(folder: Path, table: pa.Table, *, worker: str, facts: Mapping
         "versions": versions(),
         "facts": dict(facts),
     }
-    write_bytes(data.with_suffix(".json"), json.dumps(sidecar, ensure_ascii=False).encode() + b"\n", replace=False)
+    write_bytes(data.with_suffix(".json"), checked_json(sidecar), replace=False)
     return _segment(data, sidecar)
 
 
@@ -273,7 +274,7 @@ class SegmentLog:
             yield self._read(self.folder / name, names)
 
     def _read(self, path: Path, names: set[str]) -> Segment:
-        sidecar, data = read_json(path), path.with_suffix(".arrow")
+        sidecar, data = parse_checked(path, path.read_bytes()), path.with_suffix(".arrow")
         if sidecar.get("schema_version") != SCHEMA_VERSION:
             raise UnusableInput(
                 f"segment {path.stem}: schema {sidecar.get('schema_version')}, expected {SCHEMA_VERSION}; "
@@ -374,7 +375,7 @@ def seal(
     rollup = Rollup(
         stage, fingerprint, dict(inputs), hashes, sizes, dict(counts), round(seconds, 3), time.time(), code_revision(), versions()
     )
-    write_json(folder / ROLLUP, dataclasses.asdict(rollup))
+    write_bytes(folder / ROLLUP, checked_json(dataclasses.asdict(rollup), indent=1))
     return rollup
 
 
@@ -383,7 +384,7 @@ def read_rollup(folder: Path) -> Rollup | None:
     path = folder / ROLLUP
     if not path.is_file():
         return None
-    value = read_json(path)
+    value = parse_checked(path, path.read_bytes())
     for field in dataclasses.fields(Rollup):
         kind = _JSON_KINDS.get(field.name, dict)
         if not isinstance(value.get(field.name), kind):

@@ -5,19 +5,21 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 from rich.table import Table
 
 from configs.errors import Refused
-from configs.schema import Canary, Recipe
-from data.judge import collect, judge_all
+from configs.schema import Canary, Data, Recipe
+from data.judge import judge_run, opinion
 from data.ledger import fates_of
+from data.processes import num_cores
 from data.prompt_set import PromptIndex, PromptSet
-from data.records import Prompt, digest
+from data.records import digest
 from data.select import select
 from data.store import RunFolder, segments
-from data.verify import VERIFIERS
 
 QUANTILES = (0.1, 0.5, 0.9, 0.99)
 
@@ -57,48 +59,51 @@ class CanaryReport:
         return self.failed / max(1, self.requests)
 
 
-def measure(recipe: Recipe, run: RunFolder) -> CanaryReport:
-    """Raises Refused when not one of the canary's requests is completed."""
+def measure(recipe: Recipe, run: RunFolder, folders: Sequence[Path] = ()) -> CanaryReport:
+    """folders: where the recipe's benchmark files are looked for. Raises Refused when not one of the canary's requests is
+    completed."""
     assert recipe.generate.canary.share is not None
-    with PromptSet.open(run) as found:
-        index = found.index("train")
-        chosen = canary_prompts(index, recipe.generate.canary.share, recipe.generate.seed)
-        prompts = {prompt.prompt_id: prompt for prompt in found.iterate()}
+    with PromptSet.open(run) as prompts:
+        index = prompts.index("train")
+    chosen = canary_prompts(index, recipe.generate.canary.share, recipe.generate.seed)
     samples = recipe.generate.samples_per_prompt
-    asked = {index.prompt_id(row) for row in np.flatnonzero(chosen).tolist()}
-    return _report(recipe, run, prompts, asked, samples, total=len(index) * samples)
+    asked = [index.prompt_id(row) for row in np.flatnonzero(chosen).tolist()]
+    return _report(recipe, run, folders, asked, samples, total=len(index) * samples)
 
 
 def _report(
-    recipe: Recipe, run: RunFolder, prompts: Mapping[str, Prompt], asked: set[str], samples: int, *, total: int
+    recipe: Recipe, run: RunFolder, folders: Sequence[Path], asked: Sequence[str], samples: int, *, total: int
 ) -> CanaryReport:
-    committed = segments(run.traces)
+    committed, requests = segments(run.traces), len(asked) * samples
     fates = fates_of(committed)
-    completed_in_all = sum(fates.by_reason.values()) - fates.by_reason.get("abort", 0)
     settings = recipe.data.model_copy(update={"dedup": "none"})
-    found = collect(run, settings, prompts, completed_in_all, lambda count: None)
-    judgements = judge_all(found, prompts, settings, verifiers=VERIFIERS, num_workers=None, tell=lambda count: None)
-    mine = [candidate.prompt.prompt_id in asked for candidate in found.candidates]
-    decisions = [decision for decision, is_mine in zip(select(found.identities, judgements), mine, strict=True) if is_mine]
-    rows = [row for row, is_mine in zip(found.rows.to_pylist(), mine, strict=True) if is_mine]
-    if not rows:
+    facts, reasons = _judged(run, settings, folders, asked) if fates.by_reason.keys() - {"abort"} else (None, [])
+    if facts is None or not facts.num_rows:
         said = ", ".join(f"{count} {error}" for error, count in fates.errors.items()) or "see --status"
-        raise Refused(f"{run.traces}: not one of the canary's {len(asked) * samples} requests completed ({said}); mend the cause")
-    requests = len(asked) * samples
+        raise Refused(f"{run.traces}: not one of the canary's {requests} requests completed ({said}); mend the cause")
     cost = sum(float(segment.facts.get("cost", 0.0)) for segment in committed)
-    done = max(1, sum(fates.by_reason.values()))
-    reasoning = np.quantile([row["reasoning_tokens"] for row in rows], QUANTILES)
+    reasoning_N, answer_N = (facts[name].to_numpy() for name in ("reasoning_tokens", "answer_tokens"))
+    reasoning = np.quantile(reasoning_N, QUANTILES)
     return CanaryReport(
         requests=requests,
-        completed=len(rows),
-        failed=min(requests - len(rows), fates.by_reason.get("abort", 0)),
-        fates=dict(Counter("kept" if decision.fate == "kept" else decision.reason for decision in decisions)),
-        truncated_share=sum(row["finish_reason"] == "length" for row in rows) / len(rows),
+        completed=facts.num_rows,
+        failed=min(requests - facts.num_rows, fates.by_reason.get("abort", 0)),
+        fates=dict(Counter(reason or "kept" for reason in reasons)),
+        truncated_share=facts["finish_reason"].to_pylist().count("length") / facts.num_rows,
         reasoning_tokens={f"p{quantile * 100:g}": float(value) for quantile, value in zip(QUANTILES, reasoning, strict=True)},
-        output_tokens=sum(row["reasoning_tokens"] + row["answer_tokens"] for row in rows),
+        output_tokens=int(reasoning_N.sum() + answer_N.sum()),
         cost=cost,
-        whole_run_cost=cost / done * total,
+        whole_run_cost=cost / max(1, sum(fates.by_reason.values())) * total,
     )
+
+
+def _judged(run: RunFolder, settings: Data, folders: Sequence[Path], asked: Sequence[str]) -> tuple[pa.Table, list[str]]:
+    """data.facts of the canary's completed traces, and for each "" or why it would not be kept."""
+    found = judge_run(run, settings, num_workers=settings.processes or num_cores(), tell=lambda count: None, folders=folders)
+    decisions = select(opinion(found, settings).judgements, len(found))
+    mine_N = np.isin(found["facts"]["prompt_id"].to_pylist(), list(asked))
+    codes = decisions.reasons_N[mine_N]
+    return found["facts"].filter(pa.array(mine_N)), [decisions.words[code] for code in codes.tolist()]
 
 
 def violations(report: CanaryReport, canary: Canary) -> list[str]:

@@ -80,13 +80,13 @@ def unseal_if_grown(run: RunFolder) -> None:
         if (rollup := read_rollup(run.traces)) is not None:
             sealed = {Path(path).name for path in rollup.files}
             if any(segment.path.name not in sealed for segment in SegmentLog(run.traces).look()):
-                (run.traces / ROLLUP).unlink()
+                (run.traces / ROLLUP).unlink(missing_ok=True)
 
 
 def unseal_for_retry(context: Context) -> None:
     """A sealed run whose failed requests are to be asked again is open once more."""
     if context.recipe.generate.retry_failed and (context.run.traces / ROLLUP).is_file() and read_ledger(context.run).failed:
-        (context.run.traces / ROLLUP).unlink()
+        (context.run.traces / ROLLUP).unlink(missing_ok=True)  # somebody may have done so while we read the ledger
 
 
 def ask_canary(context: Context) -> "CanaryReport":
@@ -105,7 +105,7 @@ def ask_canary(context: Context) -> "CanaryReport":
             wait_for_others(context)
     if left:
         raise Interrupted(f"{left} requests of the canary are still open; the same command continues")
-    return measure(context.recipe, run)
+    return measure(context.recipe, run, context.folders)
 
 
 def num_open(context: Context) -> int:
@@ -123,7 +123,8 @@ def launch(context: Context, show: Callable[[Count], None], ledger: Ledger) -> N
     already, committed = ledger.completed + ledger.failed, Committed(SegmentLog(context.run.traces))
 
     def tell(count: Count) -> None:
-        show(Count(min(ledger.requested, max(already + count.done, committed.rows())), ledger.requested, count.note))
+        done = min(ledger.requested, max(already + count.done, committed.rows()))
+        show(count._replace(done=done, total=ledger.requested))
 
     if isinstance(context.recipe.teacher.engine, DeepSpeedEngine):
         _generate_on_ranks(context, tell)

@@ -12,7 +12,7 @@ from data.ledger import read_ledger
 from data.prompt_set import write_prompts
 from data.stage import Context, Outcome, Stage
 from data.store import read_segment, segments
-from data.work import WorkFolder, clear
+from data.work import WorkFolder, ages, clear
 from generate.launch import ask_together, refuse_strangers, teacher_fingerprint
 
 if TYPE_CHECKING:
@@ -148,12 +148,20 @@ def _prompts_plan(context: Context) -> str:
 
 
 def _refuse_new_prompts(context: Context) -> None:
-    """Traces are answers to the prompts that they were asked for."""
-    if any(context.run.traces.glob("*.json")):
-        raise UnusableInput(
-            f"{context.run.prompts}: the prompt set has changed or is damaged, and there are traces of the one before; "
-            "restore its sources and files, or use another --run-dir"
-        )
+    """Traces are answers to the prompts that they were asked for, committed or still in the journal, and whoever is alive may
+    bring one. A worker that never got any has left nothing but its identity, which must not bind those who come after it."""
+    run, folder = context.run, WorkFolder.of(context.run)
+    if any(run.traces.glob("*.json")) or any(path.stat().st_size for path in folder.journal.glob("*.log")):
+        what = "there are traces of the one before"
+    elif any(age <= context.recipe.generate.lease_ttl_s for age in ages(folder).values()):
+        what = "workers are at the one before"
+    else:
+        folder.identity.unlink(missing_ok=True)
+        return
+    raise UnusableInput(
+        f"{run.prompts}: the prompt set has changed or is damaged, and {what}; "
+        "restore its sources and files, or use another --run-dir"
+    )
 
 
 PROMPTS = Stage(

@@ -241,8 +241,7 @@ class Shift:
         if completion.finish_reason == "abort":
             self._count_failure(completion)
         rate = self.tokens / (time.perf_counter() - self.started)
-        failed = f", {self.failures.total()} failed" if self.failures else ""
-        self.report(Count(self.finished, self.finished + self.pool.num_open, f"{rate:.0f} tokens/s{failed}"))
+        self.report(Count(self.finished, self.finished + self.pool.num_open, f"{rate:.0f} tokens/s", self.failures.total()))
 
     def _count_failure(self, completion: Completion) -> None:
         """The first of each kind is a warning: a run that fails must not look like one that works."""

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from configs.errors import UnusableInput
-from configs.schema import Planning, Recipe, Teacher
+from configs.planning import Planning
+from configs.schema import Recipe, Teacher
 from teacher.folders import model_folder, read_config_json
 from teacher.planning.architecture import FAMILIES, Architecture, model_type_of, read_architecture
 from teacher.planning.devices import WEIGHT_BYTES, degrees_of, device_of

@@ -1,12 +1,19 @@
-"""Mathematical equality through math-verify (sympy).
+"""Mathematical equality: numbers at once and exactly (data/verify/math_reading.py), everything else through math-verify.
 
-Runs only in a worker process with a deadline of its own (data/verify/runner.py): math-verify's timeouts use signals,
-which work in a main thread only, and a simplification that has left for C code does not hear them.
+math-verify (sympy) runs only in a worker process with a deadline of its own (data/verify/runner.py): its timeouts use
+signals, which work in a main thread only, and a simplification that has left for C code does not hear them.
 """
 
+import functools
 import logging
 
 from data.records import Prompt
+from data.verify import math_reading
+
+VERSION = 2
+"""2: a bare expression (`x^2+1`, `(1,2)`, `2pi`) is read as LaTeX; version 1 picked a number out of it, or nothing."""
+_REMEMBERED = 4096
+"""Verdicts and references kept in a worker: the samples of one prompt end in few different boxes."""
 
 
 def score(prompt: Prompt, answer: str) -> float:
@@ -17,10 +24,17 @@ def score(prompt: Prompt, answer: str) -> float:
     Raises:
         ValueError: the reference holds no expression; no answer to it can be judged.
     """
-    reference = _parse(prompt.answer)
-    if not reference:
+    if not _reference(prompt.answer):
         raise ValueError(f"prompt {prompt.prompt_id}: the reference {prompt.answer[:60]!r} is no mathematical expression")
-    return float(_equal(reference, _parse(answer)))
+    box = math_reading.final_box(answer)
+    verdict = None if box is None else _boxed(prompt.answer, box)
+    return float(_equal(_reference(prompt.answer), _parse(answer)) if verdict is None else verdict)
+
+
+def quick(prompt: Prompt, answer: str) -> float | None:
+    """`score` where it needs no sympy: a few microseconds. Takes for granted that the reference passed its self-check."""
+    verdict = math_reading.quick(prompt.answer, answer)
+    return None if verdict is None else float(verdict)
 
 
 def prepare() -> None:
@@ -29,15 +43,32 @@ def prepare() -> None:
     _equal(_parse("1"), _parse("2"))
 
 
+@functools.lru_cache(_REMEMBERED)
+def _reference(text: str) -> list:
+    return _parse(text)
+
+
+@functools.lru_cache(_REMEMBERED)
+def _boxed(reference: str, box: str) -> bool | None:
+    """The verdict on every answer that ends in this box; None when the box is no expression, and the words around it count."""
+    given = _parse(f"\\boxed{{{box}}}")
+    return None if not given or isinstance(given[0], str) else _equal(_reference(reference), given)
+
+
 def _parse(text: str) -> list:
-    """The expressions in `text`, likeliest first. Bare LaTeX is put in dollars: it is looked for inside delimiters only."""
+    """The expressions in `text`, likeliest first, and the text of the first."""
     import math_verify
 
-    bare = "\\" in text and not any(mark in text for mark in ("$", "\\boxed", "\\[", "\\("))
-    return math_verify.parse(f"${text}$" if bare else text, parsing_timeout=None)  # pyright: ignore[reportArgumentType]
+    return math_verify.parse(math_reading.read(text), parsing_timeout=None)  # pyright: ignore[reportArgumentType]
 
 
 def _equal(reference: list, given: list) -> bool:
+    """math-verify takes what it cannot compare for unequal. Memory that ran out is no comparison: it is raised."""
     import math_verify
 
-    return math_verify.verify(reference, given, timeout_seconds=None)
+    try:
+        return math_verify.verify(reference, given, timeout_seconds=None, raise_on_error=True)
+    except (MemoryError, RecursionError):
+        raise
+    except Exception:  # the first pair failed; the others still count
+        return math_verify.verify(reference, given, timeout_seconds=None)

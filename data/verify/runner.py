@@ -1,14 +1,20 @@
-"""Judges many answers at once in worker processes that can be killed.
+"""Judges many answers in worker processes that can be killed.
 
 Each worker answers item by item over a pipe, so that the deadline is one item's and the item that broke a worker is
 known: it is `timed_out` or `crashed`, a new worker takes over, and the rest of its batch is judged as if nothing had
-happened. Workers are spawned, never forked: whoever calls this may hold torch's threads.
+happened. Workers are spawned, never forked: whoever calls this may hold torch's threads. They are started when first needed
+and live as long as the pool, because a build asks segment by segment and a start costs 2 s of imports.
+
+Before a worker sees an answer, the verifier's own `quick` is asked here, and what has been judged before is remembered.
 
 Measured: 5,000 wrong short answers to reasoning-gym items take two workers 1 s, after a start of 2 s that is the import (5 to
 9 s while two trainings used both cores); right ones are settled without a worker in 20 ms.
 """
 
+import dataclasses
 import faulthandler
+import hashlib
+import itertools
 import logging
 import multiprocessing
 import os
@@ -16,21 +22,29 @@ import resource
 import signal
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from multiprocessing.connection import Connection, wait
+from types import TracebackType
 from typing import NamedTuple
 
+from configs.errors import TracestillError
 from configs.progress import Count, Report
 from data.records import Prompt, VerdictName
 from data.verify import VERIFIERS, Verifier
 
 log = logging.getLogger(__name__)
 
-BATCH = 64
+BATCH, SMALLEST_BATCH = 64, 8
+"""Items that a worker is handed at once: few where all are few, so that no worker waits for another's last one, and not so few
+that two workers import for two seconds what one could have judged."""
 START_S = 900.0
-"""How long a worker may take to import its verifiers: 2 s on an idle machine, 3 minutes on one with 6 processes a core."""
+"""How long a worker may take to import a verifier: 2 s on an idle machine, 3 minutes on one with 6 processes a core."""
 MEMORY_BYTES = 8 << 30
 """Address space of a worker. `10**10**10` in an answer must end as a MemoryError there, not as a dead node."""
+REMEMBERED = 1 << 18
+"""Most judgements that a pool remembers, about 50 MB; the oldest is forgotten first."""
+EXIT_S = 5.0
+"""How long a worker that has closed its pipe may take to end."""
 _ORPHAN_GRACE_S = 30.0
 
 
@@ -63,6 +77,20 @@ def from_score(score: float) -> Judgement:
     return Judgement("fail", "wrong", score) if 0.0 <= score < 1.0 else CRASHED
 
 
+def key_of(item: Item, verifiers: Mapping[str, Verifier] = VERIFIERS) -> bytes:
+    """16 bytes that two items share exactly when they are the same work: verifier, its version, reference, details, answer. The
+    same over processes, builds and machines. A judgement may be kept under its key for as long as it is not `unjudged`: another
+    machine, or this one when it is idle, may get further."""
+    prompt = item.prompt
+    version = verifiers[prompt.verifier].version if prompt.verifier else 0
+    state = hashlib.blake2b(digest_size=16)
+    for part in (prompt.verifier, str(version), prompt.answer, prompt.details, item.answer):
+        encoded = part.encode("utf-8", "surrogatepass")  # a tokenizer may leave half a pair
+        state.update(len(encoded).to_bytes(8, "little"))
+        state.update(encoded)
+    return state.digest()
+
+
 def judge(
     items: Sequence[Item],
     *,
@@ -71,56 +99,131 @@ def judge(
     verifiers: Mapping[str, Verifier] = VERIFIERS,
     report: Report | None = None,
 ) -> list[Judgement]:
-    """One judgement an item, in order. Equal (prompt_id, answer) pairs are judged once.
+    """One judgement an item, in order, by a pool that lives for this call. See Pool."""
+    with Pool(verifiers, timeout_s=timeout_s, num_workers=num_workers) as pool:
+        return pool.judge(items, report=report)
 
-    timeout_s bounds one answer's scoring, in seconds of wall time. num_workers: the machine's cores when None.
-    Raises RuntimeError when a worker cannot even start.
+
+class Pool:
+    """Judges lists of items, one after the other, with workers that are kept in between. Leaving the context kills them; so does
+    the end of this process, however it ends.
+
+    timeout_s bounds one answer's scoring, in seconds of wall time; a verifier that states more gets that. num_workers: the
+    machine's cores when None. memo: judgements by key_of, read and added to; the caller may fill it from an earlier build.
     """
-    memo: dict[tuple[str, str], Judgement] = {}
-    hard: list[Item] = []
-    for item in {(item.prompt.prompt_id, item.answer): item for item in items}.values():
-        judgement = _short_cut(item, verifiers)
-        if judgement is None:
-            hard.append(item)
-        else:
-            memo[item.prompt.prompt_id, item.answer] = judgement
-    judgements = (
-        _judge_in_workers(hard, timeout_s, num_workers or len(os.sched_getaffinity(0)), verifiers, report) if hard else []
-    )
-    for item, judgement in zip(hard, judgements, strict=True):
-        memo[item.prompt.prompt_id, item.answer] = judgement
-    return [memo[item.prompt.prompt_id, item.answer] for item in items]
+
+    def __init__(
+        self,
+        verifiers: Mapping[str, Verifier] = VERIFIERS,
+        *,
+        timeout_s: float,
+        num_workers: int | None = None,
+        memo: MutableMapping[bytes, Judgement] | None = None,
+    ) -> None:
+        self.verifiers = verifiers
+        self.limits_s = {name: max(timeout_s, verifier.timeout_s) for name, verifier in verifiers.items()}
+        self.num_workers = num_workers or len(os.sched_getaffinity(0))
+        self.memo: MutableMapping[bytes, Judgement] = {} if memo is None else memo
+        self.workers: list[_Worker] = []
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """No worker is left."""
+        while self.workers:
+            self.workers.pop().kill()
+
+    def judge(self, items: Sequence[Item], *, report: Report | None = None) -> list[Judgement]:
+        """One judgement an item, in order. Equal work is done once, also over calls.
+
+        Raises:
+            TracestillError: a verifier found that this machine cannot judge at all.
+            RuntimeError: a worker cannot even start.
+        """
+        short = [short_cut(item, self.verifiers) for item in items]
+        keys = [key_of(item, self.verifiers) if found is None else b"" for item, found in zip(items, short, strict=True)]
+        missing = {key: item for key, item in zip(keys, items, strict=True) if key and key not in self.memo}
+        found = dict(zip(missing, self._ask_workers(list(missing.values()), report), strict=True))
+        known = {key: self.memo[key] for key in keys if key and key not in found} | found
+        self._remember(found)
+        return [known[key] if judgement is None else judgement for key, judgement in zip(keys, short, strict=True)]
+
+    def self_check(self, prompts: Sequence[Prompt]) -> list[bool]:
+        """For each prompt whether its reference scores 1.0 by its verifier, without any short cut, or there is nothing to check.
+        What data.verify.self_check says, with deadlines: a reference that hangs fails."""
+        checked = [index for index, prompt in enumerate(prompts) if prompt.verifier and prompt.answer]
+        judgements = self._ask_workers([Item(prompts[index], prompts[index].answer) for index in checked], None)
+        passed = {index for index, judgement in zip(checked, judgements, strict=True) if judgement == RIGHT}
+        return [index in passed or self._judgeable(prompt) for index, prompt in enumerate(prompts)]
+
+    def _judgeable(self, prompt: Prompt) -> bool:
+        """Without a reference."""
+        if not prompt.verifier or prompt.answer:
+            return not prompt.verifier
+        check = self.verifiers[prompt.verifier].check
+        try:
+            return check is not None and check(prompt)
+        except TracestillError:
+            raise
+        except Exception:  # as in self_check: any failure means that answers cannot be judged
+            return False
+
+    def _remember(self, found: Mapping[bytes, Judgement]) -> None:
+        self.memo.update(found)
+        for key in list(itertools.islice(self.memo, max(0, len(self.memo) - REMEMBERED))):
+            del self.memo[key]
+
+    def _ask_workers(self, items: Sequence[Item], report: Report | None) -> list[Judgement]:
+        if not items:
+            return []
+        try:
+            return _Round(self, items).run(report)
+        except BaseException:
+            self.close()  # what they still owe is nobody's any more
+            raise
 
 
-def _short_cut(item: Item, verifiers: Mapping[str, Verifier]) -> Judgement | None:
-    """The judgement where no worker is needed. The reference itself is right because the prompt set was self-checked."""
+def short_cut(item: Item, verifiers: Mapping[str, Verifier]) -> Judgement | None:
+    """The judgement where no worker is needed."""
     prompt, answer = item
     if not prompt.verifier:
         return NO_VERIFIER
     if not answer:
         return NO_ANSWER
-    if answer == prompt.answer:
-        return RIGHT
     verifier = verifiers[prompt.verifier]
-    return from_score(verifier.score(prompt, answer)) if verifier.inline else None
+    if verifier.inline:
+        return from_score(verifier.score(prompt, answer))
+    score = None if verifier.quick is None else verifier.quick(prompt, answer)
+    return None if score is None else from_score(score)
 
 
 # --- the parent's side -------------------------------------------------------------------------------------------
 
 
-class _Worker:
-    """One process and the items it owes, oldest first; `deadline` (monotonic seconds) is the oldest item's, and before
-    the worker is ready its start's."""
+class _Said(NamedTuple):
+    """What a worker tells. Neither: it is ready for its batch. abort: the reason why nothing can be judged on this machine."""
 
-    def __init__(self, verifiers: Mapping[str, Verifier], timeout_s: float) -> None:
+    judgement: Judgement | None = None
+    abort: TracestillError | None = None
+
+
+class _Worker:
+    """One process and the items it owes, oldest first. ready: it has started, and imported what they need. proved: it has judged
+    something. deadline (monotonic seconds): the oldest item's, or of getting ready."""
+
+    def __init__(self, verifiers: Mapping[str, Verifier], limits_s: Mapping[str, float]) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, dict(verifiers), timeout_s), daemon=True)
+        self.process = context.Process(target=_serve, args=(theirs, dict(verifiers), dict(limits_s)), daemon=True)
         self.process.start()
         theirs.close()  # or its death would not end our recv
-        self.timeout_s = timeout_s
-        self.ready, self.gone = False, False
-        self.owes: deque[int] = deque()
+        self.limits_s = limits_s
+        self.ready, self.gone, self.proved = False, False, False
+        self.owes: deque[tuple[int, float]] = deque()
         self.deadline = time.monotonic() + START_S
 
     @property
@@ -130,58 +233,89 @@ class _Worker:
     def give(self, batch: Sequence[int], items: Sequence[Item]) -> bool:
         """False when the worker died before it could take the batch: no item is to blame."""
         try:
-            self.connection.send([items[index] for index in batch])
+            self.connection.send([_trimmed(items[index]) for index in batch])
         except (BrokenPipeError, ConnectionResetError):
             return False
-        self.owes.extend(batch)
-        self.deadline = time.monotonic() + self.timeout_s
+        self.owes.extend((index, self.limits_s[items[index].prompt.verifier]) for index in batch)
+        self.ready, self.deadline = False, time.monotonic() + START_S
         return True
 
     def hear(self, results: dict[int, Judgement]) -> None:
-        """Takes everything the worker has said so far, without waiting for more."""
+        """Takes everything the worker has said so far, without waiting for more. Raises what it says that ends everything."""
         try:
             while self.connection.poll():
-                said: Judgement | None = self.connection.recv()
-                if said is not None:
-                    results[self.owes.popleft()] = said
+                said: _Said = self.connection.recv()
+                if said.abort is not None:
+                    raise said.abort
+                if said.judgement is not None:
+                    results[self.owes.popleft()[0]] = said.judgement
+                    self.proved = True
                 self.ready = True
-                self.deadline = time.monotonic() + self.timeout_s if self.owes else float("inf")
+                self.deadline = time.monotonic() + self.owes[0][1] if self.owes else float("inf")
         except (EOFError, ConnectionResetError):
             self.gone = True
 
     def kill(self) -> None:
+        if self.gone:  # its pipe is closed, and it may be about to say why: its traceback and its exit code are worth a wait
+            self.process.join(EXIT_S)
         self.process.kill()
         self.process.join()
         self.connection.close()
 
 
-def _judge_in_workers(
-    items: Sequence[Item], timeout_s: float, num_workers: int, verifiers: Mapping[str, Verifier], report: Report | None
-) -> list[Judgement]:
-    used = {name: verifiers[name] for name in {item.prompt.verifier for item in items}}
-    waiting: deque[int] = deque(range(len(items)))
-    results: dict[int, Judgement] = {}
-    workers: list[_Worker] = []
-    try:
-        while len(results) < len(items):
-            wanted = min(num_workers - len(workers), -(-len(waiting) // BATCH) - sum(worker.idle for worker in workers))
-            workers += [_Worker(used, timeout_s) for _ in range(wanted)]
-            _wait(workers)
+def _trimmed(item: Item) -> Item:
+    """Without what no verifier reads: the messages of a repository prompt are a megabyte."""
+    return Item(dataclasses.replace(item.prompt, messages=(), tools="", evidence="", provenance=""), item.answer)
+
+
+class _Round:
+    """One list of items on its way through a pool's workers."""
+
+    def __init__(self, pool: Pool, items: Sequence[Item]) -> None:
+        self.pool, self.items = pool, items
+        self.batch = min(BATCH, max(SMALLEST_BATCH, -(-len(items) // (4 * pool.num_workers))))
+        self.waiting: deque[int] = deque(range(len(items)))
+        self.results: dict[int, Judgement] = {}
+
+    def run(self, report: Report | None) -> list[Judgement]:
+        workers = self.pool.workers
+        while len(self.results) < len(self.items):
+            self._start_workers()
             for worker in list(workers):
-                worker.hear(results)
+                worker.hear(self.results)
                 if worker.gone or time.monotonic() > worker.deadline:
-                    _bury(worker, items, waiting, results)
                     workers.remove(worker)
-                elif worker.ready and worker.idle and waiting:
-                    batch = [waiting.popleft() for _ in range(min(BATCH, len(waiting)))]
-                    if not worker.give(batch, items):
-                        waiting.extendleft(reversed(batch))
+                    self._bury(worker)
+                elif worker.ready and worker.idle and self.waiting:
+                    batch = [self.waiting.popleft() for _ in range(min(self.batch, len(self.waiting)))]
+                    if not worker.give(batch, self.items):
+                        self.waiting.extendleft(reversed(batch))
             if report is not None:
-                report(Count(len(results), len(items), "judging"))
-    finally:
-        for worker in workers:
-            worker.kill()
-    return [results[index] for index in range(len(items))]
+                report(Count(len(self.results), len(self.items), "judging"))
+            if len(self.results) < len(self.items) and workers:
+                _wait(workers)
+        return [self.results[index] for index in range(len(self.items))]
+
+    def _start_workers(self) -> None:
+        """As many as have a batch to do, those that are idle included, up to the pool's number."""
+        workers = self.pool.workers
+        idle = sum(worker.idle for worker in workers)
+        wanted = min(self.pool.num_workers - len(workers), -(-len(self.waiting) // self.batch) - idle)
+        workers += [_Worker(self.pool.verifiers, self.pool.limits_s) for _ in range(wanted)]
+
+    def _bury(self, worker: _Worker) -> None:
+        """Ends the worker, blames the item it was at, and gives the others back."""
+        worker.kill()
+        if not worker.ready and not worker.proved:
+            how = f"ended with exit code {worker.process.exitcode}" if worker.gone else f"did not answer within {START_S:.0f} s"
+            raise RuntimeError(f"a verifier worker {how} while it started; its traceback is on standard error")
+        if worker.ready and worker.owes:
+            blamed, _ = worker.owes.popleft()
+            self.results[blamed] = CRASHED if worker.gone else TIMED_OUT
+            prompt, reason = self.items[blamed].prompt, self.results[blamed].reason
+            log.warning("verifier %s %s on prompt %s (%s)", prompt.verifier, reason, prompt.prompt_id, prompt.task)
+        # One that died idle, between two calls, has not seen what it was handed; its successor has to prove itself.
+        self.waiting.extendleft(index for index, _ in reversed(worker.owes))
 
 
 def _wait(workers: Sequence[_Worker]) -> None:
@@ -190,55 +324,60 @@ def _wait(workers: Sequence[_Worker]) -> None:
     wait([worker.connection for worker in workers], None if until == float("inf") else max(0.0, until))
 
 
-def _bury(worker: _Worker, items: Sequence[Item], waiting: deque[int], results: dict[int, Judgement]) -> None:
-    """Ends the worker, blames the item it was at, and gives the others back."""
-    worker.kill()
-    if not worker.ready:
-        how = f"ended with exit code {worker.process.exitcode}" if worker.gone else f"did not answer within {START_S:.0f} s"
-        raise RuntimeError(f"a verifier worker {how} while it started; its traceback is on standard error")
-    if worker.owes:
-        blamed = worker.owes.popleft()
-        results[blamed] = CRASHED if worker.gone else TIMED_OUT
-        prompt = items[blamed].prompt
-        log.warning("verifier %s %s on prompt %s (%s)", prompt.verifier, results[blamed].reason, prompt.prompt_id, prompt.task)
-        waiting.extendleft(reversed(worker.owes))
-
-
 # --- the worker's side -------------------------------------------------------------------------------------------
 
 
-def _serve(connection: Connection, verifiers: Mapping[str, Verifier], timeout_s: float) -> None:
-    """Says None once it is ready, then one Judgement an item of each batch it gets, until the parent is gone."""
+def _serve(connection: Connection, verifiers: Mapping[str, Verifier], limits_s: Mapping[str, float]) -> None:
+    """Says an empty word when it is there, another once it has imported what a batch needs, then a judgement an item of it, until
+    the parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    prepared: set[str] = set()
     with open(os.devnull, "w") as nowhere:  # noqa: PTH123
         os.dup2(nowhere.fileno(), 1)  # a scorer that prints must not end up in the caller's --json line
-        for verifier in verifiers.values():
-            if verifier.prepare is not None:
-                verifier.prepare()
-        _confine()
-        connection.send(None)
         try:
+            connection.send(_Said())
             while True:
-                for prompt, answer in connection.recv():
+                batch: list[Item] = connection.recv()
+                try:
+                    _prepare({item.prompt.verifier for item in batch} - prepared, verifiers, prepared)
+                except TracestillError as error:
+                    connection.send(_Said(abort=error))
+                    continue
+                connection.send(_Said())
+                for prompt, answer in batch:
                     # Were the parent killed while we hang, nobody would end us: this timer needs neither it nor the GIL.
-                    faulthandler.dump_traceback_later(timeout_s + _ORPHAN_GRACE_S, exit=True, file=nowhere)
+                    faulthandler.dump_traceback_later(limits_s[prompt.verifier] + _ORPHAN_GRACE_S, exit=True, file=nowhere)
                     connection.send(_score(verifiers[prompt.verifier], prompt, answer))
                 faulthandler.cancel_dump_traceback_later()
         except (EOFError, BrokenPipeError, ConnectionResetError):
             return
 
 
-def _confine() -> None:
-    """Ctrl-C is the parent's to handle; memory has a bound. After the imports, so that a tight bound hits answers only."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    bound = MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(MEMORY_BYTES, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (bound, hard))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+def _prepare(names: Iterable[str], verifiers: Mapping[str, Verifier], prepared: set[str]) -> None:
+    """Imports first, without a bound on memory, so that a tight one hits answers only."""
+    _bound(resource.RLIMIT_AS)
+    for name in sorted(names):
+        if (prepare := verifiers[name].prepare) is not None:
+            prepare()
+        prepared.add(name)
+    _bound(resource.RLIMIT_AS, MEMORY_BYTES)
+    _bound(resource.RLIMIT_CORE, 0)
 
 
-def _score(verifier: Verifier, prompt: Prompt, answer: str) -> Judgement:
+def _bound(what: int, value: int | None = None) -> None:
+    """The soft limit is `value`, or as high as the hard one allows."""
+    _, hard = resource.getrlimit(what)
+    unbounded = resource.RLIM_INFINITY
+    resource.setrlimit(what, (hard if value is None else value if hard == unbounded else min(value, hard), hard))
+
+
+def _score(verifier: Verifier, prompt: Prompt, answer: str) -> _Said:
     try:
-        return from_score(verifier.score(prompt, answer))
+        return _Said(from_score(verifier.score(prompt, answer)))
+    except TracestillError as error:  # this machine cannot judge: no verdict on any answer
+        return _Said(abort=error)
+    except TimeoutError:
+        return _Said(TIMED_OUT)
     except (Exception, SystemExit):  # a scorer that fails says nothing about the answer
         log.debug("verifier %s raised on prompt %s", prompt.verifier, prompt.prompt_id, exc_info=True)
-        return CRASHED
+        return _Said(CRASHED)

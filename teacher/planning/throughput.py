@@ -18,7 +18,8 @@ experts):
 
 from typing import NamedTuple
 
-from configs.schema import Planning, Teacher
+from configs.planning import Planning
+from configs.schema import Teacher
 from teacher.planning.architecture import Architecture, Parts
 from teacher.planning.devices import WEIGHT_BYTES, Degrees, Device, Links
 from teacher.planning.placement import cache_dtype

@@ -7,7 +7,7 @@ from math import exp, inf, log
 from statistics import NormalDist
 from typing import NamedTuple
 
-from configs.schema import ApiPrices, Workload
+from configs.planning import ApiPrices, Workload
 
 HOURS_A_MONTH = 730.0
 _NORMAL = NormalDist()

@@ -6,7 +6,10 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parents[2] / ".bench"
 # Name -> requirements. datatrove's inference extra wants vllm and sglang too; these are what its runner itself imports.
-PEERS: dict[str, list[str]] = {"datatrove": ["datatrove[io]", "aiohttp", "aiofiles", "aiosqlite", "httpx"]}
+PEERS: dict[str, list[str]] = {
+    "datatrove": ["datatrove[io]", "aiohttp", "aiofiles", "aiosqlite", "httpx"],
+    "dedup": ["rensa==0.5.0", "datasketch==2.0.0"],
+}
 
 
 def install(name: str, requirements: list[str]) -> None:

@@ -1,10 +1,12 @@
 """Small run folders written through the real store: prompts, committed trace segments, and the stage sealed by hand."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from configs.schema import Data
 from data.build import Built, build
+from data.checksum import checked_json
 from data.prompt_set import write_prompts
 from data.records import FinishReason, Message, Prompt, Split, Trace, Turn, prompt_identity, trace_identity
 from data.schema import to_table
@@ -16,7 +18,7 @@ def make_prompt(
 ) -> Prompt:
     messages: tuple[Message, ...] = ({"role": "user", "content": question},)
     return Prompt(
-        prompt_identity(messages, "v1"), "test", task, "v1", messages, answer, verifier, split, None, details, "CC0"
+        prompt_identity(messages, "v1"), "test", task, "v1", messages, answer, verifier, split, None, details, "CC0-1.0"
     )  # fmt: skip
 
 
@@ -98,6 +100,13 @@ def build_and_seal(run: RunFolder, settings: Data | None = None) -> Built:
     built = build(settings or Data(), run)
     seal(run, run.dataset, stage="data", fingerprint="f", inputs={}, files=built.files, counts=dict(built.counts), seconds=0.0)
     return built
+
+
+def rewrite(manifest: Path, **changes: object) -> None:
+    """The manifest says something else, and its checksum holds: a lie and not damage. None removes a key."""
+    said = json.loads(manifest.read_bytes()) | changes
+    said.pop("checksum")
+    manifest.write_bytes(checked_json({key: value for key, value in said.items() if value is not None}))
 
 
 def snapshot(run: RunFolder) -> dict[str, bytes]:

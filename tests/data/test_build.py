@@ -5,6 +5,7 @@ import pytest
 
 from configs.errors import Refused, UnusableInput
 from configs.schema import Data
+from configs.views import SHIPPED_VIEWS
 from data.build import build
 from data.dataset import load_dataset
 from data.ledger import read_ledger
@@ -12,7 +13,7 @@ from data.records import Trace
 from data.split import is_held_out
 from data.store import RunFolder, read_rollup, segments
 from tests.data.hostile import HOSTILE
-from tests.data.make_run import build_and_seal, make_prompt, make_run, make_trace, snapshot
+from tests.data.make_run import build_and_seal, make_prompt, make_run, make_trace, rewrite, snapshot
 
 SUM = make_prompt("What is 2 + 2?")
 FACT = make_prompt("Which metal is mined in Fasosur?", "iron", task="facts")
@@ -94,7 +95,7 @@ def test_the_dataset_holds_whole_conversations_with_the_reasoning(run: RunFolder
         "reasoning_tokens": 5,
         "answer_tokens": 2,
         "teacher_licence": "MIT",
-        "source_licence": "CC0",
+        "source_licence": "CC0-1.0",
     }
 
 
@@ -107,7 +108,7 @@ def test_the_first_committed_copy_of_a_trace_is_the_one_in_the_dataset(run: RunF
 def test_one_verdict_file_stands_for_each_judge_and_version(run: RunFolder) -> None:
     files = build_and_seal(run).files
     assert [path.name for path in files if path.parent == run.verdicts] == [
-        "answer_present-v1.arrow", "decontaminate-v1.arrow", "dedup-v1.arrow", "finish_reason-v1.arrow", "think_tags-v1.arrow",
+        "answer_present-v1.arrow", "decontaminate-v1.arrow", "dedup-v2.arrow", "finish_reason-v1.arrow", "think_tags-v1.arrow",
         "verifier-exact-v1.arrow", "view.arrow",
     ]  # fmt: skip
 
@@ -126,7 +127,7 @@ def test_samples_of_one_prompt_never_stand_on_both_sides(tmp_path: Path) -> None
 
 
 def test_without_verification_wrong_and_unjudgeable_traces_stay(run: RunFolder) -> None:
-    counts = build(Data(require_verified=False), run).counts
+    counts = build(Data(view=SHIPPED_VIEWS["raw"]), run).counts
     assert counts["unjudged"] == 0 and "wrong" not in counts["rejected_by_reason"] and counts["kept"] == 6
 
 
@@ -206,9 +207,9 @@ def test_a_flipped_bit_in_a_segment_is_named_and_nothing_is_written(run: RunFold
 
 def test_a_manifest_that_speaks_of_other_rows_is_named(run: RunFolder) -> None:
     sidecar = segments(run.traces)[0].path.with_suffix(".json")
-    facts = json.loads(sidecar.read_text())
-    facts["facts"]["finish_reasons"][0] = "length"
-    sidecar.write_text(json.dumps(facts))
+    facts = json.loads(sidecar.read_text())["facts"]
+    facts["finish_reasons"][0] = "length"
+    rewrite(sidecar, facts=facts)
     with pytest.raises(UnusableInput, match="finish_reasons of its manifest are not those of its rows"):
         build(Data(), run)
 
@@ -235,9 +236,8 @@ def test_a_missing_or_unfinished_dataset_is_not_read(run: RunFolder) -> None:
 
 def test_rows_must_match_the_manifest(run: RunFolder) -> None:
     built = build_and_seal(run)
-    rollup = json.loads((run.dataset / "manifest.json").read_text())
-    rollup["counts"]["train_rows"] += 1
-    (run.dataset / "manifest.json").write_text(json.dumps(rollup))
+    counts = dict(built.counts) | {"train_rows": built.counts["train_rows"] + 1}
+    rewrite(run.dataset / "manifest.json", counts=counts)
     with pytest.raises(UnusableInput, match=f"{built.counts['train_rows']} rows, expected {built.counts['train_rows'] + 1}"):
         load_dataset(run)
 

@@ -1,12 +1,11 @@
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.decontaminate import contaminated
-from data.dedup import Keyed, conversation_key, duplicates
-from tests.data.make_run import make_prompt
+from data.dedup import conversation_key, repeats
 
 
-def key(answer: str, reasoning: str = "r", question: str = "q") -> str:
+def key(answer: str, reasoning: str = "r", question: str = "q") -> bytes:
     return conversation_key(
         [{"role": "user", "content": question}, {"role": "assistant", "content": answer, "reasoning_content": reasoning}]
     )
@@ -21,28 +20,24 @@ def test_text_cannot_move_between_reasoning_and_answer_unseen() -> None:
     assert key("a b", "c") != key("b", "c a") != key("a b c", "")
 
 
-def test_the_first_eligible_copy_is_the_one_that_stays() -> None:
-    log = [Keyed("t1", "x"), Keyed("t2", "x"), Keyed("t3", "y"), Keyed("t4", "x")]
-    assert duplicates(log, {"t1", "t2", "t3", "t4"}) == {"t2", "t4"}
-    assert duplicates(log, {"t2", "t3", "t4"}) == {"t4"}
-    assert duplicates(log, set()) == set()
+def found(keys: str, preference: list[int], eligible: set[int]) -> set[int]:
+    keys_N = np.array([letter.encode() for letter in keys], "S16")
+    repeated = repeats(keys_N, np.array(preference), np.isin(np.arange(len(keys)), list(eligible)))
+    return set(np.flatnonzero(repeated).tolist())
 
 
-logs = st.lists(st.sampled_from("abcd"), max_size=20).map(
-    lambda keys: [Keyed(f"t{index}", key) for index, key in enumerate(keys)]
-)
+def test_the_preferred_eligible_copy_is_the_one_that_stays() -> None:
+    assert found("xxyx", [0, 1, 2, 3], {0, 1, 2, 3}) == {1, 3}
+    assert found("xxyx", [3, 1, 2, 0], {0, 1, 2, 3}) == {0, 1}
+    assert found("xxyx", [0, 1, 2, 3], {1, 2, 3}) == {3}
+    assert found("xxyx", [0, 1, 2, 3], set()) == set()
 
 
-@given(logs, st.sets(st.integers(0, 19)))
-def test_deduplication_is_idempotent_and_loses_no_key(log: list[Keyed], chosen: set[int]) -> None:
-    eligible = {f"t{index}" for index in chosen}
-    repeated = duplicates(log, eligible)
-    survivors = [row for row in log if row.trace_id in eligible - repeated]
-    assert duplicates(survivors, eligible - repeated) == set()
-    assert [row.key for row in survivors] == list(dict.fromkeys(row.key for row in log if row.trace_id in eligible))
-
-
-def test_a_rewrapped_evaluation_item_is_found_and_attributed() -> None:
-    item = make_prompt("What is\n the metal of  Fasosur?", split="eval")
-    leak, clean = make_prompt("what is the METAL of Fasosur?"), make_prompt("What is the metal of Bado?")
-    assert contaminated([leak, clean], [item]) == {leak.prompt_id: item.prompt_id}
+@given(st.text("abcd", min_size=1, max_size=20), st.data())
+def test_repeats_are_what_a_dictionary_would_find_in_any_order(keys: str, data: st.DataObject) -> None:
+    preference = data.draw(st.permutations(range(len(keys))))
+    eligible = data.draw(st.sets(st.integers(0, len(keys) - 1)))
+    best: dict[str, int] = {}
+    for row in sorted(eligible, key=lambda row: preference[row]):
+        best.setdefault(keys[row], row)
+    assert found(keys, list(preference), eligible) == eligible - set(best.values())

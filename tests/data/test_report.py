@@ -25,7 +25,7 @@ from data.report_summary import FIGURES
 from data.report_traces import length_facts
 from data.store import RunFolder
 from generate.prompts import build_prompt_set
-from tests.data.make_run import build_and_seal, make_prompt, make_trace
+from tests.data.make_run import build_and_seal, make_prompt, make_trace, rewrite
 from tests.data.make_run import make_run as make_small_run
 from tests.data.synthetic_run import EVIL, make_run
 
@@ -241,8 +241,7 @@ def test_a_collapse_stands_on_the_page_in_one_line(tmp_path: Path) -> None:
 
 def test_a_teacher_without_routers_has_no_expert_load(tmp_path: Path) -> None:
     run = make_run(tmp_path, evaluated=False)
-    rollup = json.loads((run.traces / "manifest.json").read_text())
-    (run.traces / "manifest.json").write_text(json.dumps(rollup | {"files": {}, "sizes": {}}))
+    rewrite(run.traces / "manifest.json", files={}, sizes={})
     assert report_json(run)["experts"] is None and "Expert load" not in write_report(run).read_text()
 
 
@@ -305,7 +304,7 @@ def deep_run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     cut. Beside them a prompt without places."""
     root = tmp_path_factory.mktemp("deep")
     (root / "book.txt").write_text("the river keeps its own slow counsel and every mill on it grinds.\n" * 200)
-    source = DocumentsSource(paths=("book.txt",), budget_tokens=9_000, count=21, decoys=0)
+    source = DocumentsSource(paths=("book.txt",), budget_tokens=9_000, count=21, decoys=0, licence="MIT")
     prompts = build_prompt_set([source], [], [root], lambda texts: [len(text.encode()) for text in texts]).prompts
     traces = [
         make_trace(prompt, "wrong" if is_middle(prompt) else prompt.answer, sample=sample)

@@ -1,5 +1,4 @@
 import errno
-import json
 import os
 import subprocess
 import sys
@@ -9,6 +8,7 @@ import pyarrow as pa
 import pytest
 
 from configs.errors import UnusableInput
+from data.checksum import checked_json
 from data.store import (
     RunFolder,
     commit_segment,
@@ -27,6 +27,7 @@ from data.store import (
     write_bytes,
     write_json,
 )  # fmt: skip
+from tests.data.make_run import rewrite
 
 
 def rows(*identities: str, said: str = "x") -> pa.Table:
@@ -115,14 +116,11 @@ def test_a_manifest_without_its_data_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "complaint"), [("schema_version", 0, "schema 0, expected 1"), ("rows", None, "no 'rows'")]
+    ("key", "value", "complaint"), [("schema_version", 0, "schema 0, expected 2"), ("rows", None, "no 'rows'")]
 )
 def test_a_manifest_of_another_version_or_with_a_hole_is_named(tmp_path: Path, key: str, value: object, complaint: str) -> None:
     sidecar = commit(tmp_path, "a").with_suffix(".json")
-    facts = json.loads(sidecar.read_text())
-    if value is None:
-        del facts[key]
-    sidecar.write_text(json.dumps(facts | ({} if value is None else {key: value})))
+    rewrite(sidecar, **{key: value})
     with pytest.raises(UnusableInput, match=complaint):
         segments(tmp_path)
 
@@ -130,9 +128,10 @@ def test_a_manifest_of_another_version_or_with_a_hole_is_named(tmp_path: Path, k
 def test_a_manifest_that_is_not_about_its_rows_is_named(tmp_path: Path) -> None:
     path = commit(tmp_path, "a", "b")
     sidecar = path.with_suffix(".json")
-    good = json.loads(sidecar.read_text())
+    good = sidecar.read_bytes()
     for wrong in ({"rows": 3}, {"schema_hash": "0"}, {"facts": {"trace_ids": ["a", "c"]}}):
-        sidecar.write_text(json.dumps(good | wrong))
+        sidecar.write_bytes(good)
+        rewrite(sidecar, **wrong)
         with pytest.raises(UnusableInput, match=f"segment {path.stem}"):
             read_segment(segments(tmp_path)[0])
 
@@ -186,7 +185,7 @@ def test_verification_names_the_file_whose_bytes_changed_or_that_is_gone(run: Ru
 
 
 def test_a_manifest_of_another_shape_is_named(run: RunFolder) -> None:
-    write_json(run.verdicts / "manifest.json", {"stage": "data"})
+    write_bytes(run.verdicts / "manifest.json", checked_json({"stage": "data"}))
     with pytest.raises(UnusableInput, match="fingerprint is missing or damaged"):
         read_rollup(run.verdicts)
 

@@ -284,6 +284,24 @@ def test_a_server_that_hangs_holds_no_drain_up_and_status_tells_from_anywhere_wh
     assert states == ["dead", "ended"] and (found["in_flight"], found["stragglers"]) == (0, [])
 
 
+@pytest.mark.long
+def test_another_node_that_may_not_join_says_so_in_one_line_and_starts_no_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody is at the rendezvous; what the node may not do is known before it would wait there."""
+    words = (str(write_recipe(tmp_path, NOWHERE)), "--run-dir", "run", "-s", "teacher.engine={type: deepspeed}")
+    assert tracestill("prompts", *words, cwd=tmp_path).code == 0
+    for name, value in {"NODES": "2", "RENDEZVOUS": "localhost:1", "NODE_RANK": "1"}.items():
+        monkeypatch.setenv(f"TRACESTILL_{name}", value)
+    words = ("generate", *words, "-s", "teacher.hardware.nodes=2")
+    refused = tracestill(*words, "-s", "generate.canary.share=0.5", cwd=tmp_path)
+    assert refused.code == 2 and "a canary is asked with --canary 0.5; leave it out" in error_line(refused)
+    monkeypatch.setenv("TRACESTILL_NODE_RANK", "2")
+    lost = tracestill(*words, cwd=tmp_path)
+    assert lost.code == 2 and "says which node this is; expected 0..1" in error_line(lost)
+    assert not (tmp_path / "run" / "logs").exists() and not (tmp_path / "run" / "traces").exists()
+
+
 def test_the_status_of_a_folder_that_is_no_run_is_one_line(tmp_path: Path) -> None:
     ended = tracestill("generate", str(write_recipe(tmp_path, NOWHERE)), "--run-dir", "nowhere", "--status", cwd=tmp_path)
     assert ended.code == 2 and "nowhere: not a run folder" in error_line(ended)

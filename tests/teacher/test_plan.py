@@ -10,7 +10,8 @@ import pytest
 
 from configs.errors import UnusableInput
 from configs.load import load_recipe
-from configs.schema import Planning, Recipe
+from configs.planning import Planning
+from configs.schema import Recipe
 from teacher.plan import Plan, architecture_of, kv_budget_bytes, plan_recipe
 from teacher.planning.architecture import read_architecture
 from teacher.planning.devices import DEVICES, WEIGHT_BYTES, Degrees

@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from configs.load import load_recipe
-from configs.schema import ApiPrices, Workload
+from configs.planning import ApiPrices, Workload
 from teacher.plan import plan_recipe
 from teacher.planning.workload import api_dollars_a_trace, cost, output_lengths
 

@@ -5,7 +5,8 @@ import random
 import pytest
 
 from configs.load import load_recipe
-from configs.schema import Planning, Teacher
+from configs.planning import Planning
+from configs.schema import Teacher
 from teacher.plan import architecture_of, plan_recipe
 from teacher.planning.devices import Links, degrees_of, device_of
 from teacher.planning.throughput import Machine, decode_step, gather_s, gathered_bytes, machine, prefill_seconds, touched_share

@@ -1,0 +1,52 @@
+"""A model that grades answers no program can."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
+
+from configs.engines import HttpEngine
+from configs.section import Section
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+RUBRIC = (
+    "correct: the answer as a whole says what the reference says, or, without a reference, is right and complete.\n"
+    "partial: part of what was asked is right and nothing is wrong.\n"
+    "incorrect: anything in the final answer contradicts the reference or is wrong.\n"
+    "not_attempted: the answer declines, or gives no final answer, and claims nothing wrong."
+)
+
+
+class Judging(Section):
+    """Prompts whose verifier is `llm_judge` are graded by a model. What it says is no proof: ask how often it changes its mind
+    (resample_share), and use another model than the teacher."""
+
+    engine: HttpEngine = HttpEngine()
+    """The server that answers; `model` there is the judge's name."""
+    template: str = "grade"
+    """A file of data/judge_templates, or a path that ends in .md. Its content is part of every verdict's version."""
+    rubric: Annotated[str, Field(min_length=1)] = RUBRIC
+    """What each of the four grades means for these tasks, in words for the judge."""
+    show_reference: bool = True
+    """The judge sees the reference answer, where there is one."""
+    votes: PositiveInt = 1
+    """Times that each answer is graded, each with its own seed. More than half of them must agree, or it is `ungraded`."""
+    resample_share: Share = 0.05
+    """Share of the answers (by hash) that are graded once more, with another seed and the parts in another order, to measure how
+    often the grade flips. Decides nothing."""
+    max_answer_characters: PositiveInt = 32768
+    """Longer answers are `ungraded` and not asked: a cut answer would be graded for what it does not say."""
+    max_tokens: PositiveInt = 4096
+    """Of a judgement, reasoning included. One that reaches it is `ungraded`."""
+    temperature: Annotated[float, Field(ge=0.0, le=2.0)] = 0.0
+    """0 is greedy: what servers promise least badly to repeat."""
+    reasoning: Literal["none", "open", "opens_itself"] = "none"
+    """The judge's think block: none, opened by its prompt (GLM), or opened by the judge itself. What is inside is no verdict."""
+    seed: NonNegativeInt = 0
+
+    @field_validator("votes")
+    @classmethod
+    def _no_ties(cls, votes: int) -> int:
+        if votes % 2 == 0:
+            raise ValueError(f"votes {votes} can tie; expected an odd number")
+        return votes

@@ -1,0 +1,174 @@
+"""Which of many texts may hold an evaluation item: a sieve in front of the scan, at half its price.
+
+Coarse words are runs of ASCII letters and digits, cut after 8 letters: no operators, no normal forms. In a text whose other
+characters are all separators or operators, words that follow one another (data/characters.py) do so as coarse words as well, less
+the operators. So each thing that the scan looks for (a core, a 13-gram of an original) has one n-gram of coarse words in it that
+such a text must hold as well. A text with letters beyond ASCII passes unseen; what has such letters itself is in no other text.
+
+Suffixes of arrays: V coarse words of a batch, G n-grams, T words of all entries, N texts.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.characters import ALONE, FOLD, OPERATORS, WORD, class_table
+from data.words import Hashes, Offsets, batches, decode, read_at, rolled_on, run_spans
+
+LONG, SHORT = 8, 4
+"""Coarse words of an n-gram. What has fewer than SHORT cannot be sieved for."""
+BITS_PER_GRAM = 32
+_SMALLEST_TABLE = 16
+"""log2 of bits: 8 KB."""
+_FOLD = bytes(
+    0 if byte >= 128 or bytes([byte]) in (b"<", b"^") or folded < ord("0") else folded for byte, folded in enumerate(FOLD)
+)
+_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd
+
+
+class Grams(NamedTuple):
+    """Sorted hashes of n-grams, and two bit tables that spare 1,599 of 1,600 look-ups, each some ten cache misses."""
+
+    hashes: Hashes
+    bits: NDArray[np.uint8]
+    second_bits: NDArray[np.uint8]
+
+
+def bit_table(hashes: Hashes) -> NDArray[np.uint8]:
+    """2**k bits, 32 to 64 for a hash; the bit of a hash's k leading binary digits is 1. An empty table for no hash."""
+    if not len(hashes):
+        return np.zeros(0, np.uint8)
+    digits = max(_SMALLEST_TABLE, (BITS_PER_GRAM * len(hashes) - 1).bit_length())
+    places = (hashes >> np.uint64(64 - digits)).astype(np.int64)
+    table = np.zeros(1 << (digits - 3), np.uint8)
+    np.bitwise_or.at(table, places >> 3, np.left_shift(1, places & 7).astype(np.uint8))
+    return table
+
+
+def may_hold(table: NDArray[np.uint8], hashes: Hashes) -> Offsets:
+    """Where the hashes' bits are set: every hash of the table, and of others about one in 40."""
+    if not len(table):
+        return np.zeros(0, np.int64)
+    digits = len(table).bit_length() + 2
+    places = (hashes >> np.uint64(64 - digits)).view(np.int64)
+    bits = table.take(places >> 3)
+    places &= 7
+    bits >>= places.astype(np.uint8)
+    bits &= np.uint8(1)
+    return np.flatnonzero(bits.view(np.bool_))
+
+
+def is_member(values: Hashes, ascending: Hashes) -> NDArray[np.bool_]:
+    if not len(ascending):
+        return np.zeros(len(values), np.bool_)
+    return ascending[np.minimum(np.searchsorted(ascending, values), len(ascending) - 1)] == values
+
+
+def make_grams(hashes: Hashes) -> Grams:
+    ascending = np.sort(hashes)
+    return Grams(ascending, bit_table(hashes), bit_table(hashes * _MULTIPLIER))
+
+
+class Coarse(NamedTuple):
+    """hashes_V: uint64, of at most 8 letters. starts_V: where they begin among the bytes."""
+
+    hashes_V: Hashes
+    starts_V: Offsets
+
+
+def coarse_words(joined: bytes) -> Coarse:
+    """Every coarse word of some bytes. Whatever parts texts must be a separator."""
+    folded = joined.translate(_FOLD) + bytes(8)
+    starts_V, ends_V = run_spans(np.frombuffer(folded, np.uint8) != 0)
+    hashes_V = read_at(folded, starts_V, ends_V - starts_V)
+    hashes_V *= _MULTIPLIER
+    hashes_V ^= hashes_V >> np.uint64(32)
+    return Coarse(hashes_V, starts_V)
+
+
+# --- what is sieved for ------------------------------------------------------------------------------------------
+
+
+class Sieve(NamedTuple):
+    """long, short: n-grams of LONG and of SHORT coarse words. is_open: something cannot be sieved for; every text passes."""
+
+    long: Grams
+    short: Grams
+    is_open: bool
+
+
+def make_sieve(words: Iterable[str], spans: Iterable[tuple[int, int, bool]]) -> Sieve:
+    """words: normal forms of all entries, one after the other. spans: (first, end, any place will do) of what is looked for.
+    Where any place will do, the rarest n-gram of the span is taken, the last of equals; elsewhere the first."""
+    listed = list(words)
+    is_plain_T = np.array([word.isascii() for word in listed], np.bool_)
+    is_coarse_T = np.array([word[0] not in OPERATORS for word in listed], np.bool_)
+    coarse = [word if plain and is_word else "x" for word, plain, is_word in zip(listed, is_plain_T, is_coarse_T, strict=True)]
+    hashes_T = coarse_words(" ".join(coarse).encode()).hashes_V
+    places = np.flatnonzero(is_coarse_T)  # of coarse words among all
+    before = np.concatenate([[0], np.cumsum(is_coarse_T)])
+    foreign = np.concatenate([[0], np.cumsum(~is_plain_T)])
+    fours = rolled_on(rolled_on(hashes_T[places], 1), 2)
+    grams = {LONG: rolled_on(fours, SHORT), SHORT: fours}
+    ascending = {n: np.sort(hashes) for n, hashes in grams.items()}
+    chosen: dict[int, list[np.uint64]] = {LONG: [], SHORT: []}
+    is_open = False
+    for first, end, anywhere in spans:
+        if foreign[end] > foreign[first]:
+            continue
+        begin, stop = int(before[first]), int(before[end])
+        n = LONG if stop - begin >= LONG else SHORT
+        if stop - begin < n:
+            is_open = True
+        elif anywhere:
+            own = grams[n][begin : stop - n + 1]
+            count = np.searchsorted(ascending[n], own, side="right") - np.searchsorted(ascending[n], own)
+            chosen[n].append(own[len(own) - 1 - int(np.argmin(count[::-1]))])
+        else:
+            chosen[n].append(grams[n][begin])
+    return Sieve(make_grams(np.array(chosen[LONG], np.uint64)), make_grams(np.array(chosen[SHORT], np.uint64)), is_open)
+
+
+# --- sieving -----------------------------------------------------------------------------------------------------
+
+
+def sieved(sieve: Sieve, texts: Sequence[str], most_words: int = 0) -> Iterator[Offsets]:
+    """Ascending indices of the texts that may hold something, and of those with at most most_words, a batch at a time."""
+    for batch in batches(texts):
+        if sieve.is_open:
+            yield np.arange(batch.start, batch.stop)
+        else:
+            encoded = [texts[index].encode("utf-8", "surrogatepass") for index in batch]
+            yield batch.start + _sieved_batch(sieve, encoded, most_words)
+
+
+def _sieved_batch(sieve: Sieve, encoded: Sequence[bytes], most_words: int) -> Offsets:
+    joined = b"\n".join(encoded)
+    coarse = coarse_words(joined)
+    fours = rolled_on(rolled_on(coarse.hashes_V, 1), 2)
+    places = [coarse.starts_V[_found(sieve.short, fours)]] if len(sieve.short.hashes) else []
+    if len(sieve.long.hashes):
+        places.append(coarse.starts_V[_found(sieve.long, rolled_on(fours, SHORT))])
+    if not joined.isascii():
+        places.append(_beyond_ascii(joined))
+    text_starts_N1 = np.cumsum([0, *(len(text) + 1 for text in encoded)])
+    passes_N = np.diff(np.searchsorted(coarse.starts_V, text_starts_N1)) <= most_words
+    for place in places:
+        passes_N[np.searchsorted(text_starts_N1, place, side="right") - 1] = True
+    return np.flatnonzero(passes_N)
+
+
+def _found(grams: Grams, hashes_G: Hashes) -> Offsets:
+    """Where an n-gram stands that is sieved for; n-grams over the end of a text are no harm."""
+    likely = may_hold(grams.bits, hashes_G)
+    likely = likely[may_hold(grams.second_bits, hashes_G[likely] * _MULTIPLIER)]
+    return likely[is_member(hashes_G[likely], grams.hashes)] if len(likely) else likely
+
+
+def _beyond_ascii(joined: bytes) -> Offsets:
+    """Where letters beyond ASCII begin."""
+    leads_C, _, code_points_C = decode(joined)
+    classes_C = class_table().take(code_points_C, mode="clip")
+    return leads_C[(classes_C == WORD) | (classes_C == ALONE)]
