@@ -151,12 +151,11 @@ def _sieved_batch(sieve: Sieve, encoded: Sequence[bytes], most_words: int) -> Of
     places = [coarse.starts_V[_found(sieve.short, fours)]] if len(sieve.short.hashes) else []
     if len(sieve.long.hashes):
         places.append(coarse.starts_V[_found(sieve.long, rolled_on(fours, SHORT))])
-    if not joined.isascii():
-        places.append(_beyond_ascii(joined))
     text_starts_N1 = np.cumsum([0, *(len(text) + 1 for text in encoded)])
     passes_N = np.diff(np.searchsorted(coarse.starts_V, text_starts_N1)) <= most_words
     for place in places:
         passes_N[np.searchsorted(text_starts_N1, place, side="right") - 1] = True
+    passes_N[_with_letters_beyond_ascii(encoded)] = True
     return np.flatnonzero(passes_N)
 
 
@@ -167,8 +166,11 @@ def _found(grams: Grams, hashes_G: Hashes) -> Offsets:
     return likely[is_member(hashes_G[likely], grams.hashes)] if len(likely) else likely
 
 
-def _beyond_ascii(joined: bytes) -> Offsets:
-    """Where letters beyond ASCII begin."""
-    leads_C, _, code_points_C = decode(joined)
-    classes_C = class_table().take(code_points_C, mode="clip")
-    return leads_C[(classes_C == WORD) | (classes_C == ALONE)]
+def _with_letters_beyond_ascii(encoded: Sequence[bytes]) -> Offsets:
+    """Indices of the texts with such letters, some of them more than once. Dashes and quotes are no letters."""
+    numbers = [number for number, text in enumerate(encoded) if not text.isascii()]
+    leads_C, _, code_points_C = decode(b"".join(encoded[number] for number in numbers))
+    classes_C = class_table().take(code_points_C, mode="clip") if numbers else leads_C
+    letters = leads_C[(classes_C == WORD) | (classes_C == ALONE)]
+    ends = np.cumsum([len(encoded[number]) for number in numbers], dtype=np.int64)
+    return np.array(numbers, np.int64)[np.searchsorted(ends, letters, side="right")]

@@ -75,7 +75,7 @@ def scan(index: Index, texts: Sequence[str], are_prompts: Sequence[bool] | None 
     Pure: what is found in a text depends on that text and the index. A few MB of memory, whatever the number of texts.
     """
     most_words = int(index.equal_words_Q.max(initial=0)) if are_prompts is not None else 0
-    chosen = [number for found in sieved(index.sieve, texts, most_words) for number in found.tolist()]
+    chosen: list[int] = [number for found in sieved(index.sieve, texts, most_words) for number in found.tolist()]
     hits = []
     for batch in batches([texts[number] for number in chosen]):
         numbers = chosen[batch.start : batch.stop]

@@ -9,7 +9,8 @@ a third of them with an instruction ("Think step by step ...") that other items 
 The texts: leaks of half of the items, each once: *verbatim*, *re-wrapped* (other line ends, quote marks, indents), *embedded* in
 longer text, *lightly edited* (one word in twelve is another one; reported, not required). And innocents: other questions of the
 same tasks, other fillings of the same stories, other originals with the same instruction, prose. An innocent that happens to hold
-all words of an item in their order is one no longer and is left out.
+all words of an item in their order is one no longer and is left out. An item of fewer than four words ("Calculate 3 * 9.") is
+looked for as a whole prompt only, by rule, and leaked as nothing else.
 
 `recall` is that of the first three kinds; a leak counts as found when the right item is named. `precision` is the share of
 findings that are planted, by pairs of text and item. Both are those of the pipeline's way: the index is told of the training
@@ -33,7 +34,7 @@ import reasoning_gym
 from data.benchmarks import Item
 from data.characters import spelled
 from data.decontaminate import scan
-from data.ngram_index import build_index
+from data.ngram_index import LEAST_WORDS, build_index
 from tests.bench.frame import machine
 from tests.bench.ngram_scan import Pairs, Writer, eight_grams
 
@@ -122,7 +123,8 @@ def plant(items: Sequence[Item], num_leaks: int, rng: random.Random) -> Iterator
     """Each of the sampled items is leaked once, the kinds in turn."""
     writer = Writer(3)
     for number, item in enumerate(rng.sample(items, num_leaks)):
-        kind = (*REQUIRED, "lightly edited")[number % 4]
+        is_short = sum(word not in "+-/<^" for word, *_ in spelled(item.text)) < LEAST_WORDS
+        kind = REQUIRED[number % 2] if is_short else (*REQUIRED, "lightly edited")[number % 4]
         if kind == "verbatim":
             text = item.text
         elif kind == "re-wrapped":
