@@ -4,6 +4,7 @@ Coarse words are runs of ASCII letters and digits, cut after 8 letters: no opera
 characters are all separators or operators, words that follow one another (data/characters.py) do so as coarse words as well, less
 the operators. So each thing that the scan looks for (a core, a 13-gram of an original) has one n-gram of coarse words in it that
 such a text must hold as well. A text with letters beyond ASCII passes unseen; what has such letters itself is in no other text.
+13-grams have several, next to each other; with STRIDE of them known, only every fourth n-gram of a text has to be looked up.
 
 Suffixes of arrays: V coarse words of a batch, G n-grams, T words of all entries, N texts.
 """
@@ -15,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.characters import ALONE, FOLD, OPERATORS, WORD, class_table
-from data.words import Hashes, Offsets, batches, decode, read_at, rolled_on, run_spans
+from data.words import Hashes, Offsets, appended, batches, decode, read_at, rolled_on, run_spans
 
 LONG, SHORT = 8, 4
 """Coarse words of an n-gram. What has fewer than SHORT cannot be sieved for."""
+STRIDE = SHORT
 BITS_PER_GRAM = 32
 _SMALLEST_TABLE = 16
 """log2 of bits: 8 KB."""
@@ -92,16 +94,18 @@ def coarse_words(joined: bytes) -> Coarse:
 
 
 class Sieve(NamedTuple):
-    """long, short: n-grams of LONG and of SHORT coarse words. is_open: something cannot be sieved for; every text passes."""
+    """long, short: n-grams of LONG and of SHORT coarse words. strided: of LONG ones, of each thing looked for STRIDE that begin
+    one word after the other. is_open: something cannot be sieved for; every text passes."""
 
     long: Grams
     short: Grams
+    strided: Grams
     is_open: bool
 
 
 def make_sieve(words: Iterable[str], spans: Iterable[tuple[int, int, bool]]) -> Sieve:
     """words: normal forms of all entries, one after the other. spans: (first, end, any place will do) of what is looked for.
-    Where any place will do, the rarest n-gram of the span is taken, the last of equals; elsewhere the first."""
+    Where any place will do, the rarest n-gram of the span is taken, the last of equals; elsewhere the first ones."""
     listed = list(words)
     is_plain_T = np.array([word.isascii() for word in listed], np.bool_)
     is_coarse_T = np.array([word[0] not in OPERATORS for word in listed], np.bool_)
@@ -114,6 +118,7 @@ def make_sieve(words: Iterable[str], spans: Iterable[tuple[int, int, bool]]) -> 
     grams = {LONG: rolled_on(fours, SHORT), SHORT: fours}
     ascending = {n: np.sort(hashes) for n, hashes in grams.items()}
     chosen: dict[int, list[np.uint64]] = {LONG: [], SHORT: []}
+    strided: list[int] = []
     is_open = False
     for first, end, anywhere in spans:
         if foreign[end] > foreign[first]:
@@ -126,9 +131,12 @@ def make_sieve(words: Iterable[str], spans: Iterable[tuple[int, int, bool]]) -> 
             own = grams[n][begin : stop - n + 1]
             count = np.searchsorted(ascending[n], own, side="right") - np.searchsorted(ascending[n], own)
             chosen[n].append(own[len(own) - 1 - int(np.argmin(count[::-1]))])
+        elif stop - begin >= LONG + STRIDE - 1:
+            strided += range(begin, begin + STRIDE)
         else:
             chosen[n].append(grams[n][begin])
-    return Sieve(make_grams(np.array(chosen[LONG], np.uint64)), make_grams(np.array(chosen[SHORT], np.uint64)), is_open)
+    long, short = (make_grams(np.array(chosen[n], np.uint64)) for n in (LONG, SHORT))
+    return Sieve(long, short, make_grams(grams[LONG][np.array(sorted(set(strided)), np.int64)]), is_open)
 
 
 # --- sieving -----------------------------------------------------------------------------------------------------
@@ -147,16 +155,26 @@ def sieved(sieve: Sieve, texts: Sequence[str], most_words: int = 0) -> Iterator[
 def _sieved_batch(sieve: Sieve, encoded: Sequence[bytes], most_words: int) -> Offsets:
     joined = b"\n".join(encoded)
     coarse = coarse_words(joined)
-    fours = rolled_on(rolled_on(coarse.hashes_V, 1), 2)
-    places = [coarse.starts_V[_found(sieve.short, fours)]] if len(sieve.short.hashes) else []
-    if len(sieve.long.hashes):
-        places.append(coarse.starts_V[_found(sieve.long, rolled_on(fours, SHORT))])
+    places = [coarse.starts_V[found] for found in _places(sieve, coarse.hashes_V)]
     text_starts_N1 = np.cumsum([0, *(len(text) + 1 for text in encoded)])
     passes_N = np.diff(np.searchsorted(coarse.starts_V, text_starts_N1)) <= most_words
     for place in places:
         passes_N[np.searchsorted(text_starts_N1, place, side="right") - 1] = True
     passes_N[_with_letters_beyond_ascii(encoded)] = True
     return np.flatnonzero(passes_N)
+
+
+def _places(sieve: Sieve, hashes_V: Hashes) -> Iterator[Offsets]:
+    """Coarse words at which something begins that is sieved for."""
+    if len(sieve.strided.hashes):
+        whole = len(hashes_V) // STRIDE * STRIDE
+        first, second, third, fourth = hashes_V[:whole].reshape(-1, STRIDE).T
+        fours = appended(appended(first, second, 1), appended(third, fourth, 1), 2)
+        yield _found(sieve.strided, appended(fours[:-1], fours[1:], SHORT)) * STRIDE
+    if len(sieve.short.hashes) or len(sieve.long.hashes):
+        fours = rolled_on(rolled_on(hashes_V, 1), 2)
+        yield _found(sieve.short, fours)
+        yield _found(sieve.long, rolled_on(fours, SHORT))
 
 
 def _found(grams: Grams, hashes_G: Hashes) -> Offsets:

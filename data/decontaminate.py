@@ -5,7 +5,7 @@ looks like an item is compared with it word by word: a hit is never a collision 
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -22,10 +22,10 @@ from data.ngram_index import (
     digest_of,
     normal_words,
 )
-from data.records import Message, Prompt
+from data.records import Message
 from data.words import Hashes, Offsets, Words, appended, batches, rolled_on, rolling, words
 
-VERSION = 1
+VERSION = 2
 LONGEST_EXCERPT = 200
 
 Rule = Literal["share", "core", "equal"]
@@ -272,17 +272,3 @@ def _placed(
     before, excerpt = (found.joined[a:b].decode("utf-8", "surrogatepass") for a, b in ((begins, start), (start, stop)))
     place = len(before), len(before) + len(excerpt)
     return Hit(text, sources[0], len(sources) - 1, rule, coverage, own_coverage, *place, excerpt[:LONGEST_EXCERPT])
-
-
-# --- prompts that are evaluation items as a whole ----------------------------------------------------------------
-
-
-def prompt_text(prompt: Prompt) -> str:
-    """All turns, whitespace and case made one: a re-wrapped or re-capitalised item is the same item."""
-    return " ".join(" ".join(message.get("content", "") for message in prompt.messages).split()).casefold()
-
-
-def contaminated(training: Iterable[Prompt], evaluation: Iterable[Prompt]) -> Mapping[str, str]:
-    """prompt_id of each training prompt whose text is an evaluation item's -> that item's prompt_id."""
-    items = {prompt_text(item): item.prompt_id for item in evaluation}
-    return {prompt.prompt_id: items[text] for prompt in training if (text := prompt_text(prompt)) in items}

@@ -101,6 +101,9 @@ class Index:
     sieve_long: Hashes
     sieve_long_bits: NDArray[np.uint8]
     sieve_long_second_bits: NDArray[np.uint8]
+    sieve_strided: Hashes
+    sieve_strided_bits: NDArray[np.uint8]
+    sieve_strided_second_bits: NDArray[np.uint8]
     sieve_short: Hashes
     sieve_short_bits: NDArray[np.uint8]
     sieve_short_second_bits: NDArray[np.uint8]
@@ -112,6 +115,7 @@ class Index:
         return Sieve(
             Grams(self.sieve_long, self.sieve_long_bits, self.sieve_long_second_bits),
             Grams(self.sieve_short, self.sieve_short_bits, self.sieve_short_second_bits),
+            Grams(self.sieve_strided, self.sieve_strided_bits, self.sieve_strided_second_bits),
             self.is_open,
         )
 
@@ -149,7 +153,8 @@ def build_index(items: Iterable[Item], boilerplate: Sequence[str] = ()) -> Index
     """The index of `items`, whatever their order. boilerplate: texts (templates, or prompts of the training side); n-grams that
     stand in two different ones of them count as boilerplate. What an item shares with one alone is a leak to be found.
 
-    Takes some 200 bytes a word while it works; 50,000 items of 50 words a few seconds.
+    20,000 items of 50 words take 6 s and 420 MB on a busy machine, and leave an index of 57 MB [measured]: build it once, in one
+    process, write it, and let the workers map it.
     """
     ordered = sorted(set(items))
     texts = list(dict.fromkeys(boilerplate))
@@ -176,7 +181,9 @@ def build_index(items: Iterable[Item], boilerplate: Sequence[str] = ()) -> Index
         bits4=bit_table(anchors4.hash), bits13=bit_table(grams.hash),
         equal_words_Q=np.array([one.num_words for one in equal], np.int64), is_open=sieve.is_open,
         sieve_long=sieve.long.hashes, sieve_long_bits=sieve.long.bits, sieve_long_second_bits=sieve.long.second_bits,
-        sieve_short=sieve.short.hashes, sieve_short_bits=sieve.short.bits, sieve_short_second_bits=sieve.short.second_bits,
+        sieve_strided=sieve.strided.hashes, sieve_strided_bits=sieve.strided.bits,
+        sieve_strided_second_bits=sieve.strided.second_bits, sieve_short=sieve.short.hashes,
+        sieve_short_bits=sieve.short.bits, sieve_short_second_bits=sieve.short.second_bits,
         equal_digest_Q16=np.array([list(one.digest) for one in equal], np.uint8).reshape(-1, 16),
     )  # fmt: skip
 

@@ -26,20 +26,20 @@ import pyarrow as pa
 from configs.filters import FilterSettings
 from configs.schema import Data
 from data import confidence, decontaminate, facts, groups, minhash
-from data.benchmarks import evaluation_items, find_benchmarks, read_benchmark
+from data.benchmarks import boilerplate_sample, evaluation_items, find_benchmarks, read_benchmark
 from data.filters import FILTERS, apply, in_order
 from data.look import Look
 from data.minhash import NUM_SLOTS
 from data.ngram_index import Index, build_index
 from data.prompt_set import PromptSet, prompt_file
-from data.records import Message, digest
+from data.records import digest
 from data.store import RunFolder, read_rollup
 from data.verify import VERIFIERS, Verifier
 from data.verify.runner import Item, Judgement, short_cut
 
 KEY_BYTES = 6
-BOILERPLATE_PROMPTS, BOILERPLATE_CHARACTERS = 2_000, 4_000
-"""Of the training side, that tell templates from items: the first of the file, and of each the first characters."""
+BOILERPLATE_CHARACTERS = 4_000
+"""Of each training prompt that tells templates from items: templates stand at the beginning."""
 
 VERIFIED = pa.schema([("verifier", pa.string()), ("verdict", pa.string()), ("reason", pa.string()), ("score", pa.float64())])
 CONTAMINATION = pa.schema(
@@ -102,8 +102,8 @@ def evaluation_index(prompts: PromptSet, benchmarks: Mapping[str, Path]) -> Inde
     items = itertools.chain(
         evaluation_items(prompts.iterate("eval")), *(read_benchmark(path, name) for name, path in benchmarks.items())
     )
-    asked = (said_by_user(prompt.messages) for prompt in itertools.islice(prompts.iterate("train"), BOILERPLATE_PROMPTS))
-    return build_index(items, [text[:BOILERPLATE_CHARACTERS] for text in asked])
+    texts = [text[:BOILERPLATE_CHARACTERS] for text in boilerplate_sample(prompts.iterate("train"))]
+    return build_index(items, texts)
 
 
 class Panel:
@@ -170,10 +170,6 @@ def with_judged(said: Said, judge: Callable[[list[Item]], list[Judgement]]) -> p
     names = said.rows["verifier"].to_pylist()
     quick = zip(*(said.rows[name].to_pylist() for name in ("verdict", "reason", "score")), strict=True)
     return _verified(names, [settled.get(row, Judgement(*values)) for row, values in enumerate(quick)])
-
-
-def said_by_user(messages: Sequence[Message]) -> str:
-    return "\n".join(message.get("content", "") for message in messages if message.get("role") == "user")
 
 
 def _contamination(index: Index, look: Look) -> Said:

@@ -28,7 +28,7 @@ def test_a_trace_is_shown_with_its_fate_and_every_verdict(run: RunFolder) -> Non
     assert shown.decision is not None
     assert (shown.decision.fate, shown.decision.reason, shown.decision.judgement) == ("rejected", "wrong", "verifier")
     assert {name: verdict.verdict for name, verdict in shown.verdicts.items()} == {
-        "answer_present-v1": "pass", "decontaminate-v1": "pass", "dedup-v2": "pass", "finish_reason-v1": "pass",
+        "answer_present-v1": "pass", "decontaminate-v2": "pass", "dedup-v2": "pass", "finish_reason-v1": "pass",
         "think_tags-v1": "pass", "verifier-exact-v1": "fail",
     }  # fmt: skip
 
