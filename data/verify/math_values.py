@@ -1,5 +1,5 @@
-"""Numbers as they are written in answers, compared exactly: integers, decimals, fractions, multiples of a root or of pi, and
-pairs and tuples of them.
+"""Values as they are written in answers, compared exactly: integers, decimals, fractions, multiples of a root or of pi, pairs
+and tuples of them, and polynomials.
 
 Every comparison is math-verify's own verdict or None. Two traps set the bounds: math-verify rounds floats to 6 places (1/3 is
 0.333333 to it and 0.33333 is not), and takes a difference for zero that 15 digits do not show.
@@ -7,6 +7,7 @@ Every comparison is math-verify's own verdict or None. Two traps set the bounds:
 
 import re
 from fractions import Fraction
+from itertools import pairwise
 from math import isqrt
 from typing import NamedTuple, TypeAlias
 
@@ -19,6 +20,8 @@ _PART = re.compile(
     rf"(?P<sign>-?)\\frac\{{(?P<times>[1-9]\d{{0,6}})? ?{_ROOT % ('', '')}\}}\{{(?P<below>[1-9]\d{{0,6}})\}}", re.ASCII
 )
 _TUPLE = re.compile(r"([(\[])(.+)([)\]])")
+# No e, i or capital, which mean something else to math-verify, and no letter that it takes for a unit (`2t` is 2 to it).
+_TERM = re.compile(r"(?P<sign>[-+]|^)(?P<times>[1-9]\d{0,6})?(?:(?P<name>[abknpqrxyz])(?:\^(?P<power>[2-9]))?)?", re.ASCII)
 _THOUSANDS = re.compile(r"\d{3}", re.ASCII)
 _MAX_DIGITS = 15
 """Of a decimal: math-verify's floats have 53 bits."""
@@ -42,12 +45,18 @@ class Tuple(NamedTuple):
     items: tuple[Numeral, ...]
 
 
-Value: TypeAlias = Numeral | Tuple
+class Polynomial(NamedTuple):
+    """Integer coefficients by (variable, exponent), none of them 0; ("", 0) is the constant. At least one has a variable."""
+
+    terms: frozenset[tuple[str, int, int]]
+
+
+Value: TypeAlias = Numeral | Tuple | Polynomial
 
 
 def value(text: str) -> Value | None:
-    """The number or tuple that `text` as a whole is; None for any other form."""
-    return numeral(text) or _tuple(text)
+    """The number, tuple or polynomial that `text` as a whole is; None for any other form."""
+    return numeral(text) or _tuple(text) or _polynomial(text)
 
 
 def plain_number(text: str) -> bool:
@@ -102,13 +111,42 @@ def _tuple(text: str) -> Tuple | None:
     return Tuple(found[1] + found[3], items) if len(items) == len(parts) else None
 
 
+def _polynomial(text: str) -> Polynomial | None:
+    """A sum of terms in one variable each: `3x^2-2x+1`, `y+2x`."""
+    terms: dict[tuple[str, int], int] = {}
+    end = 0
+    while end < len(text):
+        found = _TERM.match(text, end)
+        if found is None or not (found["times"] or found["name"]) or (end and not found["sign"]):
+            return None
+        key = (found["name"] or "", int(found["power"] or 1) if found["name"] else 0)
+        terms[key] = terms.get(key, 0) + int((found["sign"] or "") + (found["times"] or "1"))
+        end = found.end()
+    left = frozenset((name, power, times) for (name, power), times in terms.items() if times)
+    return Polynomial(left) if any(name for name, _, _ in left) else None
+
+
 def equal(reference: Value, given: Value) -> bool | None:
     """Whether math-verify calls them equal; None where one of its roundings or conversions decides."""
     if isinstance(reference, Numeral) and isinstance(given, Numeral):
         return _equal_numbers(reference, given)
     if isinstance(reference, Tuple) and isinstance(given, Tuple):
         return _equal_tuples(reference, given)
-    return None
+    if isinstance(reference, Polynomial) and isinstance(given, Polynomial):
+        return reference == given
+    kinds = (reference, given)
+    if any(isinstance(kind, Tuple) and not _spread(kind) for kind in kinds) or any(_inexact(kind) for kind in kinds):
+        return None
+    return False
+
+
+def _spread(pair: Tuple) -> bool:
+    """No two neighbours are the same number: [3,3] is 3."""
+    return all(_equal_numbers(*two) is False for two in pairwise(pair.items))
+
+
+def _inexact(kind: Value) -> bool:
+    return isinstance(kind, Numeral) and not kind.exact
 
 
 def _equal_numbers(one: Numeral, other: Numeral) -> bool | None:
@@ -131,8 +169,14 @@ def _apart(one: Numeral, other: Numeral) -> tuple[Fraction | float, Fraction | f
 
 
 def _equal_tuples(one: Tuple, other: Tuple) -> bool | None:
-    """math-verify reads (1,2) as an interval and (2,1) as a point, which only brackets and lengths could confuse."""
-    if one.brackets != other.brackets or len(one.items) != len(other.items):
+    """math-verify reads (1,2) as an interval and (2,1) as a point: brackets count between two intervals only."""
+    if len(one.items) != len(other.items):
         return None
+    if one.brackets != other.brackets:
+        return False if _ascends(one) and _ascends(other) else None
     verdicts = [_equal_numbers(*pair) for pair in zip(one.items, other.items, strict=True)]
     return None if None in verdicts else all(verdicts)
+
+
+def _ascends(pair: Tuple) -> bool:
+    return len(pair.items) == 2 and pair.items[0].root == pair.items[1].root == 1 and pair.items[0].value < pair.items[1].value
