@@ -30,6 +30,9 @@ def committed(benchmark: str) -> dict:
         ("kill_storm", "lost", None, 0),
         ("kill_storm", "duplicated", None, 0),
         ("kill_storm", "wrong", None, 0),
+        ("sandbox", "p50_overhead_ms", None, 150.0),
+        ("corruption", "undetected", None, 0),
+        ("corruption", "false_alarms", None, 0),
     ],
 )
 def test_a_committed_figure_keeps_its_bound(benchmark: str, key: str, least: float | None, most: float | None) -> None:
