@@ -26,7 +26,7 @@ from data.licences import check_licences, licences
 from data.processes import num_cores
 from data.select import KEPT, VIEW_FILE, Decisions, Judgement, order_of, select, verdict_table, view_table
 from data.split import is_held_out
-from data.store import ROLLUP, RunFolder, fsync_folder, read_rollup, table_bytes, write_bytes
+from data.store import ROLLUP, RunFolder, Segment, fsync_folder, read_rollup, table_bytes, write_bytes
 from data.verify import VERIFIERS, Verifier
 
 
@@ -57,31 +57,50 @@ def build(
         Refused: a licence that is not listed; or nothing is left to train on, and then the verdicts are written and say why.
     """
     tell, num_workers = report or _silent, num_workers or settings.processes or num_cores()
-    ledger = read_generation_ledger(run)
-    found = judge_run(run, settings, num_workers=num_workers, tell=tell, folders=folders, verifiers=verifiers)
-    view = opinion(found, settings)
-    said = view.judgements
-    decisions = select(said, len(found))
-    splits_N = split_rows(found, decisions, settings.validation_share)
-    counts = count(found["facts"], decisions, splits_N)
-    with_view(ledger, counts).check(viewed=True)
-    tell(Count(0, 1, "writing verdicts"))
-    check_licences(licences(found["facts"], decisions.kept_N), settings.permitted_licences)
-    unseal(run)
-    files = write_judgements(run, found, said, decisions, verifiers)
-    if not counts["train_rows"]:
-        raise Refused(nothing_kept(counts))
-    files += save_dataset(
+    rows = _judge(settings, run, tell, num_workers, folders, verifiers)
+    pa.default_memory_pool().release_unused()  # the columns, which nothing needs any more
+    dataset = save_dataset(
         run,
-        found.segments,
-        found.per_segment(splits_N, absent=-1),
-        text_bytes_of(found, splits_N),
-        card=render_card(card_facts(settings, found, decisions, counts)),
+        rows.segments,
+        rows.places,
+        rows.text_bytes,
+        card=rows.card,
         parquet=settings.parquet,
         num_workers=num_workers,
         tell=tell,
     )
-    return Built(files, counts, settings.model_dump(mode="json", exclude=INVISIBLE))
+    return Built([*rows.files, *dataset], rows.counts, settings.model_dump(mode="json", exclude=INVISIBLE))
+
+
+class _Rows(NamedTuple):
+    """What the dataset is written from, and the verdict files that stand. places, text_bytes: as save_dataset wants them."""
+
+    segments: Sequence[Segment]
+    places: Sequence[np.ndarray]
+    text_bytes: Mapping[str, int]
+    card: str
+    counts: Counts
+    files: list[Path]
+
+
+def _judge(
+    settings: Data, run: RunFolder, tell: Report, num_workers: int, folders: Sequence[Path], verifiers: Mapping[str, Verifier]
+) -> _Rows:
+    ledger = read_generation_ledger(run)
+    found = judge_run(run, settings, num_workers=num_workers, tell=tell, folders=folders, verifiers=verifiers)
+    said = opinion(found, settings).judgements
+    decisions = select(said, len(found))
+    splits_N = split_rows(found, decisions, settings.validation_share)
+    counts = count(found["facts"], decisions, splits_N)
+    with_view(ledger, counts).check(viewed=True)
+    check_licences(licences(found["facts"], decisions.kept_N), settings.permitted_licences)
+    tell(Count(0, 1, "writing verdicts"))
+    unseal(run)
+    files = write_judgements(run, found, said, decisions, verifiers)
+    if not counts["train_rows"]:
+        raise Refused(nothing_kept(counts))
+    card = render_card(card_facts(settings, found, decisions, counts))
+    return _Rows(found.segments, found.per_segment(splits_N, absent=-1), text_bytes_of(found, splits_N), card, counts, files)
 
 
 def _silent(count: Count) -> None:

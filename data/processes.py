@@ -7,9 +7,11 @@ the build with a line that says so.
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from importlib.abc import MetaPathFinder
 from typing import Any, TypeVar
 
 from configs.launch import StageFailed, die_with_parent
@@ -78,5 +80,15 @@ def _begin(set_up: Callable[..., None] | None, arguments: tuple[Any, ...]) -> No
     parent = multiprocessing.parent_process()
     if parent is None or not parent.is_alive():
         os._exit(1)  # it went while we were imported
+    sys.meta_path.insert(0, _WithoutPandas())
     if set_up is not None:
         set_up(*arguments)
+
+
+class _WithoutPandas(MetaPathFinder):
+    """pyarrow imports pandas with its first array, if there is one: a second and 60 MB in each worker, only to see that it was
+    not given anything of pandas' own."""
+
+    def find_spec(self, fullname: str, path: object, target: object = None) -> None:
+        if fullname == "pandas":
+            raise ModuleNotFoundError(fullname)

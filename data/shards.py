@@ -30,7 +30,7 @@ ROW = pa.schema(
 )  # fmt: skip
 """One row a kept trace. messages: the whole conversation, the assistant last, its reasoning in reasoning_content."""
 
-SHARD_BYTES = 64 << 20
+SHARD_BYTES = 32 << 20
 LARGEST_SHARD_BYTES = 1 << 30
 SHARDS_AIM = 128
 BATCH_ROWS = 1000
@@ -42,7 +42,7 @@ _WEIGHTS = 16 ** np.arange(_HEAD_DIGITS - 1, -1, -1, dtype=np.int64)
 
 
 def num_shards(text_bytes: int) -> int:
-    """Files for so many bytes of text: as few as fit into memory while they are sorted. 64 MB each up to 8 GB, then larger ones
+    """Files for so many bytes of text: as few as fit into memory while they are sorted. 32 MB each up to 4 GB, then larger ones
     up to 1 GB, because a spill keeps a file open for each."""
     largest = min(LARGEST_SHARD_BYTES, max(SHARD_BYTES, text_bytes // SHARDS_AIM))
     return max(1, -(-text_bytes // largest))

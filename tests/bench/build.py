@@ -100,8 +100,8 @@ def commit(run: RunFolder, traces: list[Trace]) -> None:
     commit_segment(run.traces, to_table(traces, Trace), worker="bench", facts=facts)
 
 
-def resident_bytes(root_pid: int) -> int:
-    """Of a process and everything below it; shared pages count once a process."""
+def resident_mb(root_pid: int) -> list[int]:
+    """Of a process and of everything below it, largest first; shared pages count once a process."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -110,15 +110,15 @@ def resident_bytes(root_pid: int) -> int:
                 children.setdefault(int(fields[1]), []).append(int(entry.name))
             except (OSError, IndexError):
                 continue
-    total, waiting = 0, [root_pid]
+    found, waiting = [], [root_pid]
     while waiting:
         pid = waiting.pop()
         waiting += children.get(pid, [])
         try:
-            total += int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            found.append(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20)
         except OSError:
             continue
-    return total
+    return sorted(found, reverse=True)
 
 
 def timed_build(root: str, num_workers: int, say: Connection) -> None:
@@ -140,14 +140,15 @@ def measure(run: RunFolder, num_workers: int) -> dict[str, object]:
     process = context.Process(target=timed_build, args=(str(run.root), num_workers, theirs))
     process.start()
     assert process.pid is not None
-    peak = 0
+    peak: list[int] = []
     while process.is_alive() and not ours.poll(0.1):
-        peak = max(peak, resident_bytes(process.pid))
+        peak = max(peak, resident_mb(process.pid), key=sum)
     seconds, notes, counts = ours.recv()
     process.join()
     return {
         "seconds": round(seconds, 1),
-        "peak_rss_mb": peak >> 20,
+        "peak_rss_mb": sum(peak),
+        "peak_rss_mb_by_process": peak,
         "phases": [f"{at:.1f} s {note}" for at, note in notes],
         "kept": counts["kept"],
         "completed": counts["completed"],

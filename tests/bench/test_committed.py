@@ -31,6 +31,8 @@ def committed(benchmark: str) -> dict:
         ("kill_storm", "duplicated", None, 0),
         ("kill_storm", "wrong", None, 0),
         ("sandbox", "p50_overhead_ms", None, 150.0),
+        ("build", "seconds", None, 120.0),
+        ("build", "peak_rss_mb", None, 1000.0),
         ("corruption", "undetected", None, 0),
         ("corruption", "false_alarms", None, 0),
     ],

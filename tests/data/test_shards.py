@@ -35,7 +35,7 @@ def test_shards_are_ranges_of_identities(names: list[str], count: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_bytes", "expected"), [(0, 1), (1, 1), (64 << 20, 1), ((64 << 20) + 1, 2), (8 << 30, 128), (1 << 40, 1024)]
+    ("num_bytes", "expected"), [(0, 1), (1, 1), (32 << 20, 1), ((32 << 20) + 1, 2), (4 << 30, 128), (1 << 40, 1024)]
 )
 def test_shards_are_as_few_as_fit_into_memory(num_bytes: int, expected: int) -> None:
     assert num_shards(num_bytes) == expected
