@@ -24,7 +24,7 @@ import pyarrow as pa
 from configs.errors import UnusableInput
 from configs.progress import Count, Report
 from data.processes import map_unordered
-from data.shards import ROW, Shard, Spill, Written, assemble, num_shards, spill
+from data.shards import ROW, Shard, Spill, Written, assemble, fsync_file, num_shards, spill
 from data.store import ROLLUP, RunFolder, Segment, fsync_folder, read_rollup, verify_files
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def save_dataset(
         _describe(fresh, written)
         (fresh / "README.md").write_text(card)
         for path in [path for path in fresh.rglob("*") if path.suffix in (".json", ".md")]:
-            _fsync(path)
+            fsync_file(path)
         for folder, _, _ in os.walk(fresh, topdown=False):
             fsync_folder(Path(folder))
     return dataset_files(run)
@@ -165,14 +165,6 @@ def _feature(kind: pa.DataType) -> dict[str, object]:
 
 def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2))
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def dataset_files(run: RunFolder) -> list[Path]:

@@ -127,17 +127,17 @@ def assemble(shard: Shard) -> Written:
     with pa.OSFile(str(shard.arrow), "wb") as file, pa.ipc.new_stream(file, ROW) as writer:
         for batch in batches:
             writer.write_batch(batch)
-    _fsync(shard.arrow)
+    fsync_file(shard.arrow)
     if shard.parquet is not None and rows.num_rows:  # `datasets` 5.2 cannot read a Parquet file without rows
         # Page checksums, because a reader of Parquet alone has no manifest: of 200 flipped bits 43 go unseen without them.
         pq.write_table(rows, shard.parquet, compression="zstd", write_page_checksum=True)
-        _fsync(shard.parquet)
+        fsync_file(shard.parquet)
     for path in sources:
         path.unlink()
     return Written(shard, rows.num_rows, shard.arrow.stat().st_size, sha256_file(shard.arrow))
 
 
-def _fsync(path: Path) -> None:
+def fsync_file(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -4,18 +4,25 @@ from collections.abc import Callable
 from typing import Any
 
 from configs.progress import Count
+from data.benchmarks import find_benchmarks
 from data.build import build
 from data.card import INVISIBLE
 from data.judge import VERSIONS
 from data.stage import Context, Outcome, Stage
-from data.store import RunFolder, input_hashes, read_rollup, seal
+from data.store import RunFolder, input_hashes, read_rollup, seal, sha256_file
 from data.verify import VERIFIERS
 
 
 def _identity(context: Context) -> dict[str, Any]:
-    """The settings and every judge's version: a raised version judges again."""
+    """The settings, what the benchmark files hold and every judge's version: whatever changes, the traces are judged again."""
     settings = context.recipe.data.model_dump(mode="json", exclude=INVISIBLE)
-    return {"data": settings, "judges": VERSIONS | {name: verifier.version for name, verifier in VERIFIERS.items()}}
+    found = find_benchmarks(context.recipe.data.decontaminate, context.folders)
+    benchmarks = {name: sha256_file(path) for name, path in found.items()}
+    return {
+        "data": settings,
+        "benchmarks": benchmarks,
+        "judges": VERSIONS | {name: verifier.version for name, verifier in VERIFIERS.items()},
+    }
 
 
 def _act(context: Context, show: Callable[[Count], None]) -> Outcome:

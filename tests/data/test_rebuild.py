@@ -84,3 +84,14 @@ def test_the_command_prints_both_views_and_ends_with_json(run: RunFolder) -> Non
     assert done.exit_code == 0, done.output
     assert "gained" in done.output and "wrong under now: verified" in done.output
     assert json.loads(done.output.splitlines()[-1])["gained_rows"] == 13
+
+
+def test_a_changed_benchmark_file_judges_again(run: RunFolder, tmp_path: Path) -> None:
+    items = tmp_path / "items.jsonl"
+    items.write_text('{"question": "Nobody asked this one of any model anywhere so far"}\n')
+    asked = context(run.root, f"data.decontaminate=[{items}]")
+    run_stage(DATA, asked)
+    items.write_text('{"question": "What is 3 + 1?"}\n')
+    run_stage(DATA, asked)
+    rollup = read_rollup(run.dataset)
+    assert rollup is not None and rollup.counts["rejected_by_reason"]["contaminated"] == 3  # type: ignore[index]
