@@ -23,7 +23,12 @@ from data.invocation import Invocation, existing_run, print_plan, run_one
 from generate.commands import generate, generate_stage, prompts, prompts_stage
 
 if TYPE_CHECKING:
+    from configs.judging import Judging
+    from configs.schema import Recipe
+    from data.asking import ControlWords, Model, Models
+    from data.engine import Engine
     from data.stage import Context, Stage
+    from teacher.judge import JudgeEngine
     from teacher.plan import Plan
 
 DISK_ERRORS = {
@@ -42,7 +47,7 @@ def application() -> typer.Typer:
     }  # fmt: skip
     for name, command in commands.items():
         app.command(name)(command)
-    app.add_typer(data_app(_data_stage), name="data")
+    app.add_typer(data_app(_data_stage, _models), name="data")
     return app
 
 
@@ -312,9 +317,76 @@ def prepare(
 
 
 def _data_stage() -> "Stage":
-    from data.stages import DATA
+    from data.stages import data_stage
 
-    return DATA
+    return data_stage(_models)
+
+
+def _models(context: "Context") -> "Models":
+    """What a build of the dataset may ask; nothing is opened here."""
+    from data.asking import Models
+
+    judging = context.recipe.data.judging
+    return Models(
+        student=_base_student(context.recipe),
+        judge=None if judging is None else _judge(judging),
+        control_words=_control_words(context.recipe),
+    )
+
+
+def _control_words(recipe: "Recipe") -> "ControlWords":
+    """Of the teacher's and of the student's tokenizer."""
+    from data.asking import ControlWords
+    from generate.control_words import control_words, tokenizers_sha256
+    from student.folders import EMBEDDED as STUDENT
+    from teacher.folders import EMBEDDED as TEACHER
+    from teacher.folders import prepared_folder
+
+    teacher, student = recipe.teacher.model, recipe.student.model
+    folders = (
+        prepared_folder(recipe.teacher) or (TEACHER if teacher == "embedded" else Path(teacher)),
+        STUDENT if student == "embedded" else Path(student),
+    )
+    return ControlWords(lambda: tokenizers_sha256(folders), lambda: control_words(folders))
+
+
+def _base_student(recipe: "Recipe") -> "Model":
+    from data.asking import Codec, Model
+
+    def identity() -> str:
+        from student.folders import model_sha256, resolve
+
+        return f"{model_sha256(resolve(recipe.student.model))} {recipe.train.dtype}"
+
+    def codec() -> Codec:
+        from data.codec import codec_of
+        from student.model import load_tokenizer
+
+        return codec_of(load_tokenizer(recipe.student.model))
+
+    def engine() -> "Engine":
+        from student.folders import resolve
+        from teacher.engines import open_local_engine
+
+        folder = resolve(recipe.student.model)
+        return open_local_engine(folder, dtype=recipe.train.dtype, batch_size=recipe.evaluate.batch_size)
+
+    return Model(identity, codec, engine)
+
+
+def _judge(settings: "Judging") -> "Model":
+    import functools
+
+    from data.asking import Model
+    from data.verify.llm_judge import identity_of
+
+    @functools.cache
+    def engine() -> "JudgeEngine":
+        from teacher.judge import JudgeEngine
+
+        return JudgeEngine(settings)
+
+    return Model(lambda: identity_of(settings), lambda: engine().codec, engine)
 
 
 def _train_stage() -> "Stage":

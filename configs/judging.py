@@ -21,10 +21,12 @@ class Judging(Section):
     """Prompts whose verifier is `llm_judge` are graded by a model. What it says is no proof: ask how often it changes its mind
     (resample_share), and use another model than the teacher."""
 
-    engine: HttpEngine = HttpEngine()
-    """The server that answers; `model` there is the judge's name."""
+    engine: HttpEngine
+    """The server that answers; `model` there is the judge's name, and `api` is `chat`: template and tokenizer stay with the
+    server."""
     template: str = "grade"
-    """A file of data/judge_templates, or a path that ends in .md. Its content is part of every verdict's version."""
+    """A file of data/judge_templates, or a path that ends in .md, looked for beside the recipe and in the working directory. Its
+    content is part of every verdict's version."""
     rubric: Annotated[str, Field(min_length=1)] = RUBRIC
     """What each of the four grades means for these tasks, in words for the judge."""
     show_reference: bool = True
@@ -34,8 +36,14 @@ class Judging(Section):
     resample_share: Share = 0.05
     """Share of the answers (by hash) that are graded once more, with another seed and the parts in another order, to measure how
     often the grade flips. Decides nothing."""
+    checked_share: Share = 0.0
+    """Share of the traces (by hash) that another verifier judges and the judge grades as well: how often it is right is known by
+    no other way, and p(correct) gives its word a weight only where there are some. Decides nothing by itself."""
+    max_failed: NonNegativeInt = 0
+    """Requests that may fail (a server that breaks over one answer, time after time) without ending the build: their traces are
+    `judge_failed`, and the next build asks again."""
     max_answer_characters: PositiveInt = 32768
-    """Longer answers are `ungraded` and not asked: a cut answer would be graded for what it does not say."""
+    """Longer answers are `too_long` and not asked: a cut answer would be graded for what it does not say."""
     max_tokens: PositiveInt = 4096
     """Of a judgement, reasoning included. One that reaches it is `ungraded`."""
     temperature: Annotated[float, Field(ge=0.0, le=2.0)] = 0.0
@@ -43,6 +51,15 @@ class Judging(Section):
     reasoning: Literal["none", "open", "opens_itself"] = "none"
     """The judge's think block: none, opened by its prompt (GLM), or opened by the judge itself. What is inside is no verdict."""
     seed: NonNegativeInt = 0
+
+    @field_validator("engine")
+    @classmethod
+    def _a_judge_behind_chat(cls, engine: HttpEngine) -> HttpEngine:
+        if not engine.model:
+            raise ValueError("engine.model is empty; expected the name of the model that judges, another than the teacher")
+        if engine.api != "chat":
+            raise ValueError(f"engine.api {engine.api} sends token ids, and a judge's tokenizer is not known here; expected chat")
+        return engine
 
     @field_validator("votes")
     @classmethod

@@ -30,8 +30,9 @@ class ReasoningGymSource(Section):
 
 
 class RowSource(Section):
-    """A prompt a row: `question` or `messages`; optional `answer`, `task`, `verifier`, `split`, `domain`, `known`, `tools`
-    (a list, or its JSON text), `max_tokens`, `reasoning_budget`."""
+    """A prompt a row: `question` or `messages`; optional `answer`, `task`, `verifier`, `details` (what the verifier needs: an
+    object or a list, or its JSON text), `split`, `domain`, `known`, `tools` (a list, or its JSON text), `max_tokens`,
+    `reasoning_budget`."""
 
     path: str
     """Relative paths are looked up beside the recipe first, then in the working directory."""

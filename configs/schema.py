@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from configs.engines import TORCHRUN_GRACE_S, DeepSpeedEngine, HttpEngine, LocalEngine
-from configs.filters import AnswerPresentFilter, FilterSettings, FinishReasonFilter, ThinkTagsFilter
+from configs.filters import AnswerPresentFilter, ControlTokensFilter, FilterSettings, FinishReasonFilter, ThinkTagsFilter
+from configs.judging import Judging
 from configs.planning import Planning
 from configs.prompt_sources import PromptSource
 from configs.section import Section
@@ -208,7 +209,7 @@ class Generate(Section):
 
 
 class Data(WithViews):
-    filters: tuple[FilterSettings, ...] = (FinishReasonFilter(), ThinkTagsFilter(), AnswerPresentFilter())
+    filters: tuple[FilterSettings, ...] = (FinishReasonFilter(), ThinkTagsFilter(), AnswerPresentFilter(), ControlTokensFilter())
     """What makes a trace unfit whatever its answer, each by its type or as a section. The default finds broken records, which
     nothing should be trained on; what else counts as unfit is the recipe's to say."""
     decontaminate: tuple[Annotated[str, Field(min_length=1)], ...] = ()
@@ -222,6 +223,8 @@ class Data(WithViews):
     """Share of prompts (by hash, never of rows) whose traces go to the validation split."""
     verify_timeout_s: PositiveFloat = 10.0
     """Wall seconds for one answer; a verifier that needs more says so itself."""
+    judging: Judging | None = None
+    """Who grades answers to prompts whose verifier is `llm_judge`, and how. Without it such prompts are refused."""
     permitted_licences: tuple[str, ...] = ("MIT", "Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "CC0-1.0", "CC-BY-4.0")
     """Of teachers and prompt sources: licences that permit distillation as you read them. Any other stops the build (exit 3).
     `unknown` is a licence too: that of a source which names none."""

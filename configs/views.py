@@ -84,6 +84,10 @@ class View(Section):
     abstention_min_correct: PositiveInt = 3
     """Right answers among those from which on it can produce the fact. A guesser among eight answers gets 1 of 8 right for 66 %
     of the prompts, 2 for 26 %, 3 for 7 %; among a thousand answers, 1 for 0.8 %."""
+    abstention_temperature: Annotated[float, Field(ge=0.0, le=2.0)] = 0.5
+    """Of the base student's answers. 0 would ask one question as often as there are samples."""
+    abstention_max_tokens: PositiveInt = 1024
+    """Of one of its answers; what does not come to an end is not right."""
     abstention_reasoning: str = ""
     """What stands in the think block of a relabelled row. Empty, or a short honest sentence: never the teacher's recall."""
     max_tokens: PositiveInt | None = None

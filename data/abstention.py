@@ -41,7 +41,7 @@ def is_closed_book(prompt: Prompt) -> bool:
     return prompt.known is not None and bool(prompt.verifier and prompt.answer) and not is_abstention(prompt.answer)
 
 
-def questions(prompts: Iterable[Prompt], *, samples: int, run_seed: int) -> Iterator[Question]:
+def questions(prompts: Iterable[Prompt], *, samples: int, run_seed: int = 0) -> Iterator[Question]:
     """`samples` of every closed-book training prompt, in the order of the prompts. Evaluation items are never asked: what the
     base knows of them must not decide what is trained."""
     for prompt in prompts:
@@ -135,11 +135,10 @@ def relabel(messages: Sequence[Message], *, reasoning: str = "") -> tuple[Messag
     return (*before, said)
 
 
-def provenance(trace_id: str, grades: Grades, min_correct: int) -> str:
-    """JSON text for the row's column: which trace it was made of, and why."""
+def provenance(grades: Grades, min_correct: int) -> str:
+    """JSON text for the row's column: what it is that the trace is not, and why."""
     facts = {
         "relabelled": "abstention",
-        "trace_id": trace_id,
         "student_correct": grades.num_correct,
         "student_asked": grades.num_graded,
         "min_correct": min_correct,

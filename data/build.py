@@ -17,25 +17,34 @@ import pyarrow as pa
 from configs.errors import Refused, UnusableInput
 from configs.progress import Count, Report
 from configs.schema import Data
+from configs.views import View
+from data.asking import NOBODY, Models, kept_replies
 from data.card import INVISIBLE, CardFacts, origins, render_card
 from data.counts import Counts, count
 from data.dataset import SPLITS, save_dataset
-from data.judge import VERSIONS, Judged, judge_run, opinion
+from data.grading import GradingCounts, require_judge
+from data.judge import Judged, judge_run, opinion
 from data.ledger import Ledger, generation_ledger, read_fates, with_view
 from data.licences import check_licences, licences
 from data.processes import num_cores
-from data.select import KEPT, VIEW_FILE, Decisions, Judgement, order_of, select, verdict_table, view_table
+from data.relabel import Relabelling, codes_of, with_row_tokens
+from data.select import KEPT, VIEW_FILE, Decisions, select
+from data.selection import Selection
+from data.self_ask import as_columns
 from data.split import is_held_out
-from data.store import ROLLUP, RunFolder, Segment, fsync_folder, read_rollup, table_bytes, write_bytes
+from data.store import ROLLUP, RunFolder, Segment, fsync_folder, read_rollup
 from data.verify import VERIFIERS, Verifier
+from data.write_verdicts import write_verdicts
 
 
 class Built(NamedTuple):
-    """files: everything to seal (verdicts, view, dataset), in a fixed order. settings: those that made it, for the manifest."""
+    """files: everything to seal (verdicts, view, dataset), in a fixed order. settings: those that made it, for the manifest.
+    judge: what a model graded, where one did."""
 
     files: list[Path]
     counts: Counts
     settings: dict[str, object]
+    judge: GradingCounts | None = None
 
 
 def build(
@@ -46,61 +55,82 @@ def build(
     num_workers: int | None = None,
     folders: Sequence[Path] = (),
     verifiers: Mapping[str, Verifier] = VERIFIERS,
+    models: Models = NOBODY,
 ) -> Built:
     """Verdict files, view and dataset stand in the run folder, unsealed. One builder at a time.
 
     num_workers: processes that read and judge; the machine's cores when None. folders: where benchmark files are looked for.
+    models: those that settings may want asked.
 
     Raises:
-        UnusableInput: a damaged segment or benchmark file, traces without their prompt, a ledger that does not balance. Nothing
-            was written.
+        UnusableInput: a damaged segment or benchmark file, traces without their prompt, a ledger that does not balance, a model
+            that cannot be asked. Nothing was written.
         Refused: a licence that is not listed; or nothing is left to train on, and then the verdicts are written and say why.
     """
     tell, num_workers = report or _silent, num_workers or settings.processes or num_cores()
-    rows = _judge(settings, run, tell, num_workers, folders, verifiers)
+    ledger = read_generation_ledger(run)
+    require_judge(run, settings.judging, models.judge)
+    found = judge_run(run, settings, num_workers=num_workers, tell=tell, folders=folders, verifiers=verifiers, models=models)
+    rows = _decide(settings, run, found, ledger, tell, verifiers)
+    del found
     pa.default_memory_pool().release_unused()  # the columns, which nothing needs any more
     dataset = save_dataset(
         run,
         rows.segments,
         rows.places,
         rows.text_bytes,
+        relabels=rows.relabels,
+        relabelling=rows.relabelling,
         card=rows.card,
         parquet=settings.parquet,
         num_workers=num_workers,
         tell=tell,
     )
-    return Built([*rows.files, *dataset], rows.counts, settings.model_dump(mode="json", exclude=INVISIBLE))
+    return Built([*rows.files, *dataset], rows.counts, settings.model_dump(mode="json", exclude=INVISIBLE), rows.judge)
 
 
 class _Rows(NamedTuple):
-    """What the dataset is written from, and the verdict files that stand. places, text_bytes: as save_dataset wants them."""
+    """What the dataset is written from, as save_dataset wants it, and the verdict files that stand."""
 
     segments: Sequence[Segment]
     places: Sequence[np.ndarray]
+    relabels: Sequence[np.ndarray]
+    relabelling: Relabelling
     text_bytes: Mapping[str, int]
     card: str
     counts: Counts
+    judge: GradingCounts | None
     files: list[Path]
 
 
-def _judge(
-    settings: Data, run: RunFolder, tell: Report, num_workers: int, folders: Sequence[Path], verifiers: Mapping[str, Verifier]
+def _decide(
+    settings: Data, run: RunFolder, found: Judged, ledger: Ledger, tell: Report, verifiers: Mapping[str, Verifier]
 ) -> _Rows:
-    ledger = read_generation_ledger(run)
-    found = judge_run(run, settings, num_workers=num_workers, tell=tell, folders=folders, verifiers=verifiers)
-    said = opinion(found, settings).judgements
-    decisions = select(said, len(found))
+    view = opinion(found, settings)
+    decisions = select(view.judgements, len(found))
     splits_N = split_rows(found, decisions, settings.validation_share)
-    counts = count(found["facts"], decisions, splits_N)
+    codes_N, relabelling = relabelling_of(found, view.selection, settings.view)
+    facts = with_row_tokens(found["facts"], codes_N >= 0, relabelling.tokens)
+    counts = count(facts, decisions, splits_N, codes_N >= 0)
     with_view(ledger, counts).check(viewed=True)
     check_licences(licences(found["facts"], decisions.kept_N), settings.permitted_licences)
     tell(Count(0, 1, "writing verdicts"))
     unseal(run)
-    files = write_judgements(run, found, said, decisions, verifiers)
+    files = [*write_verdicts(run, found, view, decisions, settings, verifiers), *kept_replies(run)]
     if not counts["train_rows"]:
         raise Refused(nothing_kept(counts))
     card = render_card(card_facts(settings, found, decisions, counts))
-    return _Rows(found.segments, found.per_segment(splits_N, absent=-1), text_bytes_of(found, splits_N), card, counts, files)
+    judge = None if found.graded is None else found.graded.counts
+    places, relabels = (found.per_segment(values_N, absent=-1) for values_N in (splits_N, codes_N))
+    return _Rows(found.segments, places, relabels, relabelling, text_bytes_of(found, splits_N), card, counts, judge, files)
+
+
+def relabelling_of(found: Judged, chosen: Selection, view: View) -> tuple[np.ndarray, Relabelling]:
+    """int16 [N], -1 or a position in the relabelling's grades; and what the relabelled rows become."""
+    if found.asked is None:
+        return np.full(len(found), -1, np.int16), Relabelling()
+    codes_N, grades = codes_of(chosen, as_columns(found.asked, found["facts"]["prompt_id"]))
+    return codes_N, Relabelling(view.abstention_reasoning, found.asked.row_tokens, view.abstention_min_correct, grades)
 
 
 def _silent(count: Count) -> None:
@@ -143,34 +173,6 @@ def card_facts(settings: Data, found: Judged, decisions: Decisions, counts: Coun
 def text_bytes_of(found: Judged, splits_N: np.ndarray) -> dict[str, int]:
     bytes_N = found["facts"]["text_bytes"].to_numpy()
     return {split: int(bytes_N[splits_N == number].sum()) for number, split in enumerate(SPLITS)}
-
-
-def write_judgements(
-    run: RunFolder, found: Judged, said: Sequence[Judgement], decisions: Decisions, verifiers: Mapping[str, Verifier]
-) -> list[Path]:
-    """One Arrow file per filter or verifier version, and the view: sorted by trace_id, the same bytes every time."""
-    for leftover in run.verdicts.glob(".*.tmp"):
-        leftover.unlink()
-    trace_ids = found.trace_ids
-    order_N = order_of(trace_ids)
-    files = []
-
-    def write(name: str, table: pa.Table) -> None:
-        write_bytes(run.verdicts / name, table_bytes(table))
-        files.append(run.verdicts / name)
-
-    write(VIEW_FILE, view_table(trace_ids, decisions, order_N))
-    for one in said:
-        if one.name == "view":
-            continue  # in VIEW_FILE, with everybody else's
-        if one.name != "verifier":
-            write(f"{one.name}-v{VERSIONS[one.name]}.arrow", verdict_table(trace_ids, one, order_N))
-            continue
-        # A file for each verifier in use, with the traces that were its to judge; those of no verifier are in the view alone.
-        names_N = np.array(found["verifier"]["verifier"].to_pylist(), object)[order_N]
-        for name in sorted(set(names_N.tolist()) - {""}):
-            write(f"verifier-{name}-v{verifiers[name].version}.arrow", verdict_table(trace_ids, one, order_N[names_N == name]))
-    return sorted(files)
 
 
 def nothing_kept(counts: Counts) -> str:

@@ -6,6 +6,8 @@ occurrence, which may stand in the prompt).
 """
 
 import functools
+import hashlib
+import importlib.metadata
 import json
 import uuid
 from collections.abc import Mapping, Sequence
@@ -18,6 +20,10 @@ from transformers import PreTrainedTokenizerBase
 from configs.errors import UnusableInput
 
 IGNORE_INDEX = -100
+RENDERER_VERSION = 1
+"""Of what encode_conversation makes of the same messages, tokenizer and template: raised with every change of it, so that what
+was rendered before is rendered again."""
+_RENDERING_LIBRARIES = ("transformers", "tokenizers", "jinja2")
 
 
 class Encoded(NamedTuple):
@@ -47,20 +53,50 @@ GLM_STOPS = ("<|user|>", "<|observation|>", "<|endoftext|>")
 CHATML_STOPS = ("<|im_end|>", "<|endoftext|>")
 
 
-@functools.cache
 def dialect_of(tokenizer: PreTrainedTokenizerBase) -> Dialect:
-    """Reads the dialect off the tokenizer, once: role-marker stops, a ChatML end of turn, or the plain eos token."""
+    """Reads the dialect off the tokenizer: role-marker stops, a ChatML end of turn, or the plain eos token. Once for each
+    template and eos token, which may be changed in place."""
+    eos_token: str | None = tokenizer.eos_token  # type: ignore[assignment]
+    return _dialect_of(tokenizer, _template_text(tokenizer), eos_token)
+
+
+@functools.lru_cache(maxsize=8)
+def _dialect_of(tokenizer: PreTrainedTokenizerBase, template: str, eos_token: str | None) -> Dialect:
     vocabulary: dict[str, int] = tokenizer.get_added_vocab()  # type: ignore[operator]  (PreTrainedTokenizerBase's __getattr__ hides it)
     if all(marker in vocabulary for marker in ("<|user|>", "<|observation|>")):
         stops = GLM_STOPS
     elif "<|im_end|>" in vocabulary:
         stops = CHATML_STOPS
-    elif tokenizer.eos_token:
-        stops = (tokenizer.eos_token,)
+    elif eos_token:
+        stops = (eos_token,)
     else:
         raise UnusableInput(f"{tokenizer.name_or_path}: tokenizer has no end-of-turn marker and no eos token; set eos_token")
     probe = render(tokenizer, [{"role": "user", "content": "x"}], add_generation_prompt=True)
     return Dialect(tuple(stop for stop in stops if stop in tokenizer.get_vocab()), probe.rstrip().endswith("<think>"))
+
+
+def _template_text(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The template, or all of them by name where there are several."""
+    template = tokenizer.chat_template
+    return template if isinstance(template, str) else json.dumps(template, sort_keys=True)
+
+
+def rendering_identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Whatever decides, besides the messages, what encode_conversation gives, by name: hashes of the tokenizer, its template and
+    its special tokens; versions of this code and of the libraries. Where the tokenizer was loaded from is no part of it.
+
+    Raises:
+        UnusableInput: a tokenizer without offsets (no tokenizer.json), which encode_conversation cannot use either.
+    """
+    if not tokenizer.is_fast:
+        raise UnusableInput(f"{tokenizer.name_or_path}: tokenizer without character offsets; add its tokenizer.json")
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
+    state = {key: value for key, value in backend.items() if key not in ("padding", "truncation")}  # left there by the last call
+    special = [tokenizer.special_tokens_map, tokenizer.split_special_tokens]  # type: ignore[attr-defined]
+    named = {"tokenizer": state, "chat_template": _template_text(tokenizer), "special_tokens": special}
+    hashes = {name: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest() for name, value in named.items()}
+    libraries = {name: importlib.metadata.version(name) for name in _RENDERING_LIBRARIES}
+    return {**hashes, "renderer": str(RENDERER_VERSION), **libraries}
 
 
 def render(

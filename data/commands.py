@@ -6,6 +6,7 @@ every `--help`, so each imports what it needs.
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -18,39 +19,41 @@ from data.invocation import Invocation, existing_run, run_one
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from data.stage import Stage
-    from data.stats import Stats
+    from data.asking import Models
+    from data.stage import Context, Stage
     from data.what_if import Difference
 
 FATES = ("kept", "rejected", "unjudged")
 FINISH_REASONS = ("stop", "length", "loop", "abort")
-STATS = (
-    "completed", "kept", "rejected", "unjudged", "train_rows", "validation_rows", "prompt_tokens", "reasoning_tokens",
-    "answer_tokens",
-)  # fmt: skip
-"""Columns of `data stats`, in order."""
 SHOWN_UNASKED = 5
 """Traces that `data show` prints where nobody can ask for the next one."""
 
 
-def stats(run_dir: RunFolderArgument) -> None:
-    """Rows, tokens and reasons by task."""
-    from data.stats import dataset_stats
+def stats(
+    run_dir: RunFolderArgument,
+    as_json: Annotated[bool, typer.Option("--json", help="End with one line of JSON.")] = False,
+    plots: Annotated[Path | None, typer.Option(help="Draw into this folder: lengths, fates, reliability, efficiency.")] = None,
+) -> None:
+    """What the dataset is made of: tasks, lengths, verdicts, reasons, copies, contamination, cost, p(correct)."""
+    from data.grading import lines_of
+    from data.stats import dataset_stats, stats_json
+    from data.stats_tables import stats_tables
 
     found = dataset_stats(existing_run(run_dir))
-    Console().print(_stats_table(found))
-    for reason, count in {**found.total["rejected_by_reason"], **found.total["unjudged_by_reason"]}.items():
-        print(f"{count:>8,}  {reason}")
+    console = Console(highlight=False)
+    for table in stats_tables(found):
+        console.print(table)
+        print()
+    for line in [] if found.grading is None else lines_of(found.grading):
+        print(line)
     print(f"dataset sha256 {found.dataset_sha256}")
+    if plots is not None:
+        from data.stats_plots import write_plots  # matplotlib
 
-
-def _stats_table(found: "Stats") -> "Table":
-    from rich.table import Table
-
-    table = Table("task", *STATS)
-    for name, counts in [*found.tasks.items(), ("all", found.total)]:
-        table.add_row(name, *(f"{counts[column]:,}" for column in STATS))  # type: ignore[literal-required]
-    return table
+        for path in write_plots(found, plots):
+            print(path)
+    if as_json:
+        print(stats_json(found))
 
 
 def show(
@@ -108,22 +111,15 @@ def verify(run_dir: RunFolderArgument) -> None:
     )
 
 
-def what_if(
-    config: Config,
-    view: Annotated[str, typer.Option(help="The view to compare with: raw, verified, calibrated, or one of data.views.")] = "",
-    overrides: Overrides = None,
-    run_dir: RunDir = None,
-    as_json: Annotated[bool, typer.Option("--json", help="End with one line of JSON.")] = False,
-) -> None:
-    """What a build with these settings would change, against the dataset that stands; builds nothing."""
+def _what_if(models_of: Callable[["Context"], "Models"], named: Invocation, view: str, as_json: bool) -> None:
     from dataclasses import asdict
     from json import dumps
 
     from data.rebuild import compare_with_built
 
-    context = Invocation(config, overrides, run_dir).look()
+    context = named.look()
     existing_run(context.run.root)
-    names, found = compare_with_built(context, view)
+    names, found = compare_with_built(context, view, models_of(context))
     for table in _difference_tables(names, found):
         Console().print(table)
     if as_json:
@@ -150,13 +146,25 @@ def _difference_tables(names: tuple[str, str], found: "Difference") -> list["Tab
     return [rows, why] if why.row_count else [rows]
 
 
-def data_app(data_stage: Callable[[], "Stage"]) -> typer.Typer:
-    """`tracestill data` with its commands, in the order of its help. data_stage: what `build` runs; the front door makes it,
-    because engines of other packages may have to be given to it."""
+def data_app(data_stage: Callable[[], "Stage"], models_of: Callable[["Context"], "Models"]) -> typer.Typer:
+    """`tracestill data` with its commands, in the order of its help. data_stage: what `build` runs. models_of: what it and
+    `what-if` may ask; their engines are other packages'."""
 
     def build(config: Config, overrides: Overrides = None, run_dir: RunDir = None, dry_run: DryRun = False) -> None:
         """Judge the traces and build the dataset; nothing is ever deleted."""
         run_one(data_stage, Invocation(config, overrides, run_dir), dry_run=dry_run)
+
+    def what_if(
+        config: Config,
+        view: Annotated[
+            str, typer.Option(help="The view to compare with: raw, verified, calibrated, or one of data.views.")
+        ] = "",
+        overrides: Overrides = None,
+        run_dir: RunDir = None,
+        as_json: Annotated[bool, typer.Option("--json", help="End with one line of JSON.")] = False,
+    ) -> None:
+        """What a build with these settings would change, against the dataset that stands; builds nothing."""
+        _what_if(models_of, Invocation(config, overrides, run_dir), view, as_json)
 
     app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Build the dataset; look at traces and verdicts.")
     for name, command in {"build": build, "stats": stats, "what-if": what_if, "show": show, "verify": verify}.items():

@@ -22,6 +22,8 @@ class TaskCounts(TypedDict):
     prompt_tokens: int
     reasoning_tokens: int
     answer_tokens: int
+    relabelled: int
+    """Kept ones that say "I don't know" where their trace said something else."""
 
 
 class Counts(TaskCounts):
@@ -33,17 +35,18 @@ class Counts(TaskCounts):
     by_task: dict[str, TaskCounts]
 
 
-def count(facts: pa.Table, decisions: Decisions, splits_N: np.ndarray) -> Counts:
-    """facts: of the decisions' traces, in the same order. splits_N: 0 train, 1 validation, -1 neither."""
+def count(facts: pa.Table, decisions: Decisions, splits_N: np.ndarray, relabelled_N: np.ndarray) -> Counts:
+    """facts: of the decisions' traces, in the same order, relabelled ones with their rows' tokens. splits_N: 0 train, 1
+    validation, -1 neither."""
     codes_N, tasks = coded(facts["task"])
     by_task = {
-        task: _task_counts(facts, decisions, splits_N, codes_N == code)
+        task: _task_counts(facts, decisions, splits_N, relabelled_N, codes_N == code)
         for code, task in enumerate(tasks)
         if (codes_N == code).any()
     }
     kept = facts["prompt_id"].filter(pa.array(decisions.kept_N))
     return {
-        **_task_counts(facts, decisions, splits_N, np.ones(len(codes_N), bool)),
+        **_task_counts(facts, decisions, splits_N, relabelled_N, np.ones(len(codes_N), bool)),
         "prompts": len(kept.unique()),
         "rejected_by_reason": reasons(decisions, "rejected"),
         "unjudged_by_reason": reasons(decisions, "unjudged"),
@@ -51,7 +54,9 @@ def count(facts: pa.Table, decisions: Decisions, splits_N: np.ndarray) -> Counts
     }
 
 
-def _task_counts(facts: pa.Table, decisions: Decisions, splits_N: np.ndarray, mine_N: np.ndarray) -> TaskCounts:
+def _task_counts(
+    facts: pa.Table, decisions: Decisions, splits_N: np.ndarray, relabelled_N: np.ndarray, mine_N: np.ndarray
+) -> TaskCounts:
     kept_N = mine_N & decisions.kept_N
     prompt, reasoning, answer = (int(facts[name].to_numpy()[kept_N].sum()) for name in TOKENS)
     return {
@@ -64,4 +69,5 @@ def _task_counts(facts: pa.Table, decisions: Decisions, splits_N: np.ndarray, mi
         "prompt_tokens": prompt,
         "reasoning_tokens": reasoning,
         "answer_tokens": answer,
+        "relabelled": int((relabelled_N & kept_N).sum()),
     }

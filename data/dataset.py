@@ -24,6 +24,7 @@ import pyarrow as pa
 from configs.errors import UnusableInput
 from configs.progress import Count, Report
 from data.processes import map_unordered
+from data.relabel import Relabelling
 from data.shards import ROW, Shard, Spill, Written, assemble, fsync_file, num_shards, spill
 from data.store import ROLLUP, RunFolder, Segment, fsync_folder, read_rollup, verify_files
 
@@ -44,6 +45,8 @@ def save_dataset(
     places: Sequence[np.ndarray],
     text_bytes: Mapping[str, int],
     *,
+    relabels: Sequence[np.ndarray],
+    relabelling: Relabelling,
     card: str,
     parquet: bool,
     num_workers: int,
@@ -51,13 +54,14 @@ def save_dataset(
 ) -> list[Path]:
     """run.dataset holds exactly the placed rows when this returns, every byte on disk; its files, for the roll-up.
 
-    places: for each segment, int8 a completed row: position in SPLITS, or -1. text_bytes: of the rows of each split; it decides
+    places: for each segment, int8 a completed row: position in SPLITS, or -1. relabels: likewise int16, position in
+    relabelling.grades, or -1. text_bytes: of the rows of each split; it decides
     the number of shards. The same rows give the same bytes. Written beside its place and renamed: whoever is killed here leaves
     either the old folder, or none, or the new one, and a leftover that the next call removes.
     """
     with _replacing(run) as fresh:
         shards = _shards(fresh, text_bytes, parquet=parquet)
-        written = _fill(fresh, committed, places, shards, text_bytes, num_workers, tell)
+        written = _fill(_spills(shards, committed, places, relabels, relabelling), shards, text_bytes, num_workers, tell)
         _describe(fresh, written)
         (fresh / "README.md").write_text(card)
         for path in [path for path in fresh.rglob("*") if path.suffix in (".json", ".md")]:
@@ -75,7 +79,11 @@ def _replacing(run: RunFolder) -> Iterator[Path]:
         shutil.rmtree(leftover)
     fresh, old = (run.root / f".{run.dataset.name}.{uuid.uuid4().hex}.tmp" for _ in range(2))
     fresh.mkdir()
-    yield fresh
+    try:
+        yield fresh
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)  # on a full disk, room for whoever makes some
+        raise
     if run.dataset.exists():
         run.dataset.rename(old)  # POSIX renames onto an empty folder only
     fresh.rename(run.dataset)
@@ -100,23 +108,25 @@ def _shards(fresh: Path, text_bytes: Mapping[str, int], *, parquet: bool) -> lis
     return shards
 
 
-def _fill(
-    fresh: Path,
+def _spills(
+    shards: Sequence[Shard],
     committed: Sequence[Segment],
     places: Sequence[np.ndarray],
-    shards: Sequence[Shard],
-    text_bytes: Mapping[str, int],
-    num_workers: int,
-    tell: Report,
+    relabels: Sequence[np.ndarray],
+    relabelling: Relabelling,
+) -> list[Spill]:
+    of = tuple(max(shard.of for shard in shards if shard.split == split) for split in SPLITS)
+    cuts = [slice(start, start + SPILLED_SEGMENTS) for start in range(0, len(committed), SPILLED_SEGMENTS)]
+    return [
+        Spill(number, tuple(committed[cut]), tuple(places[cut]), tuple(relabels[cut]), relabelling, SPLITS, of, shards[0].spilled)
+        for number, cut in enumerate(cuts)
+    ]
+
+
+def _fill(
+    spills: Sequence[Spill], shards: Sequence[Shard], text_bytes: Mapping[str, int], num_workers: int, tell: Report
 ) -> list[Written]:
     """Two passes over workers: out of the log, into the shards."""
-    of = tuple(max(shard.of for shard in shards if shard.split == split) for split in SPLITS)
-    cuts = range(0, len(committed), SPILLED_SEGMENTS)
-    spills = [
-        Spill(number, tuple(committed[start:][:SPILLED_SEGMENTS]), tuple(places[start:][:SPILLED_SEGMENTS]), SPLITS, of,
-              fresh / "spilled")
-        for number, start in enumerate(cuts)
-    ]  # fmt: skip
     num_workers = 0 if sum(text_bytes.values()) < INLINE_BYTES else num_workers
     total, done = len(spills) + len(shards), 0
     for _ in map_unordered(spill, spills, num_workers=num_workers):
@@ -125,7 +135,7 @@ def _fill(
     for one in map_unordered(assemble, shards, num_workers=num_workers):
         written.append(one)
         tell(Count(done := done + 1, total, "writing dataset"))
-    (fresh / "spilled").rmdir()
+    shards[0].spilled.rmdir()
     return sorted(written, key=lambda one: (one.shard.split, one.shard.number))
 
 

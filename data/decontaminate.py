@@ -10,7 +10,6 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from data.characters import normal_form
 from data.coarse import may_hold, sieved
 from data.ngram_index import (
     ANCHOR,
@@ -75,7 +74,7 @@ def scan(index: Index, texts: Sequence[str], are_prompts: Sequence[bool] | None 
     Pure: what is found in a text depends on that text and the index. A few MB of memory, whatever the number of texts.
     """
     most_words = int(index.equal_words_Q.max(initial=0)) if are_prompts is not None else 0
-    chosen: list[int] = [number for found in sieved(index.sieve, texts, most_words) for number in found.tolist()]
+    chosen: list[int] = [number for found in sieved(index.sieve, texts, most_words, are_prompts) for number in found.tolist()]
     hits = []
     for batch in batches([texts[number] for number in chosen]):
         numbers = chosen[batch.start : batch.stop]
@@ -161,15 +160,13 @@ def _cores(index: Index, found: Words, pairs: _Pairs) -> Iterator[Hit]:
 def _stretch(found: Words, text: int, start: int, theirs: Sequence[str], begin: int, stop: int) -> tuple[int, int]:
     """The words around theirs[begin:stop] that are really the same here, or (0, 0) if those themselves are not."""
     first, end = found.text_offsets_N1[text : text + 2].tolist()
-
-    def same(place: int) -> bool:
-        return first <= start + place < end and normal_form(found.raw(start + place)) == theirs[place]
-
-    if not all(same(place) for place in range(begin, stop)):
+    lowest, highest = max(0, first - start), min(len(theirs), end - start)
+    mine = [*[""] * lowest, *normal_words(found, start + lowest, start + highest)]  # "" is no word
+    if mine[begin:stop] != theirs[begin:stop]:
         return 0, 0
-    while begin > 0 and same(begin - 1):
+    while begin > lowest and mine[begin - 1] == theirs[begin - 1]:
         begin -= 1
-    while stop < len(theirs) and same(stop):
+    while stop < highest and mine[stop] == theirs[stop]:
         stop += 1
     return begin, stop
 
@@ -237,8 +234,8 @@ def _really(found: Words, matched: Sequence[tuple[int, int]], theirs: Sequence[s
 
 def _covered(matched: Iterable[tuple[int, int]], num_words: int) -> np.ndarray:
     covered = np.zeros(num_words, np.bool_)
-    for _, there in matched:
-        covered[there : there + LONG] = True
+    places = np.array([there for _, there in matched], np.int64)
+    covered[places[:, None] + np.arange(LONG)] = True
     return covered
 
 

@@ -21,8 +21,8 @@ def conversation_key(messages: Sequence[Message]) -> bytes:
     return hashlib.blake2b("\x1e".join(words).encode(), digest_size=16).digest()
 
 
-def repeats(keys_N: np.ndarray, preference_N: np.ndarray, eligible_N: np.ndarray) -> np.ndarray:
-    """bool [N]: True for each trace that repeats a preferred one.
+def originals(keys_N: np.ndarray, preference_N: np.ndarray, eligible_N: np.ndarray) -> np.ndarray:
+    """int64 [N]: the row of the preferred trace that each one repeats; -1 where it repeats none.
 
     keys_N: equal for equal conversations. preference_N: lower is kept; it must differ between any two traces, so that what
     stays depends on the traces alone and never on their order. A copy that another judgement has turned down (truncated, say)
@@ -30,6 +30,9 @@ def repeats(keys_N: np.ndarray, preference_N: np.ndarray, eligible_N: np.ndarray
     """
     rows = np.flatnonzero(eligible_N)
     order = rows[np.lexsort((preference_N[rows], keys_N[rows]))]
-    repeated = np.zeros(len(keys_N), bool)
-    repeated[order[1:]] = keys_N[order[1:]] == keys_N[order[:-1]]
-    return repeated
+    repeated = np.zeros(len(order), bool)
+    repeated[1:] = keys_N[order[1:]] == keys_N[order[:-1]]
+    first_of = np.maximum.accumulate(np.where(repeated, 0, np.arange(len(order))))  # of each run of equal keys the preferred one
+    original_N = np.full(len(keys_N), -1, np.int64)
+    original_N[order[repeated]] = order[first_of[repeated]]
+    return original_N

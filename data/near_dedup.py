@@ -157,14 +157,15 @@ def _band_keys(slots_NS: NDArray[np.uint8], rows_R: NDArray[np.int64], first: in
 
 def _shared(keys_R: NDArray[np.uint64]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """Ranks whose key is not theirs alone, and the number of their bucket, counted from 0 and ascending."""
-    order = np.argsort(keys_R).astype(np.int32)
-    same = keys_R[order][1:] == keys_R[order][:-1]
+    order = np.argsort(keys_R)
+    ascending = keys_R[order]
+    same = ascending[1:] == ascending[:-1]
     shared = np.zeros(len(order), np.bool_)
     shared[1:] |= same
     shared[:-1] |= same
     opens = np.ones(len(order), np.bool_)
     opens[1:] = ~same
-    return order[shared], np.cumsum(opens[shared], dtype=np.int32) - np.int32(1)
+    return order[shared].astype(np.int32), np.cumsum(opens[shared], dtype=np.int32) - np.int32(1)
 
 
 # --- decisions ---------------------------------------------------------------------------------------------------
@@ -187,7 +188,8 @@ def _repeats(slots_NS: NDArray[np.uint8], rows_R: NDArray[np.int64], buckets: Bu
     for rank in np.flatnonzero(np.diff(buckets.first_R1)).tolist():
         candidates = kept.beside(rank)
         if candidates:
-            agreeing = np.count_nonzero(slots_NS[rows_R[candidates]] == slots_NS[rows_R[rank]], axis=1)
+            agrees = slots_NS[rows_R[candidates]] == slots_NS[rows_R[rank]]
+            agreeing = np.add.reduce(agrees.view(np.uint8), axis=1, dtype=np.uint8)  # 128 at most
             best = int(np.argmax(agreeing))  # the first of equals, and candidates ascend: the preferred one
             if agreeing[best] >= least:
                 yield _Repeat(rank, candidates[best], int(agreeing[best]))

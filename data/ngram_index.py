@@ -223,7 +223,14 @@ def _sorted_out(ordered: Sequence[Item]) -> tuple[dict[str, list[Item]], list[Eq
 
 def normal_words(found: Words, first: int, end: int) -> list[str]:
     """The normal forms of words first to end."""
-    spans = zip(found.starts_W[first:end].tolist(), found.ends_W[first:end].tolist(), strict=True)
+    starts, ends = found.starts_W[first:end].tolist(), found.ends_W[first:end].tolist()
+    if not starts:
+        return []
+    passage = found.joined[starts[0] : ends[-1]]
+    if passage.isascii():  # decoded at once: a third of the time
+        normal = normal_form(passage.decode())
+        return [normal[start - starts[0] : stop - starts[0]] for start, stop in zip(starts, ends, strict=True)]
+    spans = zip(starts, ends, strict=True)
     return [normal_form(found.joined[start:stop].decode("utf-8", "surrogatepass")) for start, stop in spans]
 
 

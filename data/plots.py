@@ -1,7 +1,7 @@
 """The report's plots as inline SVG that follows the page's light or dark colours.
 
-Matplotlib draws with sentinel colours, which are then exchanged for CSS variables. Nothing in the result is fetched from
-anywhere, and equal data give equal bytes.
+Matplotlib draws with sentinel colours, which are then exchanged for CSS variables; a PNG (data/stats_plots.py) is drawn with
+the page's light ones. Nothing in the result is fetched from anywhere, and equal data give equal bytes.
 """
 
 import io
@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -20,7 +21,11 @@ NUMBERED_TASKS = 10  # more, and the numbers run into each other
 INK, MUTED, GRID = "#010203", "#010204", "#010205"
 SERIES = ("#010210", "#010211", "#010212", "#010213", "#010214", "#010215")
 _VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--line"} | {color: f"--series-{index}" for index, color in enumerate(SERIES)}
-_STYLE = {
+LIGHT = {INK: "#16202b", MUTED: "#5d6b7a", GRID: "#dde3ea"} | dict(
+    zip(SERIES, ("#0b8f6c", "#6a4fc4", "#d98a1f", "#3d7fc1", "#c63d4f", "#98a3b0"), strict=True)
+)
+"""report.html.j2's."""
+STYLE = {
     "svg.fonttype": "none",  # text stays text: sharp, selectable, in the page's font
     "text.parse_math": False,  # a task may be called `a$b$`
     "font.size": 9.0,
@@ -43,8 +48,8 @@ _STYLE = {
 
 def training_curves(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, ylabel: str) -> str:
     """Lines over the optimizer step. curves: name -> (steps, values); a line of few points gets markers."""
-    with _styled(ylabel):
-        figure, axes = _figure(6.4, 2.7)
+    with styled(ylabel):
+        figure, axes = new_figure(6.4, 2.7)
         for index, (name, (steps, values)) in enumerate(curves.items()):
             marker = "o" if len(steps) <= 30 else None
             axes.plot(steps, values, color=SERIES[index % len(SERIES)], label=name, linewidth=1.6, marker=marker, markersize=3.5)
@@ -52,13 +57,13 @@ def training_curves(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]
         axes.set_ylabel(ylabel)
         axes.set_ylim(bottom=0)
         axes.legend()
-        return _svg(figure, f"{ylabel} over training")
+        return svg(figure, f"{ylabel} over training")
 
 
 def length_histogram(lengths: Mapping[str, Sequence[int]], *, bins: int = 40) -> str:
     """Stacked histogram of output tokens, one colour a task (more than six tasks: the smaller ones together)."""
-    with _styled("lengths"):
-        figure, axes = _figure(6.4, 2.7)
+    with styled("lengths"):
+        figure, axes = new_figure(6.4, 2.7)
         groups = _largest(lengths, len(SERIES))
         pooled = [value for values in groups.values() for value in values]
         width = max(
@@ -71,7 +76,7 @@ def length_histogram(lengths: Mapping[str, Sequence[int]], *, bins: int = 40) ->
         axes.set_ylabel("traces")
         axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
         figure.legend(loc="outside upper left", ncols=3)
-        return _svg(figure, "trace lengths by task")
+        return svg(figure, "trace lengths by task")
 
 
 def _largest(lengths: Mapping[str, Sequence[int]], keep: int) -> dict[str, list[int]]:
@@ -94,8 +99,8 @@ class Point(NamedTuple):
 def accuracy_by_depth(curves: Mapping[str, Sequence[Point]]) -> str:
     """The share of right answers over where in the prompt they stood, a line a task, with 95 % intervals as whiskers; of more
     than six tasks the first six."""
-    with _styled("depth"):
-        figure, axes = _figure(6.4, 2.7)
+    with styled("depth"):
+        figure, axes = new_figure(6.4, 2.7)
         for index, (task, points) in enumerate(list(curves.items())[: len(SERIES)]):
             depths = [point.depth + 0.006 * index for point in points]  # or whiskers of two tasks lie on one another
             shares = [point.share for point in points]
@@ -111,14 +116,14 @@ def accuracy_by_depth(curves: Mapping[str, Sequence[Point]]) -> str:
         axes.set_ylim(0, 1.02)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         figure.legend(loc="outside upper left", ncols=2)
-        return _svg(figure, "accuracy by depth")
+        return svg(figure, "accuracy by depth")
 
 
 def expert_heat_map(load_LE: Sequence[Sequence[float]]) -> str:
     """Load of each expert (column) in each sparse layer (row), as a multiple of its layer's mean; 1 everywhere is even."""
     values = np.asarray(load_LE, dtype=float)
-    with _styled("experts"):
-        figure, axes = _figure(8.4, min(4.5, 1.0 + 0.28 * len(values)))
+    with styled("experts"):
+        figure, axes = new_figure(8.4, min(4.5, 1.0 + 0.28 * len(values)))
         # interpolation none embeds one pixel a cell: 78 layers x 256 experts stay 20 KB, where one path a cell took 3 MB
         image = axes.imshow(
             values, aspect="auto", cmap="viridis", vmin=0.0, vmax=max(2.0, float(values.max())), interpolation="none"
@@ -131,14 +136,14 @@ def expert_heat_map(load_LE: Sequence[Sequence[float]]) -> str:
         bar = figure.colorbar(image, ax=axes, pad=0.02)
         bar.set_label("x mean load", color=MUTED)
         bar.outline.set_visible(False)  # type: ignore[operator]
-        return _svg(figure, "expert load by layer")
+        return svg(figure, "expert load by layer")
 
 
 def divergence_matrix(names: Sequence[str], divergence_TT: Sequence[Sequence[float]]) -> str:
     """How differently each two tasks use the experts, in nats: 0 is the same load, ln 2 is experts of their own."""
     values, size = np.asarray(divergence_TT, dtype=float), len(names)
-    with _styled("divergence"):
-        figure, axes = _figure(8.4, 1.4 + 0.26 * size)
+    with styled("divergence"):
+        figure, axes = new_figure(8.4, 1.4 + 0.26 * size)
         image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0.0, interpolation="none")
         axes.grid(visible=False)
         axes.set_xticks(range(size), names, rotation=40, ha="right", rotation_mode="anchor")
@@ -150,21 +155,21 @@ def divergence_matrix(names: Sequence[str], divergence_TT: Sequence[Sequence[flo
         bar = figure.colorbar(image, ax=axes, pad=0.02)
         bar.set_label("nats", color=MUTED)
         bar.outline.set_visible(False)  # type: ignore[operator]
-        return _svg(figure, "divergence of expert load between tasks")
+        return svg(figure, "divergence of expert load between tasks")
 
 
-def _styled(name: str) -> AbstractContextManager[None]:
+def styled(name: str) -> AbstractContextManager[None]:
     """Matplotlib's settings for one drawing. Ids inside the SVG derive from `name`: the same in every run, and no drawing's
     clip paths are another's."""
-    return matplotlib.rc_context(_STYLE | {"svg.hashsalt": name})  # type: ignore[arg-type]
+    return matplotlib.rc_context(STYLE | {"svg.hashsalt": name})  # type: ignore[arg-type]
 
 
-def _figure(width: float, height: float):  # noqa: ANN202 (matplotlib's Axes has no public name worth importing)
+def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.add_subplot()
 
 
-def _svg(figure: Figure, label: str) -> str:
+def svg(figure: Figure, label: str) -> str:
     """The drawing as one <svg> element for an HTML page: no prolog, no metadata, no namespace, colours as variables."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})

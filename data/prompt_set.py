@@ -191,6 +191,13 @@ class PromptSet:
         places_W = np.minimum(np.searchsorted(ids_N, wanted_W), len(ids_N) - 1)
         return np.where(ids_N[places_W] == wanted_W, order_N[places_W], -1)
 
+    def verifiers(self, split: Split | None = None) -> set[str]:
+        """Names of those who judge answers to the prompts of one side (or of both)."""
+        reader = self._columns("verifier", "split")
+        batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
+        columns = (batch["verifier"].filter(pa.array(_on_side(batch, split))) for batch in batches)
+        return {name for column in columns for name in column.unique().to_pylist()}
+
     def iterate(self, split: Split | None = None) -> Iterator[Prompt]:
         """The prompts of one side (or of both) in the order of the file, a batch in memory at a time."""
         for number in range(self._reader.num_record_batches):

@@ -3,7 +3,9 @@
 from configs.errors import UnusableInput
 from configs.progress import Display
 from configs.schema import Data
+from data.asking import NOBODY, Models
 from data.build import read_generation_ledger
+from data.grading import require_judge
 from data.judge import compare, judge_run
 from data.processes import num_cores
 from data.stage import Context
@@ -11,18 +13,20 @@ from data.store import read_rollup
 from data.what_if import Difference
 
 
-def compare_with_built(context: Context, view: str) -> tuple[tuple[str, str], Difference]:
+def compare_with_built(context: Context, view: str, models: Models = NOBODY) -> tuple[tuple[str, str], Difference]:
     """The two views' names, and what a build with the recipe's settings, or its view of that name, would change. What new
-    settings ask of the traces is asked and kept; the dataset stays as it is.
+    settings ask of the traces, of the base student or of a judge is asked and kept; the dataset stays as it is.
 
     Raises:
         UnusableInput: no dataset yet, no view of that name, a damaged file.
     """
     current, other = built_settings(context), _with_view(context.recipe.data, view)
     read_generation_ledger(context.run)
+    for settings in (current, other):
+        require_judge(context.run, settings.judging, models.judge)
     with Display("what-if", "segments", context.console) as display:
         found, other_found = (
-            judge_run(context.run, asked, num_workers=num_cores(), tell=display.show, folders=context.folders)
+            judge_run(context.run, asked, num_workers=num_cores(), tell=display.show, folders=context.folders, models=models)
             for asked in (current, other)
         )
     return (f"now: {current.view.name}", other.view.name), compare(found, current, other_found, other)

@@ -136,9 +136,11 @@ VerdictName = Literal["pass", "fail", "unjudged"]
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """One judgement of one trace. reason is "" for pass and a countable word otherwise (`wrong`, `timed_out`, `length`)."""
+    """One judgement of one trace. reason is "" for pass and a countable word otherwise (`wrong`, `timed_out`, `length`); detail
+    is JSON text, what there is to say beyond it (data/details.py), or ""."""
 
     trace_id: str
     verdict: VerdictName
     reason: str
     score: float
+    detail: str = ""

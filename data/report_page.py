@@ -8,6 +8,7 @@ import yaml
 
 from configs.errors import UnusableInput
 from data import plots
+from data.report_dataset import DatasetPart, dataset_part
 from data.report_depth import DepthFigures
 from data.report_experts import ExpertPart, expert_part
 from data.report_items import COMPARED, Comparison, GradeBar, comparisons, failures, grade_bars, item_rows
@@ -67,6 +68,7 @@ class Page:
     length_facts: tuple[tuple[str, str], ...]
     experts: ExpertPart | None
     depth_svg: str | None
+    dataset: DatasetPart | None
     summary: Summary
     comparisons: tuple[Comparison, ...]
     failures: tuple[Comparison, ...]
@@ -99,6 +101,7 @@ def read_page(run: RunFolder, summary: Summary) -> Page:
         length_facts=length_facts(lengths),
         experts=expert_part(run, summary["experts"]),
         depth_svg=depth_plot(summary["accuracy_by_depth"]),
+        dataset=dataset_part(run),
         summary=summary,
         comparisons=comparisons(rows),
         failures=failures(rows),

@@ -1,17 +1,44 @@
-"""Versioned Arrow schemas of the records, and the way in and out of them."""
+"""Versioned Arrow schemas of the records, and the way in and out of them.
+
+What cost money is never asked for again: prompts and traces of every readable version are read, and a column that they lack
+has the default that CHANGES states. What is made of them (verdicts, dataset) is read in the same way, and made again by the
+next build.
+"""
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import pyarrow as pa
 
 from configs.errors import UnusableInput
 from data.records import Prompt, Trace, Turn, Verdict
 
-SCHEMA_VERSION = 2
-"""Of what a run folder holds. 2: manifests have a checksum of their own."""
+
+class Change(NamedTuple):
+    """What a version of the run folder changed.
+
+    added: by record, the columns that files of earlier versions lack, and the value that is read there. `Row` is a row of the
+    dataset (data/shards.py), which the next build writes again and nobody fills in. rebuilt: stages whose files of earlier
+    versions do not count as complete, because making them again costs time only.
+    """
+
+    what: str
+    added: Mapping[str, Mapping[str, object]] = {}
+    rebuilt: tuple[str, ...] = ()
+
+
+CHANGES: Mapping[int, Change] = {
+    2: Change("manifests have a checksum of their own"),
+    3: Change(
+        "verdicts have a detail, traces their evidence, rows of the dataset a provenance",
+        added={"Verdict": {"detail": ""}, "Row": {"provenance": ""}},
+        rebuilt=("data",),
+    ),
+}
+"""Every version that this release reads, and what came with it."""
+OLDEST_VERSION, SCHEMA_VERSION = min(CHANGES), max(CHANGES)
 
 # Messages are text only: tool schemas and other open-ended structs travel as JSON strings, because Arrow unifies struct
 # fields across rows and one tool's null keys would leak into another's schema.
@@ -77,7 +104,15 @@ TRACE = pa.schema(
         ("raw", pa.large_binary()),
     ]
 )
-VERDICT = pa.schema([("trace_id", pa.string()), ("verdict", pa.string()), ("reason", pa.string()), ("score", pa.float64())])
+VERDICT = pa.schema(
+    [
+        ("trace_id", pa.string()),
+        ("verdict", pa.string()),
+        ("reason", pa.string()),
+        ("score", pa.float64()),
+        ("detail", pa.string()),
+    ]
+)
 
 _SCHEMAS: dict[type, pa.Schema] = {Prompt: PROMPT, Trace: TRACE, Verdict: VERDICT}
 Record = TypeVar("Record", Prompt, Trace, Verdict)
@@ -102,7 +137,8 @@ def _row(record: object) -> dict[str, object]:
 
 
 def from_table(table: pa.Table, kind: type[Record]) -> list[Record]:
-    """The records of a table. Raises UnusableInput when its schema is not the current one."""
+    """The records of a table. Raises UnusableInput when its schema is of no readable version."""
+    table = upgraded(table)
     check_schema(table, kind)
     return [kind(**_restore(row)) for row in table.to_pylist()]
 
@@ -119,7 +155,10 @@ def check_schema(table: pa.Table, kind: type[Record]) -> None:
     expected = _SCHEMAS[kind]
     if not table.schema.equals(expected):  # a hash of both took 0.2 ms, half of what one prompt costs
         found = schema_hash(table.schema)
-        raise UnusableInput(f"{kind.__name__} table: schema {found}, expected {schema_hash(expected)} (version {SCHEMA_VERSION})")
+        raise UnusableInput(
+            f"{kind.__name__} table: schema {found}, expected {schema_hash(expected)} (version {SCHEMA_VERSION}); "
+            "use the release that wrote it"
+        )
 
 
 def _restore(row: dict) -> dict:
@@ -134,3 +173,61 @@ def _restore(row: dict) -> dict:
 
 def concat(tables: Iterable[pa.Table], kind: type[Record]) -> pa.Table:
     return pa.concat_tables([_SCHEMAS[kind].empty_table(), *tables])
+
+
+# --- versions ----------------------------------------------------------------------------------------------------
+
+
+def check_version(what: str, version: object, revision: object) -> None:
+    """Raises UnusableInput for what an earlier or later release wrote and this one cannot read. revision: of the code that
+    wrote it, as its manifest says."""
+    if version in CHANGES:
+        return
+    found = f"{what}: schema version {version}, this release reads {OLDEST_VERSION} to {SCHEMA_VERSION}"
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise UnusableInput(f"{found}; a later release wrote it: update tracestill to that one (revision {revision})")
+    raise UnusableInput(f"{found}; use the release that wrote it (revision {revision})")
+
+
+def is_outdated(stage: str, version: int) -> bool:
+    """Whether the stage's files of that version are made again."""
+    return any(stage in change.rebuilt for later, change in CHANGES.items() if later > version)
+
+
+def upgraded(table: pa.Table) -> pa.Table:
+    """The same rows under the current schema of their record; a table that is of no earlier version comes back as it is."""
+    for current, earlier in _EARLIER:
+        if table.schema.equals(earlier.schema):
+            return filled(table, current, earlier.defaults)
+    return table
+
+
+def filled(table: pa.Table, schema: pa.Schema, defaults: Mapping[str, object]) -> pa.Table:
+    """The table's columns in the schema's order, and the default in every row where it has none."""
+    columns = [
+        table[field.name] if field.name in table.column_names
+        else pa.array([defaults[field.name]] * table.num_rows, field.type)
+        for field in schema
+    ]  # fmt: skip
+    return pa.table(columns, schema=schema)
+
+
+class Earlier(NamedTuple):
+    """A record's schema as it once was, and what is read where it lacks a column."""
+
+    schema: pa.Schema
+    defaults: Mapping[str, object]
+
+
+def earlier_schemas(name: str, current: pa.Schema, changes: Mapping[int, Change] = CHANGES) -> list[Earlier]:
+    """Of each readable version in which the record `name` had fewer columns, newest first."""
+    found: list[Earlier] = []
+    defaults: dict[str, object] = {}
+    for version in sorted(changes, reverse=True)[:-1]:  # what the oldest added, every version has
+        if added := changes[version].added.get(name):
+            defaults |= added
+            found.append(Earlier(pa.schema([field for field in current if field.name not in defaults]), dict(defaults)))
+    return found
+
+
+_EARLIER = [(schema, earlier) for kind, schema in _SCHEMAS.items() for earlier in earlier_schemas(kind.__name__, schema)]

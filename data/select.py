@@ -41,13 +41,15 @@ class Judgement(NamedTuple):
     scores_N: np.ndarray
     """float64."""
     decides: bool = True
+    detail: pa.Array | None = None
+    """N strings, what there is to say beyond the reason (data.details); None where that is nothing of any trace."""
 
 
-def judgement(name: str, reasons: pa.Array | Sequence[str], *, decides: bool = True) -> Judgement:
+def judgement(name: str, reasons: pa.Array | Sequence[str], *, decides: bool = True, detail: pa.Array | None = None) -> Judgement:
     """A judgement that knows no doubt: "" passes with score 1.0, any other reason fails with 0.0."""
     reasons_N, words = coded(reasons)
     failed_N = reasons_N > 0
-    return Judgement(name, failed_N.astype(np.uint8), reasons_N, words, 1.0 - failed_N, decides)
+    return Judgement(name, failed_N.astype(np.uint8), reasons_N, words, 1.0 - failed_N, decides, detail)
 
 
 def coded(column: pa.Array | pa.ChunkedArray | Sequence[str]) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -145,6 +147,7 @@ def verdict_table(trace_ids: pa.Array, said: Judgement, order_N: np.ndarray) -> 
             _spelled(VERDICTS, said.verdicts_N[order_N]),
             _spelled(said.words, said.reasons_N[order_N]),
             pa.array(said.scores_N[order_N], pa.float64()),
+            pa.repeat("", len(order_N)) if said.detail is None else said.detail.take(pa.array(order_N)),
         ],
         schema=VERDICT,
     )

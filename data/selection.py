@@ -57,12 +57,12 @@ class SelfAsk:
     closed_book_N: np.ndarray
     num_correct_N: np.ndarray
     num_asked_N: np.ndarray
-    row_tokens: int
+    row_tokens: int = 0
 
     @staticmethod
     def nothing(num_traces: int) -> "SelfAsk":
         """Of a run without closed-book prompts."""
-        return SelfAsk(np.zeros(num_traces, bool), *np.zeros((2, num_traces), np.int64), row_tokens=0)
+        return SelfAsk(np.zeros(num_traces, bool), np.zeros(num_traces, np.int64), np.zeros(num_traces, np.int64))
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data.look import completed
+from data.relabel import Relabelling, with_relabelled
 from data.schema import TRACE
 from data.store import Segment, read_segment, sha256_file
 
@@ -27,8 +28,10 @@ ROW = pa.schema(
             "teacher_licence", "source_licence",
         )
     ]
+    + [("provenance", pa.string())]
 )  # fmt: skip
-"""One row a kept trace. messages: the whole conversation, the assistant last, its reasoning in reasoning_content."""
+"""One row a kept trace. messages: the whole conversation, the assistant last, its reasoning in reasoning_content. provenance:
+"" for the trace as it came, else JSON text that says what was made of it and why."""
 
 SHARD_BYTES = 32 << 20
 LARGEST_SHARD_BYTES = 1 << 30
@@ -60,11 +63,13 @@ def shard_of(trace_ids: pa.Array | pa.ChunkedArray, shards: int) -> np.ndarray:
 
 class Spill(NamedTuple):
     """A run of segments and what becomes of their completed rows. places: for each segment, int8 a row in its order: -1 is
-    not in the dataset, otherwise the position in `splits`."""
+    not in the dataset, otherwise the position in `splits`. relabels: likewise int16, -1 or a position in relabelling.grades."""
 
     number: int
     segments: tuple[Segment, ...]
     places: tuple[np.ndarray, ...]
+    relabels: tuple[np.ndarray, ...]
+    relabelling: Relabelling
     splits: tuple[str, ...]
     shards: tuple[int, ...]
     folder: Path
@@ -76,10 +81,10 @@ def spill(task: Spill) -> int:
     writers: dict[tuple[int, int], pa.RecordBatchStreamWriter] = {}
     written = 0
     with contextlib.ExitStack() as open_files:
-        for segment, places_L in zip(task.segments, task.places, strict=True):
+        for segment, places_L, codes_L in zip(task.segments, task.places, task.relabels, strict=True):
             if (places_L < 0).all():
                 continue
-            rows = completed(read_segment(segment)).select(ROW.names)
+            rows = with_relabelled(rows_of(completed(read_segment(segment))), codes_L, task.relabelling)
             for split, shards in enumerate(task.shards):
                 wanted = np.flatnonzero(places_L == split)
                 mine = rows.take(pa.array(wanted))
@@ -91,6 +96,12 @@ def spill(task: Spill) -> int:
                     writers[split, shard].write_table(mine.filter(pa.array(shards_R == shard)))
                 written += len(wanted)
     return written
+
+
+def rows_of(traces: pa.Table) -> pa.Table:
+    """Under ROW, in the order of the traces."""
+    columns = [traces[name] for name in ROW.names if name != "provenance"]
+    return pa.table([*columns, pa.array([""] * len(traces), pa.string())], schema=ROW)
 
 
 def spill_file(folder: Path, split: str, shard: int, task: int | str) -> Path:

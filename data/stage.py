@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import IO, Any
 
 import yaml
+from pydantic import ValidationError
 from rich.console import Console
 
 from configs.errors import UnusableInput
-from configs.load import Loaded, fingerprint
+from configs.load import Loaded, describe, fingerprint
 from configs.progress import Count, Display
 from configs.schema import Recipe
 from data.checksum import checked_text
@@ -292,7 +293,19 @@ def _difference(run: RunFolder, wanted: dict[str, Any]) -> tuple[str, Any, Any] 
         stored = dict(yaml.safe_load(run.config.read_text())["recipe"])
     except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise UnusableInput(f"{run.config}: not a configuration written by tracestill; use another --run-dir") from error
-    return first_difference(without_free(stored), without_free(wanted))
+    return first_difference(without_free(_as_today(stored)), without_free(wanted))
+
+
+def _as_today(stored: dict[str, Any]) -> dict[str, Any]:
+    """What is free left out, and settings that came after it was written at their defaults: they are how the run was made.
+
+    Raises UnusableInput for one that this release does not know."""
+    try:
+        return Recipe.model_validate(without_free(stored)).model_dump(mode="json")
+    except ValidationError as error:
+        raise UnusableInput(
+            f"config.yaml of the run, as another release wrote it: {describe(error)}; use that release, or another --run-dir"
+        ) from error
 
 
 def without_free(value: Any, path: str = "") -> Any:

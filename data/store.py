@@ -28,7 +28,7 @@ from configs.errors import UnusableInput
 from data.checksum import checked_json, parse_checked
 from data.columns import words_of
 from data.copies import counting_rows, segment_keys
-from data.schema import SCHEMA_VERSION, schema_hash
+from data.schema import SCHEMA_VERSION, check_version, is_outdated, schema_hash, upgraded
 
 ROLLUP = "manifest.json"
 _VERSIONED = ("torch", "transformers", "deepspeed", "datasets", "peft", "accelerate", "pyarrow", "reasoning-gym", "math-verify")
@@ -162,7 +162,12 @@ def table_bytes(table: pa.Table) -> bytes:
 
 
 def read_table(path: Path, *, sha256: str) -> pa.Table:
-    """The table in `path`, verified before it is parsed. Raises UnusableInput when the hash differs."""
+    """The table in `path`, verified before it is parsed; of a record of an earlier version, under the current schema. Raises
+    UnusableInput when the hash differs."""
+    return upgraded(_read_as_written(path, sha256))
+
+
+def _read_as_written(path: Path, sha256: str) -> pa.Table:
     if not path.is_file():
         raise UnusableInput(f"{path}: missing, though its manifest names it; restore it, or run its stage again")
     content = path.read_bytes()
@@ -264,7 +269,7 @@ class SegmentLog:
 
     def look(self) -> Iterator[Segment]:
         """In log order, each read when it is asked for: the sidecars of a million traces are 70 MB. Raises UnusableInput for a
-        segment without its data, or of another schema."""
+        segment without its data, or of a version that this release does not read."""
         try:
             names = set(os.listdir(self.folder))  # noqa: PTH208  (one listing for both files of a segment)
         except FileNotFoundError:
@@ -274,12 +279,7 @@ class SegmentLog:
             yield self._read(self.folder / name, names)
 
     def _read(self, path: Path, names: set[str]) -> Segment:
-        sidecar, data = parse_checked(path, path.read_bytes()), path.with_suffix(".arrow")
-        if sidecar.get("schema_version") != SCHEMA_VERSION:
-            raise UnusableInput(
-                f"segment {path.stem}: schema {sidecar.get('schema_version')}, expected {SCHEMA_VERSION}; "
-                "use the release that wrote it"
-            )
+        sidecar, data = _read_manifest(path, f"segment {path.stem}"), path.with_suffix(".arrow")
         if data.name not in names and not data.is_file():  # a listing is not of one moment
             raise UnusableInput(
                 f"segment {path.stem}: {data.name} is missing beside its manifest; "
@@ -288,12 +288,34 @@ class SegmentLog:
         return _segment(data, sidecar)
 
 
+def _read_manifest(path: Path, what: str) -> dict:
+    """What a manifest or sidecar says. Raises UnusableInput when it is damaged, or of a version that this release does not
+    read; manifests of version 1 had no checksum."""
+    content = path.read_bytes()
+    try:
+        value = parse_checked(path, content)
+    except UnusableInput:
+        if (value := _of_version_1(content)) is None:
+            raise
+    check_version(what, value.get("schema_version"), value.get("code_revision"))
+    return value
+
+
+def _of_version_1(content: bytes) -> dict | None:
+    try:
+        value = json.loads(content)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) and value.get("schema_version") == 1 and "checksum" not in value else None
+
+
 def read_segment(segment: Segment) -> pa.Table:
-    """The rows of one segment, verified first: hash, row count, schema, and that the sidecar speaks of these very rows.
+    """The rows of one segment under the current schema, whichever readable version wrote them. Verified first: hash, row count,
+    schema, and that the sidecar speaks of these very rows.
 
     The sidecar has no hash of its own, and the ledger believes it; a bit flipped in there shows here.
     """
-    table = read_table(segment.path, sha256=segment.sha256)
+    table = _read_as_written(segment.path, segment.sha256)
     if table.num_rows != segment.rows or schema_hash(table.schema) != segment.schema_hash:
         raise UnusableInput(
             f"segment {segment.path.stem}: {table.num_rows} rows, expected {segment.rows} by its manifest; "
@@ -305,7 +327,7 @@ def read_segment(segment: Segment) -> pa.Table:
                 f"segment {segment.path.stem}: {fact} of its manifest are not those of its rows; "
                 f"restore {segment.path.stem}.json from a backup"
             )
-    return table
+    return upgraded(table)
 
 
 def _agrees(column: object, words: list[str]) -> bool:
@@ -380,11 +402,12 @@ def seal(
 
 
 def read_rollup(folder: Path) -> Rollup | None:
-    """The stage's roll-up, or None when the stage has not finished."""
+    """The stage's roll-up, or None when the stage has not finished. Raises UnusableInput when it is damaged, or of a version
+    that this release does not read."""
     path = folder / ROLLUP
     if not path.is_file():
         return None
-    value = parse_checked(path, path.read_bytes())
+    value = _read_manifest(path, str(path))
     for field in dataclasses.fields(Rollup):
         kind = _JSON_KINDS.get(field.name, dict)
         if not isinstance(value.get(field.name), kind):
@@ -406,12 +429,15 @@ _JSON_KINDS: dict[str, type | tuple[type, ...]] = {
 
 
 def is_complete(run: RunFolder, folder: Path, *, fingerprint: str, inputs: Mapping[str, str]) -> bool:
-    """True when the roll-up was made by this configuration from these inputs and every file of it is there at its size.
+    """True when the roll-up was made by this configuration from these inputs, and every file of it is there at its size and
+    need not be made again for being of an old version.
 
     Hashes of the files are checked by whoever reads them; here a stage that made a terabyte must answer at once.
     """
     rollup = read_rollup(folder)
     if rollup is None or rollup.fingerprint != fingerprint or rollup.inputs != dict(inputs):
+        return False
+    if is_outdated(rollup.stage, rollup.schema_version):
         return False
     return all((run.root / path).is_file() and (run.root / path).stat().st_size == size for path, size in rollup.sizes.items())
 

@@ -3,8 +3,9 @@
 One log a question and key. The key is a hash of everything that may change the answer (code versions, settings, the
 prompts and benchmark items it is judged by), so that another key starts another log and nothing stale is ever read. A
 log is a folder of committed segments like the traces themselves: each covers some trace segments, named by stem and
-sha256, and holds a row for each of their completed traces, in their order. Killed anywhere, a build loses what it had
-not committed. The logs lie under work/: a sealed run needs none, and the files in verdicts/ are made of them.
+sha256, and holds a row for each of their completed traces, in their order; the last one that covers a trace segment counts,
+because some answers are asked for again. Killed anywhere, a build loses what it had not committed. The logs lie under work/: a
+sealed run needs none, and the files in verdicts/ are made of them.
 """
 
 import logging
@@ -15,9 +16,13 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from configs.errors import UnusableInput
+from data.records import digest
+from data.schema import schema_hash
 from data.store import RunFolder, Segment, SegmentLog, commit_segment, read_segment
 
 log = logging.getLogger(__name__)
+
+KEY_BYTES = 6
 
 
 class Part(NamedTuple):
@@ -29,11 +34,11 @@ class Part(NamedTuple):
 
 
 class VerdictLog:
-    """The parts of one question under one key; those committed by earlier builds are read at once, and verified."""
+    """The parts of one question under one key and schema; those committed by earlier builds are read at once, and verified."""
 
     def __init__(self, run: RunFolder, name: str, key: str, schema: pa.Schema) -> None:
         self.name, self.schema = name, schema
-        self.folder: Path = run.root / "work" / "judged" / f"{name}-{key}"
+        self.folder: Path = run.root / "work" / "judged" / f"{name}-{digest(key, schema_hash(schema), size=KEY_BYTES)}"
         self._parts: dict[str, Part] = {}
         for segment in SegmentLog(self.folder).look() if self.folder.is_dir() else ():
             self._take(segment)
@@ -47,12 +52,16 @@ class VerdictLog:
             return
         start = 0
         for stem, sha256, num_rows in segment.facts["covers"]:
-            self._parts.setdefault(stem, Part(stem, sha256, table.slice(start, num_rows)))
+            self._parts[stem] = Part(stem, sha256, table.slice(start, num_rows))
             start += num_rows
 
     def covers(self, segment: Segment) -> bool:
         part = self._parts.get(segment.path.stem)
         return part is not None and part.sha256 == segment.sha256
+
+    def rows(self, segment: Segment) -> pa.Table:
+        """Raises KeyError for a segment that is not covered."""
+        return self._parts[segment.path.stem].rows
 
     def add(self, parts: Sequence[Part]) -> None:
         """The parts are durable: one commit, whatever their number."""
@@ -66,4 +75,4 @@ class VerdictLog:
 
     def read(self, wanted: Sequence[Segment]) -> pa.Table:
         """The rows of these segments, in their order. Raises KeyError for one that is not covered."""
-        return pa.concat_tables([self.schema.empty_table(), *(self._parts[segment.path.stem].rows for segment in wanted)])
+        return pa.concat_tables([self.schema.empty_table(), *map(self.rows, wanted)])

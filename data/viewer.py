@@ -12,10 +12,12 @@ from rich.rule import Rule
 from rich.text import Text
 
 from configs.errors import UnusableInput
+from data.details import in_words, parsed
 from data.records import Message, Trace, Verdict
 from data.schema import VERDICT, from_table
 from data.select import VIEW, VIEW_FILE, Decision, Fate
-from data.store import Rollup, RunFolder, read_first_copies, read_rollup, read_table
+from data.store import Rollup, RunFolder, read_first_copies, read_rollup
+from data.verdict_files import EVIDENCE, EVIDENCE_FILE, Known, has_evidence, judge_files, read_file
 
 FOLDED_CHARACTERS = 240
 
@@ -35,12 +37,13 @@ class Wanted:
 
 
 class Shown(NamedTuple):
-    """One trace, its fate, and every verdict on it by the name of the judge's file (`length-v1`). Both are empty before a
-    dataset is built, and of an abort, which no dataset counts."""
+    """One trace, its fate, every verdict on it by the name of the judge's file (`length-v1`), and what is known of it besides.
+    All are empty before a dataset is built, and of an abort, which no dataset counts."""
 
     trace: Trace
     decision: Decision | None
     verdicts: Mapping[str, Verdict]
+    known: Known | None = None
 
 
 def show(run: RunFolder, wanted: Wanted = Wanted(), limit: int | None = None) -> Iterator[Shown]:
@@ -54,18 +57,19 @@ def show(run: RunFolder, wanted: Wanted = Wanted(), limit: int | None = None) ->
         raise UnusableInput(f"{run.dataset}: no dataset yet, so no fates; run: tracestill data build")
     if not run.traces.is_dir():
         raise UnusableInput(f"{run.traces}: no traces yet; run: tracestill generate")
-    decisions = (
-        {} if rollup is None else {row["trace_id"]: Decision(**row) for row in _read(run, rollup, VIEW_FILE, VIEW).to_pylist()}
-    )
+    rows = [] if rollup is None else read_file(run, rollup, VIEW_FILE, VIEW).to_pylist()
+    decisions = {row["trace_id"]: Decision(**row) for row in rows}
     return itertools.islice(_matching(run, wanted, rollup, decisions), limit)
 
 
 def _matching(run: RunFolder, wanted: Wanted, rollup: Rollup | None, decisions: Mapping[str, Decision]) -> Iterator[Shown]:
-    tables = {} if rollup is None else _verdict_tables(run, rollup)
+    tables = {} if rollup is None else {name: read_file(run, rollup, f"{name}.arrow", VERDICT) for name in judge_files(rollup)}
+    evidence = None if rollup is None or not has_evidence(rollup) else read_file(run, rollup, EVIDENCE_FILE, EVIDENCE)
     for table in read_first_copies(run.traces):
         for row in _matching_rows(table, wanted, decisions):
             [trace] = from_table(table.slice(row, 1), Trace)
-            yield Shown(trace, decisions.get(trace.trace_id), _verdicts(tables, trace.trace_id))
+            verdicts = _verdicts(tables, trace.trace_id)
+            yield Shown(trace, decisions.get(trace.trace_id), verdicts, _known(evidence, trace.trace_id))
 
 
 def _matching_rows(table: pa.Table, wanted: Wanted, decisions: Mapping[str, Decision]) -> list[int]:
@@ -89,12 +93,6 @@ def _has_fate(wanted: Wanted, decision: Decision | None) -> bool:
     return decision is not None and wanted.fate in (None, decision.fate) and wanted.reason in ("", decision.reason)
 
 
-def _verdict_tables(run: RunFolder, rollup: Rollup) -> dict[str, pa.Table]:
-    """By the judge's name and version."""
-    names = sorted(path.removeprefix("verdicts/") for path in rollup.files if path.startswith("verdicts/"))
-    return {name.removesuffix(".arrow"): _read(run, rollup, name, VERDICT) for name in names if name != VIEW_FILE}
-
-
 def _verdicts(tables: Mapping[str, pa.Table], trace_id: str) -> dict[str, Verdict]:
     """They are sorted by trace_id, each at most once in a file."""
     found = {}
@@ -105,12 +103,9 @@ def _verdicts(tables: Mapping[str, pa.Table], trace_id: str) -> dict[str, Verdic
     return found
 
 
-def _read(run: RunFolder, rollup: Rollup, name: str, schema: pa.Schema) -> pa.Table:
-    path = run.verdicts / name
-    table = read_table(path, sha256=rollup.files[f"verdicts/{name}"])
-    if table.schema != schema:
-        raise UnusableInput(f"{path}: columns {table.schema.names}, expected {schema.names}; run tracestill data build again")
-    return table
+def _known(evidence: pa.Table | None, trace_id: str) -> Known | None:
+    row = -1 if evidence is None else evidence["trace_id"].index(trace_id).as_py()
+    return Known(**evidence.select(Known._fields).slice(row, 1).to_pylist()[0]) if evidence is not None and row >= 0 else None
 
 
 # --- on a terminal -----------------------------------------------------------------------------------------------
@@ -133,7 +128,23 @@ def rendered(shown: Shown, *, unfold: bool) -> RenderableType:
         parts.append(_line("raw", trace.raw_text if unfold else folded(trace.raw_text), "dim"))
     if verdicts:
         parts.append(_line("verdicts", verdicts))
+    parts += [_line("", f"{name}: {in_words(parsed(said.detail))}") for name, said in shown.verdicts.items() if said.detail]
+    if shown.known is not None:
+        parts.append(_line("known", known_in_words(shown.known), "dim"))
     return Group(*parts)
+
+
+def known_in_words(known: Known) -> str:
+    figures = (
+        ("p(correct)", known.p_correct, "{:.3f}"),
+        ("agreement", known.agreement, "{:.2f}"),
+        ("logprob of the answer", known.answer_logprob, "{:.3f}"),
+        ("of the reasoning", known.reasoning_logprob, "{:.3f}"),
+        ("lowest", known.lowest_logprob, "{:.3f}"),
+        ("tokens over the shortest right one", known.tokens_over_shortest, "{:.2f}"),
+    )
+    said = ", ".join(f"{name} {'unknown' if value is None else form.format(value)}" for name, value, form in figures)
+    return f"{said}; right ones of its prompt differ widely in length" if known.wide_spread else said
 
 
 def _message(message: Message, unfold: bool) -> list[RenderableType]:
@@ -145,10 +156,13 @@ def _message(message: Message, unfold: bool) -> list[RenderableType]:
 
 def _line(label: str, text: str, style: str = "") -> Text:
     """Model output is data: no markup in it is ever obeyed, and no control character reaches the terminal."""
-    safe = "".join(
+    return Text(f"{label:<10} {printable(text)}", style=style)
+
+
+def printable(text: str) -> str:
+    return "".join(
         character if character.isprintable() or character in "\n\t" else "\N{REPLACEMENT CHARACTER}" for character in text
     )
-    return Text(f"{label:<10} {safe}", style=style)
 
 
 def folded(text: str, limit: int = FOLDED_CHARACTERS) -> str:

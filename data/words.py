@@ -310,10 +310,12 @@ def ngram_hashes(found: Words, n: int) -> Ngrams:
     """
     if n < 1:
         raise ValueError(f"n-grams of {n} words")
-    text_W = found.text_index_W()
     hashes_G = rolling(found.hashes_W, n)
-    first_G = np.flatnonzero(text_W[: len(hashes_G)] == text_W[n - 1 :][: len(hashes_G)])
-    return Ngrams(hashes_G[first_G], first_G, text_W[first_G])
+    num_grams_N = np.maximum(np.diff(found.text_offsets_N1) - (n - 1), 0)
+    text_G = np.repeat(np.arange(len(num_grams_N)), num_grams_N)
+    first_G = (found.text_offsets_N1[:-1] - np.cumsum(num_grams_N) + num_grams_N).take(text_G)
+    first_G += np.arange(len(text_G))
+    return Ngrams(hashes_G.take(first_G), first_G, text_G)
 
 
 def rolling(hashes_W: Hashes, n: int) -> Hashes:
@@ -342,7 +344,9 @@ def rolled_on(hashes_G: Hashes, width: int) -> Hashes:
 
 def appended(hashes: Hashes, following: Hashes, width: int) -> Hashes:
     """Hashes of n-grams, each with the `width` words of its hash in `following` after it."""
-    return hashes * _power(width) + following
+    hashes = hashes * _power(width)
+    hashes += following
+    return hashes
 
 
 def _power(exponent: int) -> np.uint64:

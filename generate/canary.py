@@ -76,7 +76,8 @@ def _report(
 ) -> CanaryReport:
     committed, requests = segments(run.traces), len(asked) * samples
     fates = fates_of(committed)
-    settings = recipe.data.model_copy(update={"dedup": "none"})
+    view = recipe.data.view.model_copy(update={"abstention_share": None})  # asking the student can wait for the whole run
+    settings = recipe.data.model_copy(update={"dedup": "none", "view": view})
     facts, reasons = _judged(run, settings, folders, asked) if fates.by_reason.keys() - {"abort"} else (None, [])
     if facts is None or not facts.num_rows:
         said = ", ".join(f"{count} {error}" for error, count in fates.errors.items()) or "see --status"

@@ -12,6 +12,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,17 +29,19 @@ from configs.prompt_sources import (
 )
 from data.records import Prompt, Split, digest
 from data.store import sha256_file
+from data.verify.runner import LLM_JUDGE, Pool
 from generate.control_tokens import NO_CONTROL_TOKENS, ControlTokens
 from generate.digests import DigestTable
 from generate.documents import read_documents
 from generate.packing import CountTokens
+from generate.references import TIMEOUT_S, References
 from generate.repository import read_repository
 from generate.sources.datasets_folder import read_datasets
 from generate.sources.jsonl import read_jsonl
 from generate.sources.parquet import read_parquet
 from generate.sources.paths import find_file, find_folder, find_parts, hash_files
 from generate.sources.reasoning_gym import read_reasoning_gym
-from generate.sources.rows import Side
+from generate.sources.rows import Candidate, Side
 from generate.sources.texts import find_documents
 from generate.templates import template_path
 from generate.tree import scan_tree, tree_hash
@@ -46,23 +49,56 @@ from generate.tree import scan_tree, tree_hash
 log = logging.getLogger(__name__)
 
 
+FAILS, OTHERWISE = "fails_self_check", "judged_otherwise"
+WHY = {
+    FAILS: "their reference does not pass their own verifier",
+    OTHERWISE: "an earlier row asks the same, and is judged by another answer, verifier or details",
+}
+"""Reasons for which single rows are left out, and what is said of them."""
+NAMED_ROWS = 10
+"""So many of them a reason are named in the warning."""
+
+
+@dataclass(slots=True)
+class LostRows:
+    """How many rows were left out for one reason, and where the first NAMED_ROWS of them stand, in the order of the stream."""
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+
+    def add(self, row: str) -> None:
+        self.count += 1
+        if self.count <= NAMED_ROWS:
+            self.first.append(row)
+
+    def __str__(self) -> str:
+        more = self.count - len(self.first)
+        return ", ".join(self.first) + (f" and {more} more" if more else "")
+
+
 @dataclass(slots=True)
 class Tally:
     """What a stream of prompts has let pass so far: prompts a side, training prompts a task, candidates left out by reason, and
-    control tokens that were escaped, by the source of the prompts they stand in."""
+    control tokens that were escaped, by the source of the prompts they stand in. rows: those left out for a reason in WHY.
+    judged_by_model: training prompts whose answers only a model can grade."""
 
     train: int = 0
     eval: int = 0
     by_task: Counter[str] = field(default_factory=Counter)
     left_out: Counter[str] = field(default_factory=Counter)
     escaped: Counter[str] = field(default_factory=Counter)
+    rows: dict[str, LostRows] = field(default_factory=lambda: {reason: LostRows() for reason in WHY})
+    judged_by_model: int = 0
 
 
 class PromptStream:
     """Every training prompt and then every evaluation item of a recipe, once, in source order and without duplicates.
 
-    `tally` is whole when the iteration has ended; what was escaped is logged then. Iterating raises UnusableInput for a source
-    that cannot be read, yields nothing, puts one text on both sides, or holds a control token that it was not told to escape.
+    References of rows are held against themselves as they pass, in worker processes that live as long as the iteration.
+
+    `tally` is whole when the iteration has ended; rows that were left out one by one, and what was escaped, are logged then.
+    Iterating raises UnusableInput for a source that cannot be read, yields nothing, puts one text on both sides, or holds a
+    control token that it was not told to escape, and for references that this machine cannot judge.
     """
 
     def __init__(
@@ -82,31 +118,51 @@ class PromptStream:
 
     def __iter__(self) -> Iterator[Prompt]:
         self.tally, self._taught = Tally(), DigestTable()
-        for prompt in self._distinct("train"):
-            self.tally.train += 1
-            self.tally.by_task[prompt.task] += 1
-            yield prompt
-        if not self.tally.train:
-            raise UnusableInput("generate.prompts: the prompt set is empty; expected at least one source with a training prompt")
-        for item in self._distinct("eval"):
-            self.tally.eval += 1
-            yield item
+        with Pool(timeout_s=TIMEOUT_S) as pool:  # starts its workers when the first reference needs one
+            references = References(pool)
+            for prompt in self._distinct("train", references):
+                self.tally.train += 1
+                self.tally.by_task[prompt.task] += 1
+                self.tally.judged_by_model += prompt.verifier == LLM_JUDGE
+                yield prompt
+            if not self.tally.train:
+                self._warn()
+                raise UnusableInput(
+                    "generate.prompts: the prompt set is empty; expected at least one source with a training prompt"
+                )
+            for item in self._distinct("eval", references):
+                self.tally.eval += 1
+                yield item
+        self._warn()
+
+    def _warn(self) -> None:
+        for reason, lost in self.tally.rows.items():
+            if lost.count:
+                log.warning("rows left out: %d, because %s: %s", lost.count, WHY[reason], lost)
         if self.tally.escaped:
             counts = ", ".join(f"{count} in {source}" for source, count in self.tally.escaped.items())
             log.warning("control tokens of the teacher escaped by a backslash after their first character: %s", counts)
 
-    def _distinct(self, split: Split) -> Iterator[Prompt]:
+    def _distinct(self, split: Split, references: References) -> Iterator[Prompt]:
         """A side's prompts without those whose id has passed before: the first one counts."""
         seen = DigestTable()
         for number, source in enumerate(self._sources[split]):
-            for prompt in self._read(source, split):
-                if seen.add(bytes.fromhex(prompt.prompt_id)) is None:
+            for candidate in self._read(source, split, references):
+                prompt, judged_by = candidate.prompt, judging_label(candidate.prompt)
+                first = seen.add(bytes.fromhex(prompt.prompt_id), judged_by)
+                if first is None:
                     self._refuse_overlap(prompt, number)
                     if escaped := num_escaped(prompt):
                         self.tally.escaped[prompt.source] += escaped
                     yield prompt
+                elif candidate.where and first != judged_by:
+                    self._leave_out(OTHERWISE, candidate.where)
                 else:
                     self.tally.left_out["duplicate"] += 1
+
+    def _leave_out(self, reason: str, row: str) -> None:
+        self.tally.left_out[reason] += 1
+        self.tally.rows[reason].add(row)
 
     def _refuse_overlap(self, prompt: Prompt, number: int) -> None:
         """Compared by text, not by prompt_id: the same question under another template version would still be a leak."""
@@ -122,21 +178,23 @@ class PromptStream:
                 f"generate.prompts {twin}: {text[:60]!r}; mark its rows with one split"
             )
 
-    def _read(self, source: PromptSource, split: Split) -> Iterator[Prompt]:
+    def _read(self, source: PromptSource, split: Split, references: References) -> Iterator[Candidate]:
+        """What a source offers. References of rows have passed; the other sources see to theirs."""
         side = Side(split, not self._is_shared(source, split))
         match source:
             case ReasoningGymSource():
-                return read_reasoning_gym(source, split, self.tally.left_out, self._control)
+                return map(Candidate, read_reasoning_gym(source, split, self.tally.left_out, self._control))
             case JsonlSource():
-                return read_jsonl(source, side, self._folders, self.tally.left_out, self._control)
+                rows = read_jsonl(source, side, self._folders, self.tally.left_out, self._control)
             case ParquetSource():
-                return read_parquet(source, side, self._folders, self.tally.left_out, self._control)
+                rows = read_parquet(source, side, self._folders, self.tally.left_out, self._control)
             case DatasetsSource():
-                return read_datasets(source, side, self._folders, self.tally.left_out, self._control)
+                rows = read_datasets(source, side, self._folders, self.tally.left_out, self._control)
             case RepositorySource():
-                return read_repository(source, split, self._folders, self._counter(source), self._control)
+                return map(Candidate, read_repository(source, split, self._folders, self._counter(source), self._control))
             case DocumentsSource():
-                return read_documents(source, split, self._folders, self._counter(source), self._control)
+                return map(Candidate, read_documents(source, split, self._folders, self._counter(source), self._control))
+        return references.passing(rows, partial(self._leave_out, FAILS))
 
     def _is_shared(self, source: PromptSource, split: Split) -> bool:
         """True when the other side of the recipe reads the same rows, so that nothing of them is left out."""
@@ -158,6 +216,12 @@ def _rows_of(source: RowSource) -> tuple[str, str, str | None]:
 def normalised_text(prompt: Prompt) -> str:
     """All contents in a row, runs of whitespace made one."""
     return " ".join(" ".join(message.get("content", "").split()) for message in prompt.messages)
+
+
+def judging_label(prompt: Prompt) -> int:
+    """16 bits of a hash of all that decides a verdict. Of 65,536 pairs that ask the same and are judged otherwise, one agrees."""
+    text = json.dumps((prompt.verifier, prompt.answer, prompt.details), ensure_ascii=False)
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=2).digest(), "little")
 
 
 def num_escaped(prompt: Prompt) -> int:

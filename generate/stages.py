@@ -1,5 +1,6 @@
 """The two stages of this package: the prompt set, and the teacher's traces of it."""
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +20,18 @@ if TYPE_CHECKING:
     from generate.prompts import PromptStream
     from generate.telemetry import Written
 
+log = logging.getLogger(__name__)
+
 
 def _prompts(context: Context, show: Callable[[Count], None]) -> Outcome:
     stream = prompt_stream(context)
     path = write_prompts(context.run, stream)
     tally = stream.tally
+    if tally.judged_by_model and context.recipe.data.judging is None:
+        log.warning(
+            "%d training prompts name the verifier llm_judge and the recipe has no data.judging: their traces can be generated, "
+            "and a build of the dataset will refuse them", tally.judged_by_model,
+        )  # fmt: skip
     counts = {
         "train": tally.train,
         "eval": tally.eval,
@@ -31,6 +39,7 @@ def _prompts(context: Context, show: Callable[[Count], None]) -> Outcome:
         "by_task": dict(tally.by_task),
         "left_out": dict(tally.left_out),
         "escaped_control_tokens": dict(tally.escaped),
+        "left_out_rows": {reason: lost.first for reason, lost in tally.rows.items() if lost.count},
     }
     left_out = ", ".join(f"{count} {reason}" for reason, count in tally.left_out.items())
     summary = f"{tally.train} training prompts, {tally.eval} evaluation items" + (f"; left out: {left_out}" if left_out else "")

@@ -29,6 +29,14 @@ def resolve(model: str) -> Path:
     return folder
 
 
+def model_sha256(folder: Path) -> str:
+    """Hex sha256 of a checkpoint with its tokenizer and template: of all that decides what it says to a conversation."""
+    digest = hashlib.sha256(weights_sha256(folder).encode())
+    for path in sorted([*folder.glob("*token*.json"), *folder.glob("*.jinja"), *folder.glob("vocab*"), *folder.glob("merges*")]):
+        digest.update(f"{path.name}:{hashlib.sha256(path.read_bytes()).hexdigest()};".encode())
+    return digest.hexdigest()
+
+
 def weights_sha256(folder: Path) -> str:
     """Hex sha256 over config.json and every safetensors file, name and bytes: the identity of a checkpoint.
 

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
+
 from data.chat import Encoded
 
 
@@ -41,7 +43,8 @@ class TokenLedger:
 
 
 class Admitted(NamedTuple):
-    examples: list[Example]
+    rows_R: np.ndarray
+    """int64: which of the traces are trained, ascending."""
     ledger: TokenLedger
 
 
@@ -50,23 +53,19 @@ def num_trained(encoded: Encoded) -> int:
     return sum(encoded.mask[1:])
 
 
-def admit(examples: Sequence[Example], max_tokens: int) -> Admitted:
+def admit(lengths_N: np.ndarray, trained_N: np.ndarray, max_tokens: int) -> Admitted:
     """The traces of at most `max_tokens` tokens. A longer one is dropped whole and counted as `over_length`; cutting it
-    would teach answers that never come, or an end of turn in mid-thought."""
-    kept, trained, masked, over, over_traces = [], 0, 0, 0, 0
-    for example in examples:
-        length = len(example.encoded.ids)
-        if length > max_tokens:
-            over, over_traces = over + length, over_traces + 1
-            continue
-        kept.append(example)
-        trained += num_trained(example.encoded)
-        masked += length - num_trained(example.encoded)
-    dropped = {"over_length": over} if over_traces else {}
-    counted = {"over_length": over_traces} if over_traces else {}
-    ledger = TokenLedger(len(examples), sum(len(example.encoded.ids) for example in examples), trained, masked, dropped, counted)
+    would teach answers that never come, or an end of turn in mid-thought.
+
+    lengths_N, trained_N: tokens and supervised positions (num_trained) of N traces.
+    """
+    fits_N = lengths_N <= max_tokens
+    total, kept, trained = int(lengths_N.sum()), int(lengths_N[fits_N].sum()), int(trained_N[fits_N].sum())
+    over = int((~fits_N).sum())
+    dropped, counted = ({"over_length": total - kept}, {"over_length": over}) if over else ({}, {})
+    ledger = TokenLedger(len(lengths_N), total, trained, kept - trained, dropped, counted)
     assert ledger.balances
-    return Admitted(kept, ledger)
+    return Admitted(np.flatnonzero(fits_N), ledger)
 
 
 def visiting_order(num_traces: int, epochs: float, seed: int) -> list[int]:

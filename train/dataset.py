@@ -1,7 +1,7 @@
 """From the dataset folder that `data build` wrote to examples in the student's own tokens."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,26 +10,34 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from configs.errors import UnusableInput
-from data.chat import encode_conversation
+from data.chat import encode_conversation, rendering_identity
 from data.dataset import load_dataset
-from data.store import RunFolder, read_rollup
+from data.records import digest
+from data.stats import dataset_hash
+from data.store import Rollup, RunFolder, read_rollup, sha256_file
 from train.batches import Example
+from train.rendered import Rendered, read_or_render
 
 COLUMNS = ("trace_id", "messages")
+SPLITS = ("train", "validation")
+READ_ROWS = 256
+"""Rows whose messages are in memory at once while they are rendered."""
 
 
 class Examples(NamedTuple):
-    train: list[Example]
-    validation: list[Example]
+    train: Rendered
+    validation: Rendered
 
 
-def load_examples(dataset_dir: Path, tokenizer: PreTrainedTokenizerBase) -> Examples:
-    """Every trace of both splits, through the student's template. Nothing is cached: a stale cache would outlive a change
-    of the template, and encoding costs under a millisecond a trace.
+def load_examples(
+    dataset_dir: Path, tokenizer: PreTrainedTokenizerBase, rendered_dir: Path, *, is_writer: bool = True
+) -> Examples:
+    """Every trace of both splits, through the student's template; rendered into rendered_dir by the writer unless that has been
+    done, by anybody, for the same rows, tokenizer and template (train/rendered.py).
 
     Raises:
-        UnusableInput: when the folder is no dataset with the expected columns, when its bytes are not the sealed ones, or
-            when its train split is empty.
+        UnusableInput: when the folder is no dataset with the expected columns, when its bytes are not the sealed ones, when
+            its train split is empty, or when a trace cannot be rendered.
     """
     splits = _open_splits(dataset_dir)
     absent = [name for name in ("train",) if name not in splits]
@@ -38,20 +46,35 @@ def load_examples(dataset_dir: Path, tokenizer: PreTrainedTokenizerBase) -> Exam
         raise UnusableInput(f"dataset {dataset_dir}: no split or column {absent[0]!r}; rebuild with: tracestill data build")
     if not len(splits["train"]):
         raise UnusableInput(f"dataset {dataset_dir}: the train split is empty; loosen data.filters or generate more traces")
-    validation = _encode(splits["validation"], tokenizer) if "validation" in splits else []
-    return Examples(_encode(splits["train"], tokenizer), validation)
+    identity = {"dataset": _content(dataset_dir), **rendering_identity(tokenizer)}
+    encoded = {name: _encode(splits[name], tokenizer) if name in splits else iter(()) for name in SPLITS}
+    return Examples(**read_or_render(rendered_dir, identity, encoded, is_writer=is_writer))
 
 
-def _encode(split: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    columns = zip(split["trace_id"], split["messages"], strict=True)
-    return [encode_row(trace_id, messages, tokenizer) for trace_id, messages in columns]
+def _encode(split: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[Example]:
+    for rows in split.select_columns(list(COLUMNS)).iter(READ_ROWS):
+        for trace_id, messages in zip(rows["trace_id"], rows["messages"], strict=True):  # type: ignore[call-overload]
+            yield encode_row(trace_id, messages, tokenizer)
+
+
+def _rollup(dataset_dir: Path) -> Rollup | None:
+    """The manifest of a run folder's dataset; None for a folder from elsewhere."""
+    return read_rollup(dataset_dir) if RunFolder(dataset_dir.parent).dataset == dataset_dir else None
+
+
+def _content(dataset_dir: Path) -> str:
+    """Hash of the Arrow files: by the manifest where `data build` sealed them, which _open_splits has held them to. The
+    fingerprint that `datasets` keeps beside them is drawn at random."""
+    if (rollup := _rollup(dataset_dir)) is not None:
+        return dataset_hash(rollup)
+    files = sorted(dataset_dir.rglob("*.arrow"))
+    return digest([[str(path.relative_to(dataset_dir)), sha256_file(path)] for path in files])
 
 
 def _open_splits(dataset_dir: Path) -> datasets.DatasetDict:
     """The splits; with every file's hash checked first where `data build` sealed them into a run folder."""
-    run = RunFolder(dataset_dir.parent)
-    if run.dataset == dataset_dir and read_rollup(dataset_dir) is not None:
-        return load_dataset(run)
+    if _rollup(dataset_dir) is not None:
+        return load_dataset(RunFolder(dataset_dir.parent))
     if not (dataset_dir / "dataset_dict.json").is_file():
         raise UnusableInput(f"dataset {dataset_dir}: no dataset_dict.json; expected the folder written by: tracestill data build")
     return datasets.DatasetDict.load_from_disk(str(dataset_dir))

@@ -18,10 +18,12 @@ from configs.errors import TracestillError
 from configs.schema import Recipe
 from data.chat import Encoded
 from data.records import digest
+from data.store import RunFolder
 from student.lora import save_adapter
 from student.model import load_tokenizer
 from train.batches import TokenLedger, num_trained, plan_micro_batches, step_members, visiting_order
 from train.checkpoint import Checkpoint, Progress, load_latest, save_checkpoint
+from train.rendered import Rendered
 from train.schedule import learning_rate
 from train.setup import Corpus, build_step, load_corpus, open_tracker, prepare_folders, run_identity
 from train.step import TrainingStep, World, joined_world
@@ -59,7 +61,7 @@ def train_in(world: World, recipe: Recipe, dataset_dir: Path, run_dir: Path, rep
     is_writer = world.rank == 0
 
     tokenizer = load_tokenizer(recipe.student.model)
-    corpus = load_corpus(recipe, dataset_dir, tokenizer)
+    corpus = load_corpus(recipe, dataset_dir, tokenizer, RunFolder(run_dir).cache, is_writer=is_writer)
     steps = step_members(visiting_order(len(corpus.train), config.epochs, config.seed), config.traces_per_step)
     identity = run_identity(recipe, corpus)
     if is_writer:
@@ -126,11 +128,11 @@ def take_step(step: TrainingStep, corpus: Corpus, members: Sequence[Encoded], lr
     return Taken(loss_sum, supervised, sum(lengths), round(padded_sum), grad_norm, time.perf_counter() - started)
 
 
-def mean_loss(step: TrainingStep, corpus: Corpus, rows: Sequence[Encoded], tokens_per_micro_batch: int) -> float:
+def mean_loss(step: TrainingStep, corpus: Corpus, rows: Rendered, tokens_per_micro_batch: int) -> float:
     """Nats per supervised token over `rows`, shared out over the ranks."""
-    plan = plan_micro_batches([len(row.ids) for row in rows], step.world.size, tokens_per_micro_batch)[step.world.rank]
+    plan = plan_micro_batches(rows.lengths().tolist(), step.world.size, tokens_per_micro_batch)[step.world.rank]
     loss_sum = sum(step.evaluate(*corpus.micro_batch([rows[row] for row in group])) for group in plan)
-    return step.sum_over_ranks([loss_sum])[0] / sum(num_trained(row) for row in rows)
+    return step.sum_over_ranks([loss_sum])[0] / int(rows.trained().sum())
 
 
 def dropout_seed(seed: int, index: int, rank: int) -> int:

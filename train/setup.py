@@ -15,10 +15,11 @@ from data.chat import Encoded, pad_batch
 from student.folders import resolve, weights_sha256
 from student.lora import attach, fold_small_layers
 from student.model import load_base
-from train.batches import Example, TokenLedger, admit
+from train.batches import TokenLedger, admit
 from train.checkpoint import Checkpoint, Identity, remove_leftovers
 from train.dataset import examples_sha256, load_examples
 from train.losses import SupervisedLoss, check_head
+from train.rendered import Rendered
 from train.step import TrainingStep, World, load_parameters
 from train.tracking import METRICS_FILE, MetricsFile, Report, Tracker, WandbMirror
 
@@ -45,8 +46,8 @@ class MicroBatch(NamedTuple):
 class Corpus:
     """What is trained and what the loss is watched on, in the student's tokens. `ledger` accounts for the train split."""
 
-    train: list[Encoded]
-    validation: list[Encoded]
+    train: Rendered
+    validation: Rendered
     ledger: TokenLedger
     sha256: str
     pad_id: int
@@ -57,23 +58,23 @@ class Corpus:
         return MicroBatch(*pad_batch(rows or [Encoded([self.pad_id], [False])], self.pad_id))
 
 
-def load_corpus(recipe: Recipe, dataset_dir: Path, tokenizer: PreTrainedTokenizerBase) -> Corpus:
-    """Raises UnusableInput when the dataset cannot be used or no trace is short enough."""
-    config = recipe.train
-    examples = load_examples(dataset_dir, tokenizer)
-    admitted, validation = admit(examples.train, config.max_tokens_per_row), admit(examples.validation, config.max_tokens_per_row)
-    if not admitted.examples:
+def load_corpus(
+    recipe: Recipe, dataset_dir: Path, tokenizer: PreTrainedTokenizerBase, cache_dir: Path, *, is_writer: bool = True
+) -> Corpus:
+    """Every rank calls it; the writer renders into cache_dir what has not been rendered yet. Raises UnusableInput when the
+    dataset cannot be used or no trace is short enough."""
+    max_tokens = recipe.train.max_tokens_per_row
+    examples = load_examples(dataset_dir, tokenizer, cache_dir / "rendered", is_writer=is_writer)
+    admitted, validation = (admit(split.lengths(), split.trained(), max_tokens) for split in examples)
+    if not len(admitted.rows_R):
         raise UnusableInput(f"dataset {dataset_dir}: all {len(examples.train)} traces are longer than train.max_tokens_per_row "
-                            f"{config.max_tokens_per_row}; raise it")  # fmt: skip
+                            f"{max_tokens}; raise it")  # fmt: skip
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     assert isinstance(pad_id, int)
+    train = examples.train.select(admitted.rows_R)
     return Corpus(
-        rows_of(admitted.examples), rows_of(validation.examples), admitted.ledger, examples_sha256(admitted.examples), pad_id
+        train, examples.validation.select(validation.rows_R), admitted.ledger, examples_sha256(train.examples()), pad_id
     )
-
-
-def rows_of(examples: Sequence[Example]) -> list[Encoded]:
-    return [example.encoded for example in examples]
 
 
 def run_identity(recipe: Recipe, corpus: Corpus) -> Identity:

@@ -1,7 +1,7 @@
 """Filters: what makes one trace unfit to be trained on, whatever its answer. Pure, versioned, one countable reason each.
 
 A filter writes a verdict and deletes nothing: a dataset is a view, and another recipe may look again. The defaults find broken
-records only and are three; no answer filter helped significantly in 1,000 ablations (OpenThoughts3, arXiv 2506.04178). The
+records only and are four; no answer filter helped significantly in 1,000 ablations (OpenThoughts3, arXiv 2506.04178). The
 others are for what a student must not learn however right the answer is: its teacher's name, somebody's key, a loop.
 
 A filter takes values and returns "" or a reason of a bounded set: never a part of the text, so that no secret reaches a verdict,

@@ -1,8 +1,8 @@
 """Does a text hold a word that a tokenizer turns into a control token?
 
 `<|user|>` inside an answer would open a turn of its own when the trace is rendered and tokenised: the student would learn to
-write its user's lines. Which words those are is the tokenizers' to say (the teacher's and the student's), so the caller hands
-them in; what a prompt holds was settled when it was made.
+write its user's lines. Which words those are is the tokenizers' to say (the teacher's and the student's); tracestill.py brings
+them to the build (data.asking.ControlWords). What a prompt holds was settled when it was made.
 """
 
 import re
@@ -12,6 +12,10 @@ from typing import NamedTuple
 
 from configs.filters import ControlTokensFilter, FilterSettings
 from data.filters.texts import Filtered, said
+
+
+def has_control_tokens(chosen: Sequence[FilterSettings]) -> bool:
+    return any(isinstance(one, ControlTokensFilter) for one in chosen)
 
 
 def with_control_tokens(chosen: Sequence[FilterSettings], tokens: Iterable[str]) -> tuple[FilterSettings, ...]:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from configs.errors import TracestillError
 from data.records import Prompt
-from data.verify import code, exact, json_schema, math, reasoning_gym
+from data.verify import code, exact, json_schema, math, reasoning_gym, sandbox
 
 
 class Verifier(NamedTuple):
@@ -25,7 +25,8 @@ class Verifier(NamedTuple):
     quick: what score would say, or None where that takes more than microseconds; runs in the caller's process, never hangs,
     and may take for granted that the reference passed its self-check. timeout_s: seconds that one answer may take, when that
     is more than what the caller allows. check: says of a prompt without a reference whether answers to it can be judged;
-    without it every prompt needs a reference.
+    without it every prompt needs a reference. require: asked once before a build judges such prompts; raises the
+    TracestillError that a worker would raise in the middle of it. sweep: ends what a worker that was killed may have left.
     """
 
     score: Callable[[Prompt, str], float]
@@ -35,6 +36,8 @@ class Verifier(NamedTuple):
     quick: Callable[[Prompt, str], float | None] | None = None
     timeout_s: float = 0.0
     check: Callable[[Prompt], bool] | None = None
+    require: Callable[[], None] | None = None
+    sweep: Callable[[], object] | None = None
 
 
 def is_reference(prompt: Prompt, answer: str) -> float | None:
@@ -49,7 +52,15 @@ VERIFIERS: dict[str, Verifier] = {
     "json_schema": Verifier(
         json_schema.score, json_schema.VERSION, json_schema.prepare, quick=json_schema.quick, check=json_schema.check
     ),
-    "code": Verifier(code.score, code.VERSION, code.prepare, timeout_s=2.5 * code.TIMEOUT_S, check=code.check),
+    "code": Verifier(
+        code.score,
+        code.VERSION,
+        code.prepare,
+        timeout_s=2.5 * code.TIMEOUT_S,
+        check=code.check,
+        require=code.prepare,
+        sweep=sandbox.sweep,
+    ),
 }
 
 

@@ -123,6 +123,8 @@ def read_tests(prompt: Prompt) -> Tests:
         details = json.loads(prompt.details)
         if details["language"] != "python":
             raise ValueError(f"language {details['language']!r}, expected 'python'")
+        if not isinstance(details["tests"], list):
+            raise ValueError("tests: expected a list")
         tests = _READERS[details["kind"]](details, prompt.answer)
     except (KeyError, TypeError, AttributeError, ValueError, SyntaxError) as error:
         raise ValueError(
@@ -134,7 +136,14 @@ def read_tests(prompt: Prompt) -> Tests:
 
 
 def _stdin_tests(details: Mapping[str, Any], reference: str) -> StdinTests:
-    return StdinTests(tuple(StdinTest(str(test["stdin"]), str(test["stdout"])) for test in details["tests"]))
+    return StdinTests(tuple(StdinTest(_text(test["stdin"]), _text(test["stdout"])) for test in details["tests"]))
+
+
+def _text(value: object) -> str:
+    """Raises ValueError for anything else: `str` makes "None" of what was left out, and of an object a statement that passes."""
+    if not isinstance(value, str):
+        raise ValueError(f"{type(value).__name__} where a test is text; expected a string")
+    return value
 
 
 def _function_tests(details: Mapping[str, Any], reference: str) -> FunctionTests:
@@ -149,7 +158,7 @@ def _assert_tests(details: Mapping[str, Any], reference: str) -> AssertTests:
     if not names:
         raise ValueError("no `names`, and the reference defines none")
     imports = tuple(ast.unparse(node) for node in body if isinstance(node, ast.Import | ast.ImportFrom))
-    return AssertTests(str(details.get("setup", "")), names, imports, tuple(map(str, details["tests"])))
+    return AssertTests(str(details.get("setup", "")), names, imports, tuple(map(_text, details["tests"])))
 
 
 def _defined(body: Sequence[ast.stmt]) -> Iterator[str]:

@@ -60,7 +60,7 @@ def parse(answer: str) -> tuple[Json] | None:
     for text in (answer, _last_block(answer)):
         try:
             if text is not None:
-                return (_strict(text),)
+                return (strict(text),)
         except (ValueError, RecursionError):  # ValueError: also a number of more than 4,300 digits
             continue
     return None
@@ -81,7 +81,9 @@ def _last_block(answer: str) -> str | None:
     return last
 
 
-def _strict(text: str) -> Json:
+def strict(text: str) -> Json:
+    """The JSON value of the whole text. Raises ValueError for what is none, which duplicate keys, NaN and infinities make it, and
+    RecursionError for brackets a thousand deep."""
     return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_finite)
 
 
@@ -125,7 +127,7 @@ def _reference(prompt: Prompt) -> tuple[Json]:
 @functools.lru_cache(1024)
 def _details(text: str) -> "tuple[Draft202012Validator, bool]":
     try:
-        details = _strict(text)
+        details = strict(text)
     except ValueError as error:
         raise ValueError(f"details are no JSON ({error}); expected an object with a schema") from error
     if not isinstance(details, dict) or not isinstance(details.get("schema"), dict | bool):

@@ -1,9 +1,10 @@
 """Judges many answers in worker processes that can be killed.
 
 Each worker answers item by item over a pipe, so that the deadline is one item's and the item that broke a worker is
-known: it is `timed_out` or `crashed`, a new worker takes over, and the rest of its batch is judged as if nothing had
-happened. Workers are spawned, never forked: whoever calls this may hold torch's threads. They are started when first needed
-and live as long as the pool, because a build asks segment by segment and a start costs 2 s of imports.
+known: it is `timed_out`, or asked once more (a machine short of memory kills whom it likes) and then `crashed`; a new worker
+takes over, and the rest of its batch is judged as if nothing had happened. Workers are spawned, never forked: whoever calls
+this may hold torch's threads. They are started when first needed and live as long as the pool, because a build asks segment by
+segment and a start costs 2 s of imports.
 
 Before a worker sees an answer, the verifier's own `quick` is asked here, and what has been judged before is remembered.
 
@@ -12,7 +13,6 @@ Measured: 5,000 wrong short answers to reasoning-gym items take two workers 1 s,
 """
 
 import dataclasses
-import faulthandler
 import hashlib
 import itertools
 import logging
@@ -21,13 +21,14 @@ import os
 import resource
 import signal
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from multiprocessing.connection import Connection, wait
 from types import TracebackType
 from typing import NamedTuple
 
 from configs.errors import TracestillError
+from configs.launch import StageFailed, die_with_parent
 from configs.progress import Count, Report
 from data.records import Prompt, VerdictName
 from data.verify import VERIFIERS, Verifier
@@ -43,9 +44,14 @@ MEMORY_BYTES = 8 << 30
 """Address space of a worker. `10**10**10` in an answer must end as a MemoryError there, not as a dead node."""
 REMEMBERED = 1 << 18
 """Most judgements that a pool remembers, about 50 MB; the oldest is forgotten first."""
+LLM_JUDGE = "llm_judge"
+"""The verifier that is a model, asked once filters have spoken (data/grading.py): no function of prompt and answer, no worker's
+business."""
 EXIT_S = 5.0
 """How long a worker that has closed its pipe may take to end."""
-_ORPHAN_GRACE_S = 30.0
+ATTEMPTS = 2
+"""Workers that may die over one answer before it is to blame: the first may have been somebody else's. And as many that may be
+killed, one after the other, before they have judged anything."""
 
 
 class Item(NamedTuple):
@@ -65,9 +71,15 @@ class Judgement(NamedTuple):
 
 NO_ANSWER = Judgement("fail", "no_answer", 0.0)
 NO_VERIFIER = Judgement("unjudged", "no_verifier", 0.0)
+NOT_ASKED = Judgement("unjudged", "not_asked", 0.0)
 TIMED_OUT = Judgement("unjudged", "timed_out", 0.0)
 CRASHED = Judgement("unjudged", "crashed", 0.0)
 RIGHT = Judgement("pass", "", 1.0)
+
+
+def limits_s(verifiers: Mapping[str, Verifier], timeout_s: float) -> dict[str, float]:
+    """Seconds that each verifier may take for one answer: what the caller allows, or more where the verifier says so."""
+    return {name: max(timeout_s, verifier.timeout_s) for name, verifier in verifiers.items()}
 
 
 def from_score(score: float) -> Judgement:
@@ -121,7 +133,7 @@ class Pool:
         memo: MutableMapping[bytes, Judgement] | None = None,
     ) -> None:
         self.verifiers = verifiers
-        self.limits_s = {name: max(timeout_s, verifier.timeout_s) for name, verifier in verifiers.items()}
+        self.limits_s = limits_s(verifiers, timeout_s)
         self.num_workers = num_workers or len(os.sched_getaffinity(0))
         self.memo: MutableMapping[bytes, Judgement] = {} if memo is None else memo
         self.workers: list[_Worker] = []
@@ -142,7 +154,7 @@ class Pool:
 
         Raises:
             TracestillError: a verifier found that this machine cannot judge at all.
-            RuntimeError: a worker cannot even start.
+            StageFailed: a worker cannot even start.
         """
         short = [short_cut(item, self.verifiers) for item in items]
         keys = [key_of(item, self.verifiers) if found is None else b"" for item, found in zip(items, short, strict=True)]
@@ -194,6 +206,8 @@ def short_cut(item: Item, verifiers: Mapping[str, Verifier]) -> Judgement | None
         return NO_VERIFIER
     if not answer:
         return NO_ANSWER
+    if prompt.verifier == LLM_JUDGE:
+        return NOT_ASKED
     verifier = verifiers[prompt.verifier]
     if verifier.inline:
         return from_score(verifier.score(prompt, answer))
@@ -218,10 +232,12 @@ class _Worker:
     def __init__(self, verifiers: Mapping[str, Verifier], limits_s: Mapping[str, float]) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, dict(verifiers), dict(limits_s)), daemon=True)
+        self.process = context.Process(target=_serve, args=(theirs, dict(verifiers)), daemon=True)
         self.process.start()
         theirs.close()  # or its death would not end our recv
         self.limits_s = limits_s
+        self.sweeps = {name: verifier.sweep for name, verifier in verifiers.items() if verifier.sweep is not None}
+        self.swept: set[str] = set()
         self.ready, self.gone, self.proved = False, False, False
         self.owes: deque[tuple[int, float]] = deque()
         self.deadline = time.monotonic() + START_S
@@ -237,6 +253,7 @@ class _Worker:
         except (BrokenPipeError, ConnectionResetError):
             return False
         self.owes.extend((index, self.limits_s[items[index].prompt.verifier]) for index in batch)
+        self.swept.update(self.sweeps.keys() & {items[index].prompt.verifier for index in batch})
         self.ready, self.deadline = False, time.monotonic() + START_S
         return True
 
@@ -256,11 +273,14 @@ class _Worker:
             self.gone = True
 
     def kill(self) -> None:
+        """The worker has ended, and nothing is left of what it had started for its items."""
         if self.gone:  # its pipe is closed, and it may be about to say why: its traceback and its exit code are worth a wait
             self.process.join(EXIT_S)
         self.process.kill()
         self.process.join()
         self.connection.close()
+        for name in sorted(self.swept):
+            self.sweeps[name]()
 
 
 def _trimmed(item: Item) -> Item:
@@ -276,6 +296,8 @@ class _Round:
         self.batch = min(BATCH, max(SMALLEST_BATCH, -(-len(items) // (4 * pool.num_workers))))
         self.waiting: deque[int] = deque(range(len(items)))
         self.results: dict[int, Judgement] = {}
+        self.deaths: Counter[int] = Counter()
+        self.stillborn = 0
 
     def run(self, report: Report | None) -> list[Judgement]:
         workers = self.pool.workers
@@ -304,18 +326,31 @@ class _Round:
         workers += [_Worker(self.pool.verifiers, self.pool.limits_s) for _ in range(wanted)]
 
     def _bury(self, worker: _Worker) -> None:
-        """Ends the worker, blames the item it was at, and gives the others back."""
+        """Ends the worker, blames the item it was at, and gives the others back; that one too, if it may have been chance."""
         worker.kill()
         if not worker.ready and not worker.proved:
-            how = f"ended with exit code {worker.process.exitcode}" if worker.gone else f"did not answer within {START_S:.0f} s"
-            raise RuntimeError(f"a verifier worker {how} while it started; its traceback is on standard error")
+            self._bury_stillborn(worker)
         if worker.ready and worker.owes:
-            blamed, _ = worker.owes.popleft()
-            self.results[blamed] = CRASHED if worker.gone else TIMED_OUT
-            prompt, reason = self.items[blamed].prompt, self.results[blamed].reason
-            log.warning("verifier %s %s on prompt %s (%s)", prompt.verifier, reason, prompt.prompt_id, prompt.task)
+            self.deaths[worker.owes[0][0]] += worker.gone
+            if not worker.gone or self.deaths[worker.owes[0][0]] == ATTEMPTS:
+                self._blame(worker.owes.popleft()[0], CRASHED if worker.gone else TIMED_OUT)
         # One that died idle, between two calls, has not seen what it was handed; its successor has to prove itself.
         self.waiting.extendleft(index for index, _ in reversed(worker.owes))
+
+    def _bury_stillborn(self, worker: _Worker) -> None:
+        """Raises StageFailed, unless it was killed and its successor may have better luck."""
+        self.stillborn += 1
+        code = worker.process.exitcode or 0
+        if worker.gone and code < 0 and self.stillborn < ATTEMPTS:
+            return
+        how = f"did not answer within {START_S:.0f} s"
+        if worker.gone:
+            how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        raise StageFailed(f"a verifier worker {how} while it started; its traceback, if any, is on standard error")
+
+    def _blame(self, index: int, judgement: Judgement) -> None:
+        self.results[index], prompt = judgement, self.items[index].prompt
+        log.warning("verifier %s %s on prompt %s (%s)", prompt.verifier, judgement.reason, prompt.prompt_id, prompt.task)
 
 
 def _wait(workers: Sequence[_Worker]) -> None:
@@ -327,10 +362,11 @@ def _wait(workers: Sequence[_Worker]) -> None:
 # --- the worker's side -------------------------------------------------------------------------------------------
 
 
-def _serve(connection: Connection, verifiers: Mapping[str, Verifier], limits_s: Mapping[str, float]) -> None:
+def _serve(connection: Connection, verifiers: Mapping[str, Verifier]) -> None:
     """Says an empty word when it is there, another once it has imported what a batch needs, then a judgement an item of it, until
     the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    die_with_parent()  # even while an answer hangs; had it died before, the pipe says so
     prepared: set[str] = set()
     with open(os.devnull, "w") as nowhere:  # noqa: PTH123
         os.dup2(nowhere.fileno(), 1)  # a scorer that prints must not end up in the caller's --json line
@@ -345,10 +381,7 @@ def _serve(connection: Connection, verifiers: Mapping[str, Verifier], limits_s: 
                     continue
                 connection.send(_Said())
                 for prompt, answer in batch:
-                    # Were the parent killed while we hang, nobody would end us: this timer needs neither it nor the GIL.
-                    faulthandler.dump_traceback_later(limits_s[prompt.verifier] + _ORPHAN_GRACE_S, exit=True, file=nowhere)
                     connection.send(_score(verifiers[prompt.verifier], prompt, answer))
-                faulthandler.cancel_dump_traceback_later()
         except (EOFError, BrokenPipeError, ConnectionResetError):
             return
 

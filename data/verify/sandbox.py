@@ -33,6 +33,8 @@ FILES = 20_000
 """In /tmp, and again in /dev/shm. An empty file takes nothing of their size and a kilobyte of the kernel's memory."""
 _GONE_S = 10.0
 _KILLED = 128 + signal.SIGKILL
+_PF_EXITING, _PF_SIGNALED = 0x4, 0x400
+"""Of the flags in /proc/PID/stat (linux/sched.h)."""
 _PART = 1 << 16
 
 
@@ -128,7 +130,7 @@ def require(python: str = PYTHON) -> None:
 
 
 def sweep() -> int:
-    """Ends the sandboxes whose bubblewrap is gone, and returns how many. Call it after killing workers.
+    """Ends the sandboxes whose bubblewrap is gone or about to go, and returns how many. Call it when killed workers have ended.
 
     bubblewrap's child sleeps until it is told that its ids are mapped, and only later asks to die with its parent. Of 300
     callers killed within 60 ms of the start, 59 left such a sleeper, which has run nothing and would sleep for ever.
@@ -139,12 +141,27 @@ def sweep() -> int:
             words = (entry / "cmdline").read_bytes()
             if SIGN.encode() not in words:
                 continue
-            status = dict(line.split(":\t", 1) for line in (entry / "status").read_text().splitlines() if ":\t" in line)
+            status = _status(entry)
             is_init = len(status["NSpid"].split()) > 1 and status["NSpid"].split()[-1] == "1"
-            if is_init and Path("/proc", status["PPid"], "cmdline").read_bytes() != words:
+            if is_init and not _is_monitor(Path("/proc", status["PPid"]), words):
                 os.kill(int(entry.name), signal.SIGKILL)
                 swept += 1
     return swept
+
+
+def _status(process: Path) -> dict[str, str]:
+    return dict(line.split(":\t", 1) for line in (process / "status").read_text().splitlines() if ":\t" in line)
+
+
+def _is_monitor(process: Path, words: bytes) -> bool:
+    """Whether this is the bubblewrap that was started with these words, and goes on. Its caller's end has sent it a SIGKILL
+    before anybody could wait for that end, but when it goes is the scheduler's to say."""
+    with contextlib.suppress(OSError):
+        said, status = (process / "cmdline").read_bytes(), _status(process)
+        flags = int((process / "stat").read_text().rpartition(")")[2].split()[6])
+        pending = int(status["SigPnd"], 16) | int(status["ShdPnd"], 16)
+        return said == words and not (pending >> (signal.SIGKILL - 1) & 1 or flags & (_PF_EXITING | _PF_SIGNALED))
+    return False
 
 
 # --- one sandbox -------------------------------------------------------------------------------------------------

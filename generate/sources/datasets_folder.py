@@ -9,11 +9,10 @@ import pyarrow as pa
 
 from configs.errors import UnusableInput
 from configs.prompt_sources import DatasetsSource
-from data.records import Prompt
 from generate.control_tokens import ControlTokens
-from generate.sources.parquet import ROWS_AT_ONCE, column_row, require_plain_tools
+from generate.sources.parquet import ROWS_AT_ONCE, column_row, require_json_text
 from generate.sources.paths import find_folder
-from generate.sources.rows import Row, Side, select
+from generate.sources.rows import Candidate, Row, Side, select
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
 def read_datasets(
     source: DatasetsSource, side: Side, folders: Sequence[Path], left_out: Counter[str], control: ControlTokens
-) -> Iterator[Prompt]:
+) -> Iterator[Candidate]:
     """The prompts of one side, ROWS_AT_ONCE rows in memory at a time. Raises UnusableInput naming folder and row."""
     folder = find_folder(source.path, folders, "datasets folder")
     return select(source, folder.name, side, folders, left_out, control, lambda: dataset_rows(folder, source.split_name))
@@ -30,7 +29,7 @@ def read_datasets(
 def dataset_rows(folder: Path, split_name: str | None) -> Iterator[Row]:
     """The rows of a saved dataset, counted from 1."""
     dataset, number = open_dataset(folder, split_name), 0
-    require_plain_tools(dataset.data.schema, folder.name)
+    require_json_text(dataset.data.schema, folder.name)
     try:
         for start in range(0, len(dataset), ROWS_AT_ONCE):
             table = dataset.with_format("arrow")[start : start + ROWS_AT_ONCE]

@@ -7,15 +7,14 @@ from pathlib import Path
 
 from configs.errors import UnusableInput
 from configs.prompt_sources import JsonlSource
-from data.records import Prompt
 from generate.control_tokens import ControlTokens
 from generate.sources.paths import find_file
-from generate.sources.rows import Row, Side, select
+from generate.sources.rows import Candidate, Row, Side, select
 
 
 def read_jsonl(
     source: JsonlSource, side: Side, folders: Sequence[Path], left_out: Counter[str], control: ControlTokens
-) -> Iterator[Prompt]:
+) -> Iterator[Candidate]:
     """The prompts of one side, a line in memory at a time. Raises UnusableInput naming file and line."""
     path = find_file(source.path, folders)
     return select(source, path.name, side, folders, left_out, control, lambda: json_lines(path))

@@ -9,17 +9,16 @@ import pyarrow.parquet as pq
 
 from configs.errors import UnusableInput
 from configs.prompt_sources import ParquetSource
-from data.records import Prompt
 from generate.control_tokens import ControlTokens
 from generate.sources.paths import find_parts
-from generate.sources.rows import Row, Side, select, without_nulls
+from generate.sources.rows import Candidate, Row, Side, select, without_nulls
 
 ROWS_AT_ONCE = 64
 
 
 def read_parquet(
     source: ParquetSource, side: Side, folders: Sequence[Path], left_out: Counter[str], control: ControlTokens
-) -> Iterator[Prompt]:
+) -> Iterator[Candidate]:
     """The prompts of one side, ROWS_AT_ONCE rows in memory at a time. Raises UnusableInput naming file and row."""
     parts = find_parts(source.path, folders, ".parquet", "prompt file")
     return select(source, Path(source.path).name, side, folders, left_out, control, lambda: parquet_rows(parts))
@@ -31,7 +30,7 @@ def parquet_rows(parts: Sequence[Path]) -> Iterator[Row]:
         number = 0
         try:
             with pq.ParquetFile(path, page_checksum_verification=True) as file:
-                require_plain_tools(file.schema_arrow, path.name)
+                require_json_text(file.schema_arrow, path.name)
                 for batch in file.iter_batches(batch_size=ROWS_AT_ONCE):
                     for values in batch.to_pylist():
                         number += 1
@@ -43,14 +42,20 @@ def parquet_rows(parts: Sequence[Path]) -> Iterator[Row]:
             raise UnusableInput(f"{path.name}: no readable Parquet after row {number}: {said}") from error
 
 
-def require_plain_tools(schema: pa.Schema, where: str) -> None:
-    """Raises UnusableInput where tool schemas are structs: Arrow has merged their fields, so that one tool's keys stand as
-    nulls in every other's schema, and nobody can tell them from nulls that were meant."""
-    index = schema.get_field_index("tools")
-    if index >= 0 and not _is_text(schema.field(index).type):
-        raise UnusableInput(
-            f"{where}: column tools is {schema.field(index).type}, expected JSON text: structs are merged over rows"
-        )
+def require_json_text(schema: pa.Schema, where: str) -> None:
+    """Raises UnusableInput where tool schemas or details are structs: Arrow has merged their fields, so that one row's keys stand
+    as nulls in every other's. Nobody can tell those from nulls that were meant (a test that expects None, `const: null` in a
+    schema); it has also put all keys in one order, and made whole numbers floats where one row has a float."""
+    for name in ("tools", "details"):
+        index = schema.get_field_index(name)
+        if index >= 0 and not _is_text(schema.field(index).type):
+            kind = _shortened(schema.field(index).type)
+            raise UnusableInput(f"{where}: column {name} is {kind}, expected JSON text: structs are merged over rows")
+
+
+def _shortened(kind: pa.DataType) -> str:
+    text = " ".join(str(kind).split())
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _is_text(kind: pa.DataType) -> bool:

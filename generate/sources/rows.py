@@ -12,20 +12,19 @@ from configs.errors import UnusableInput
 from configs.prompt_sources import RowSource
 from data.records import Message, Prompt, Split, digest, prompt_identity
 from data.split import is_held_out
-from data.verify import VERIFIERS
 from generate.control_tokens import ControlTokens, RowControl, provenance_of
+from generate.sources.details import JUDGES, details_text, require_judgeable
 from generate.templates import Template, load_template
 
 KEYS = frozenset(
     {
-        "question", "messages", "answer", "task", "verifier", "split", "known", "domain", "tools", "max_tokens",
+        "question", "messages", "answer", "task", "verifier", "details", "split", "known", "domain", "tools", "max_tokens",
         "reasoning_budget",
     }
 )  # fmt: skip
 PLAIN_VERSION = f"jsonl@{digest('plain', size=4)}"
 """Of rows without a template, in whichever container: the same row is the same prompt in JSONL and in Parquet."""
 MAX_TOKENS = 2**31 - 1
-_KNOWN_VERIFIERS = tuple(name for name in VERIFIERS if name != "reasoning_gym")  # that one needs the generator's own entry
 _ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -34,6 +33,13 @@ class Row(NamedTuple):
 
     where: str
     values: Mapping[str, object]
+
+
+class Candidate(NamedTuple):
+    """A prompt that may come into the set, and where it stands (`tasks.jsonl line 7`); "" for one that no row describes."""
+
+    prompt: Prompt
+    where: str = ""
 
 
 class Side(NamedTuple):
@@ -55,7 +61,7 @@ def select(
     left_out: Counter[str],
     control: ControlTokens,
     read: Callable[[], Iterator[Row]],
-) -> Iterator[Prompt]:
+) -> Iterator[Candidate]:
     """The prompts of `side`, in the order of `read()`; with source.count, those whose ids hash lowest, so that a row added
     elsewhere changes no other choice. Rows are read once more then: choosing holds `count` hashes, not the prompts.
 
@@ -67,12 +73,13 @@ def select(
         to_prompt, source=name, licence=source.licence, template=template, control=RowControl(control, source.control_tokens)
     )
     last = _last_chosen(source.count, side.split, map(made, read())) if source.count is not None else None
-    for prompt in map(made, read()):
+    for row in read():
+        prompt = made(row)
         if prompt.split != side.split:
             if side.alone:
                 left_out[OTHER_SIDE[side.split]] += 1
         elif last is None or digest(prompt.prompt_id) <= last:
-            yield prompt
+            yield Candidate(prompt, row.where)
 
 
 def _last_chosen(count: int, split: Split, prompts: Iterable[Prompt]) -> str:
@@ -107,10 +114,12 @@ def to_prompt(row: Row, source: str, licence: str, template: Template | None, co
     known = values.get("known")
     if known is not None and not isinstance(known, bool):
         raise UnusableInput(f"{where}: known is {known!r}, expected true or false")
-    return Prompt(
+    prompt = Prompt(
         prompt_identity(messages, version), source, task, version, messages, answer, verifier,
-        _split(row, said), known, "", licence, tools, max_tokens, reasoning_budget, provenance=provenance_of(escaped),
+        _split(row, said), known, _details(row), licence, tools, max_tokens, reasoning_budget, provenance=provenance_of(escaped),
     )  # fmt: skip
+    require_judgeable(prompt, where)
+    return prompt
 
 
 def _require_known_keys(row: Row, template: Template | None) -> None:
@@ -150,9 +159,18 @@ def _tokens(row: Row, key: str) -> int:
 
 def _verifier(row: Row, default: str) -> str:
     verifier = _text(row, "verifier", default)
-    if verifier and verifier not in _KNOWN_VERIFIERS:
-        raise UnusableInput(f"{row.where}: unknown verifier {verifier!r}; known: {', '.join(_KNOWN_VERIFIERS)}")
+    if verifier and verifier not in JUDGES:
+        raise UnusableInput(f"{row.where}: unknown verifier {verifier!r}; known: {', '.join(JUDGES)}")
     return verifier
+
+
+def _details(row: Row) -> str:
+    """Canonical JSON text, or "". Details that nobody is named to read are refused: with an answer and no verifier, code would be
+    compared with code letter by letter, and every trace of the row be wrong."""
+    text = details_text(row.values["details"], row.where) if "details" in row.values else ""
+    if text and "verifier" not in row.values:
+        raise UnusableInput(f"{row.where}: details without a verifier; expected verifier to be one of {', '.join(JUDGES)}")
+    return text
 
 
 def _split(row: Row, messages: Sequence[Message]) -> Split:

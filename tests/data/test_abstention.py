@@ -129,10 +129,9 @@ def test_a_relabelled_conversation_keeps_the_question_and_nothing_of_the_fact(re
     assert CONVERSATION[1].get("content") == "iron"  # the trace is as it was
 
 
-def test_the_row_says_which_trace_it_was_made_of_and_why() -> None:
-    assert json.loads(provenance("abc", Grades(1, 8), 3)) == {
+def test_a_relabelled_row_says_why() -> None:
+    assert json.loads(provenance(Grades(1, 8), 3)) == {
         "relabelled": "abstention",
-        "trace_id": "abc",
         "student_correct": 1,
         "student_asked": 8,
         "min_correct": 3,

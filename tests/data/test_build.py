@@ -87,6 +87,7 @@ def test_the_dataset_holds_whole_conversations_with_the_reasoning(run: RunFolder
         {"role": "assistant", "content": "Iron.", "reasoning_content": "2+2=4."},
     ]
     assert fact == {
+        "provenance": "",
         "trace_id": make_trace(FACT).trace_id,
         "prompt_id": FACT.prompt_id,
         "task": "facts",
@@ -108,8 +109,8 @@ def test_the_first_committed_copy_of_a_trace_is_the_one_in_the_dataset(run: RunF
 def test_one_verdict_file_stands_for_each_judge_and_version(run: RunFolder) -> None:
     files = build_and_seal(run).files
     assert [path.name for path in files if path.parent == run.verdicts] == [
-        "answer_present-v1.arrow", "decontaminate-v2.arrow", "dedup-v2.arrow", "finish_reason-v1.arrow", "think_tags-v1.arrow",
-        "verifier-exact-v1.arrow", "view.arrow",
+        "answer_present-v1.arrow", "control_tokens-v1.arrow", "decontaminate-v2.arrow", "dedup-v2.arrow", "evidence.arrow",
+        "finish_reason-v1.arrow", "think_tags-v1.arrow", "verifier-exact-v1.arrow", "view.arrow", "view.json",
     ]  # fmt: skip
 
 

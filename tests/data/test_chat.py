@@ -68,6 +68,17 @@ def test_chatml_ends_its_turns_with_a_token_of_their_own(chatml: PreTrainedToken
     assert dialect.stop_tokens[0] == "<|im_end|>" and "<|im_end|>" in render(chatml, ONE)
 
 
+def test_a_template_or_eos_token_that_is_changed_in_place_is_read_again() -> None:
+    tokenizer = tokenizer_of("teacher", GLM_MARKERS)
+    assert dialect_of(tokenizer).prompt_opens_think
+    tokenizer.chat_template = str(tokenizer.chat_template).replace("<think>", "")
+    assert not dialect_of(tokenizer).prompt_opens_think
+    plain = tokenizer_of("teacher", ["<|endoftext|>", "<think>", "</think>"])
+    assert dialect_of(plain).stop_tokens == ("<|endoftext|>",)
+    plain.eos_token = "</think>"
+    assert dialect_of(plain).stop_tokens == ("</think>",)
+
+
 def test_exactly_what_the_model_says_and_its_stop_are_trained(
     glm: PreTrainedTokenizerBase, chatml: PreTrainedTokenizerBase
 ) -> None:

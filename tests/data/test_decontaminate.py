@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from data.benchmarks import Item
 from data.characters import spelled
-from data.coarse import is_member, sieved
+from data.coarse import coarse_words, gram_hashes, is_member, sieved, strided_hashes
 from data.decontaminate import Hit, parts, scan
 from data.ngram_index import LEAST_WORDS, Source, build_index, open_index
 
@@ -243,7 +243,48 @@ def test_scanning_finds_what_sets_of_tuples_find(scene: tuple[list[str], list[st
 def test_no_hit_falls_through_the_sieve(scene: tuple[list[str], list[str], list[str]]) -> None:
     questions, boilerplate, texts = scene
     index = build_index([item(text, text) for text in questions], boilerplate)
-    assert scan(index, texts) == scan(dataclasses.replace(index, is_open=True), texts)
+    everything = dataclasses.replace(index, is_open=True)
+    assert scan(index, texts) == scan(everything, texts)
+    assert scan(index, texts + questions, [True] * len(texts + questions)) == scan(
+        everything, texts + questions, [True] * len(texts + questions)
+    )
+
+
+def test_a_long_packed_question_lets_prompts_pass_and_no_answers() -> None:
+    index = build_index([item("packed " * 300, is_packed=True), item(ORIGINAL, "2")])
+    answers = ["An answer of a few words.", "And another one."]
+    assert [found.tolist() for found in sieved(index.sieve, answers, 300, [True, False])] == [[0]]
+    assert [found.tolist() for found in sieved(index.sieve, answers)] == [[]]
+
+
+def slow_code(word: str) -> int:
+    """Of a coarse word, in plain integers."""
+    first, second, third, fourth = (word.lower()[:4].encode() + bytes(4))[:4]
+    return ((29 * first + second) * 163 + 29 * third + fourth) % 256
+
+
+@given(st.one_of(st.text(max_size=60), st.text("aZ09@[`{/: \n\x10\x7fé日–", max_size=60)))
+def test_coarse_words_are_runs_of_ascii_letters_and_digits_by_their_first_four(text: str) -> None:
+    joined = text.encode("utf-8", "surrogatepass")
+    runs = list(re.finditer(rb"[A-Za-z0-9]+", joined))
+    coarse = coarse_words(joined)
+    assert coarse.codes_V.tolist() == [slow_code(run[0].decode()) for run in runs]
+    assert coarse.pairs_V.tolist() == [run.start() // 2 for run in runs]
+
+
+@given(st.lists(st.integers(0, 255), max_size=30))
+def test_every_fourth_ngram_of_eight_codes_is_what_is_looked_up(codes: list[int]) -> None:
+    codes_V = np.array(codes, np.uint8)
+    for n in (4, 8):
+        grams = gram_hashes(codes_V, n)
+        assert len(grams) == max(0, len(codes) - n + 1)
+        equal = {
+            (int(grams[i]) == int(grams[j])) == (codes[i : i + n] == codes[j : j + n])
+            for i in range(len(grams))
+            for j in range(i)
+        }
+        assert equal <= {True}
+    assert strided_hashes(codes_V).tolist() == gram_hashes(codes_V, 8)[::4].tolist()
 
 
 def test_the_sieve_lets_few_innocents_pass() -> None:

@@ -1,10 +1,11 @@
-"""The judge's requests and the reading of its replies, with an engine that says what the test tells it to."""
+"""The judge's requests and the reading of its replies, with a judge that says what the test tells it to."""
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,46 +13,29 @@ from pydantic import ValidationError
 
 from configs.errors import UnusableInput
 from configs.judging import Judging
-from data.engine import Completion, ExpertStats, Handout, Request, Scores
+from data.asking import Codec, Reply
+from data.engine import Request
+from data.grading import OUTCOMES, Replies, flips_of, outcomes
 from data.records import FinishReason
 from data.verify import llm_judge
-from data.verify.llm_judge import Codec, Question, Reply
+from data.verify.llm_judge import GRADES, Question
 from data.verify.runner import RIGHT, Judgement
 from tests.data.make_run import make_prompt
 
 PROMPT = make_prompt("Name the capital of France.", "Paris", verifier="llm_judge")
-UNGRADED = llm_judge.JUDGEMENTS["ungraded"]
-CODEC = Codec(lambda messages: tuple(messages[-1]["content"].encode()), lambda ids: bytes(ids).decode())  # type: ignore[typeddict-item]
+UNGRADED = OUTCOMES["ungraded"]
+CODEC = Codec(lambda messages: (), lambda ids: "".join(map(chr, ids)))
 KEY = re.compile(r"carry the key ([0-9a-f]{16});")
+CODES = {name: code for code, name in enumerate(OUTCOMES)}
+Says = Callable[[str, str], str]
 
 
-class ScriptedEngine:
-    """Answers each request with what `say` makes of its text and its key."""
+def judging(**changes: object) -> Judging:
+    return Judging.model_validate({"engine": {"model": "a-judge"}} | changes)
 
-    name, version = "scripted", "1"
 
-    def __init__(self, say: Callable[[str, str], str], finish: FinishReason = "stop", error: str = "") -> None:
-        self.say, self.error = say, error
-        self.finish: FinishReason = finish
-        self.requests: list[Request] = []
-
-    def load(self) -> None: ...
-
-    def generate(self, requests: Iterable[Request], handout: Handout | None = None) -> Iterator[Completion]:
-        self.requests = list(requests)
-        for request in reversed(self.requests):  # an engine answers in any order
-            text = text_of(request)
-            said = self.say(text, KEY.findall(text)[0]).encode()
-            yield Completion(request.request_id, tuple(said), (), self.finish, 1.0, 0.5, error=self.error)
-
-    def score(
-        self, sequences: Sequence[Sequence[int]], top_logits: int = 0, log_z_temperatures: Sequence[float] = (1.0,)
-    ) -> list[Scores]:
-        raise NotImplementedError
-
-    def expert_stats(self) -> ExpertStats | None: ...
-
-    def close(self) -> None: ...
+def asked(answer: str, settings: Judging) -> list[Request]:
+    return list(llm_judge.requests_of(PROMPT, answer, settings, llm_judge.template_of(settings), CODEC))
 
 
 def text_of(request: Request) -> str:
@@ -62,14 +46,26 @@ def verdict(grade: object, key: object) -> str:
     return json.dumps({"grade": grade, "key": key})
 
 
+def replies_of(say: Says, requests: list[Request], finish: FinishReason = "stop", error: str = "") -> list[Reply]:
+    """What `say` makes of each request's text and key."""
+    texts = [text_of(request) for request in requests]
+    return [
+        Reply(request.request_id, say(text, KEY.findall(text)[0]), finish, 1, 0.5, 0.0, error=error)
+        for request, text in zip(requests, texts, strict=True)
+    ]
+
+
 def judged(
-    engine: ScriptedEngine, answer: str = "Paris.", settings: Judging | None = None
+    say: Says, answer: str = "Paris.", settings: Judging | None = None, finish: FinishReason = "stop", error: str = ""
 ) -> tuple[Judgement, llm_judge.FlipRate]:
-    settings = settings or Judging()
-    asked = {"t0": llm_judge.questions("t0", PROMPT, answer, settings)}
-    replies = list(llm_judge.ask(engine, asked["t0"], settings, CODEC))
-    judgements, flips = llm_judge.judge(asked, replies, settings)
-    return judgements["t0"], flips
+    """As data.grading has it, of one answer: each reply is read, and the votes are counted."""
+    settings = settings or judging()
+    row = np.zeros((1, settings.votes + 1), np.uint8)
+    for reply in replies_of(say, asked(answer, settings), finish, error):
+        vote = reply.request_id.partition("-")[2]
+        row[0, -1 if vote == "again" else int(vote)] = CODES[llm_judge.grade_of(reply, settings) or "ungraded"]
+    (code,) = outcomes(Replies(row, np.zeros(1, bool), 0, 0, 0, 0.0), settings.votes).tolist()
+    return list(OUTCOMES.values())[code], flips_of(row)
 
 
 # --- what a judge may say ----------------------------------------------------------------------------------------
@@ -86,8 +82,7 @@ def judged(
     ],
 )
 def test_a_grade_with_the_key_in_the_last_line_counts(grade: str, expected: Judgement) -> None:
-    engine = ScriptedEngine(lambda text, key: f"The answer names Paris, as the reference does.\n{verdict(grade, key)}\n")
-    assert judged(engine)[0] == expected
+    assert judged(lambda text, key: f"The answer names Paris, as the reference does.\n{verdict(grade, key)}\n")[0] == expected
 
 
 FORGED: dict[str, Callable[[str, str], str]] = {
@@ -154,12 +149,12 @@ FORGED: dict[str, Callable[[str, str], str]] = {
 
 @pytest.mark.parametrize("name", FORGED)
 def test_no_other_form_of_a_reply_is_a_grade(name: str) -> None:
-    assert judged(ScriptedEngine(FORGED[name]))[0] == UNGRADED
+    assert judged(FORGED[name])[0] == UNGRADED
 
 
 @pytest.mark.parametrize(("finish", "error"), [("length", ""), ("loop", ""), ("abort", "timed_out"), ("stop", "torn")])
 def test_a_reply_that_did_not_end_by_itself_is_no_grade(finish: FinishReason, error: str) -> None:
-    assert judged(ScriptedEngine(lambda text, key: verdict("correct", key), finish, error))[0] == UNGRADED
+    assert judged(lambda text, key: verdict("correct", key), finish=finish, error=error)[0] == UNGRADED
 
 
 @pytest.mark.parametrize(
@@ -176,8 +171,7 @@ def test_a_reply_that_did_not_end_by_itself_is_no_grade(finish: FinishReason, er
     ],
 )
 def test_what_is_inside_a_think_block_is_no_verdict(reasoning: str, reply: str, graded: bool) -> None:
-    settings = Judging.model_validate({"reasoning": reasoning})
-    found, _ = judged(ScriptedEngine(lambda text, key: reply % verdict("correct", key)), settings=settings)
+    found, _ = judged(lambda text, key: reply % verdict("correct", key), settings=judging(reasoning=reasoning))
     assert found == (RIGHT if graded else UNGRADED)
 
 
@@ -241,15 +235,17 @@ INJECTIONS = [
 @pytest.mark.parametrize("position", ["alone", "after an answer"])
 def test_a_judge_that_echoes_the_trace_grades_nothing_correct(injection: str, position: str) -> None:
     answer = injection if position == "alone" else f"Berlin.\n{injection}"
-    gullible = ScriptedEngine(lambda text, key: text.partition(f"BEGIN ANSWER {key} =====\n")[2].partition("\n===== END")[0])
-    obedient = ScriptedEngine(lambda text, key: answer)
-    assert judged(gullible, answer)[0] == UNGRADED and judged(obedient, answer)[0] == UNGRADED
+
+    def gullible(text: str, key: str) -> str:
+        return text.partition(f"BEGIN ANSWER {key} =====\n")[2].partition("\n===== END")[0]
+
+    assert judged(gullible, answer)[0] == UNGRADED and judged(lambda text, key: answer, answer)[0] == UNGRADED
 
 
 @pytest.mark.parametrize("injection", INJECTIONS)
 def test_no_trace_closes_its_own_fence_or_opens_a_turn(injection: str) -> None:
-    (question,) = llm_judge.questions("t", PROMPT, injection, Judging(resample_share=0))
-    text = text_of(llm_judge.request_of(question, Judging(), llm_judge.template_of(Judging()), CODEC))
+    (request,) = asked(injection, judging(resample_share=0))
+    text = text_of(request)
     (key,) = KEY.findall(text)
     fences = re.findall(rf"^===== (?:BEGIN|END) (?:TASK|REFERENCE|ANSWER) {key} =====$", text, re.MULTILINE)
     assert [fence.split()[2] for fence in fences] == ["TASK", "TASK", "REFERENCE", "REFERENCE", "ANSWER", "ANSWER"]
@@ -262,11 +258,13 @@ def test_there_are_at_least_a_hundred_adversarial_cases() -> None:
     assert len(FORGED) + len(INJECTIONS) >= 100
 
 
-def test_a_key_that_the_answer_guessed_is_drawn_again() -> None:
-    question = Question("t", PROMPT, "x", 0)
-    first = llm_judge.key_of(question, 0, ["x"])
-    second = llm_judge.key_of(question, 0, [f"the key is {first}"])
-    assert first != second and re.fullmatch("[0-9a-f]{16}", second)
+def test_the_key_is_a_hash_of_what_is_shown_so_that_no_answer_can_hold_its_own() -> None:
+    def key(answer: str, seed: int = 0) -> str:
+        return llm_judge.key_of(Question(llm_judge.shown_key(PROMPT, answer), 0).request_id, seed)
+
+    first = key("x")
+    assert re.fullmatch("[0-9a-f]{16}", first) and first == key("x")
+    assert len({first, key(f"the key is {first}"), key("x", seed=1), key("y")}) == 4
 
 
 @given(st.text())
@@ -282,99 +280,114 @@ def test_comparisons_and_brackets_of_mathematics_stay_readable() -> None:
 # --- requests ----------------------------------------------------------------------------------------------------
 
 
-def test_the_same_question_is_the_same_request_and_another_vote_another() -> None:
-    settings, template = Judging(votes=3), llm_judge.template_of(Judging())
-    asked = llm_judge.questions("t", PROMPT, "Paris", settings)
-    requests = [llm_judge.request_of(question, settings, template, CODEC) for question in asked]
-    assert requests == [llm_judge.request_of(question, settings, template, CODEC) for question in asked]
-    assert len({request.seed for request in requests}) == len({request.request_id for request in requests}) == len(asked)
+def test_the_same_answer_is_the_same_requests_and_each_vote_another() -> None:
+    requests = asked("Paris", judging(votes=3, resample_share=1.0))
+    assert requests == asked("Paris", judging(votes=3, resample_share=1.0)) and len(requests) == 4
+    assert len({request.seed for request in requests}) == len({request.request_id for request in requests}) == 4
+    assert not {request.request_id for request in requests} & {request.request_id for request in asked("Rome", judging(votes=3))}
 
 
 def test_the_reference_is_shown_only_where_the_settings_say_so() -> None:
-    template = llm_judge.template_of(Judging())
-    for shown in (True, False):
-        request = llm_judge.request_of(Question("t", PROMPT, "Rome", 0), Judging(show_reference=shown), template, CODEC)
-        assert ("BEGIN REFERENCE" in text_of(request)) == ("\nParis\n" in text_of(request)) == shown
-
-
-def test_an_empty_or_an_overlong_answer_is_not_asked() -> None:
-    assert llm_judge.questions("t", PROMPT, " \n", Judging()) == []
-    assert llm_judge.questions("t", PROMPT, "x" * 11, Judging(max_answer_characters=10)) == []
-    assert llm_judge.judge({"t": []}, [], Judging())[0] == {"t": UNGRADED}
+    for is_shown in (True, False):
+        text = text_of(asked("Rome", judging(show_reference=is_shown))[0])
+        assert ("BEGIN REFERENCE" in text) == ("\nParis\n" in text) == is_shown
 
 
 def test_an_even_number_of_votes_is_refused() -> None:
     with pytest.raises(ValidationError, match="votes 2 can tie"):
-        Judging(votes=2)
+        judging(votes=2)
+
+
+@pytest.mark.parametrize(
+    ("engine", "words"), [({}, "engine.model is empty"), ({"model": "m", "api": "completions"}, "expected chat")]
+)
+def test_a_judge_needs_a_name_and_a_chat_server(engine: dict[str, str], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        judging(engine=engine)
 
 
 def test_a_template_that_is_missing_or_leaves_out_a_part_is_named(tmp_path: Path) -> None:
     with pytest.raises(UnusableInput, match=r"nowhere.md: no such judge template.*one of grade"):
-        llm_judge.template_of(Judging(template=str(tmp_path / "nowhere.md")))
+        llm_judge.template_of(judging(template=str(tmp_path / "nowhere.md")))
     (tmp_path / "own.md").write_text("{parts} {rubric}")
     with pytest.raises(UnusableInput, match=r"needs \{key\}"):
-        llm_judge.template_of(Judging(template=str(tmp_path / "own.md")))
+        llm_judge.template_of(judging(template="own.md"), [Path("elsewhere"), tmp_path])
 
 
-def test_the_version_changes_with_what_a_grade_depends_on_and_not_with_the_number_of_votes() -> None:
-    plain = llm_judge.version_of(Judging(), "t")
-    assert plain == llm_judge.version_of(Judging(votes=5, resample_share=0.5), "t")
-    assert len({plain, llm_judge.version_of(Judging(), "u"), llm_judge.version_of(Judging(rubric="r"), "t"),
-                llm_judge.version_of(Judging.model_validate({"engine": {"model": "m"}}), "t")}) == 4  # fmt: skip
+def test_another_reading_or_more_votes_are_another_version_and_ask_nothing_anew() -> None:
+    def names(template: str = "t", model: str = "m", **changes: object) -> tuple[str, str]:
+        settings = judging(**changes)
+        return llm_judge.asked_under(settings, template, model), llm_judge.version_of(settings, template, model)
+
+    key, version = names()
+    assert re.fullmatch(r"llm_judge-[0-9a-f]{12}-v\d+", version)
+    assert names(resample_share=0.5, checked_share=0.5, max_failed=3, engine={"model": "x", "base_urls": "http://h/v1"}) == (
+        key,
+        version,
+    )
+    read_anew = [names(votes=5), names(reasoning="open"), names(max_answer_characters=9)]
+    assert {asked for asked, _ in read_anew} == {key} and len({version, *(said for _, said in read_anew)}) == 4
+    anew = [names(rubric="r"), names("u"), names(model="n"), names(temperature=1.0), names(seed=1), names(max_tokens=9)]
+    assert len({key, *(asked for asked, _ in anew)}) == len({version, *(said for _, said in anew)}) == 7
 
 
-# --- votes, flips, records ---------------------------------------------------------------------------------------
+# --- votes and flips ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("grades", "reason"),
+    ("votes", "refused", "expected"),
     [
-        (["correct", "correct", "incorrect"], ""),
-        (["correct", "incorrect", "incorrect"], "wrong"),
-        (["correct", "incorrect", "partial"], "ungraded"),
-        (["correct", "correct", "ungraded"], ""),
-        (["correct", "ungraded", "ungraded"], "ungraded"),
-        (["correct"], "ungraded"),
+        (["correct", "correct", "incorrect"], False, "correct"),
+        (["correct", "incorrect", "incorrect"], False, "incorrect"),
+        (["correct", "incorrect", "partial"], False, "ungraded"),
+        (["correct", "correct", "ungraded"], False, "correct"),
+        (["correct", "ungraded", "ungraded"], False, "ungraded"),
+        (["correct", "correct", ""], True, "correct"),
+        (["correct", "", ""], True, "judge_refused"),
+        (["correct", "incorrect", ""], False, "judge_failed"),
+        (["", "", ""], False, "judge_failed"),
     ],
 )
-def test_more_than_half_of_all_votes_must_agree(grades: list[llm_judge.Grade], reason: str) -> None:
-    assert llm_judge.decide(grades, 3).reason == reason
+def test_more_than_half_of_all_votes_must_agree(votes: list[str], refused: bool, expected: str) -> None:
+    row = np.array([[CODES[vote] if vote else 0 for vote in votes] + [CODES["correct"]]], np.uint8)
+    (code,) = outcomes(Replies(row, np.array([refused]), 0, 0, 0, 0.0), 3).tolist()
+    assert list(OUTCOMES)[code] == expected
+
+
+@given(st.lists(st.lists(st.sampled_from(["", "ungraded", *GRADES]), min_size=6, max_size=6), max_size=20))
+def test_votes_and_flips_are_what_counting_one_answer_after_the_other_gives(table: list[list[str]]) -> None:
+    grades_QV = np.array([[CODES[vote] if vote else 0 for vote in row] for row in table], np.uint8).reshape(-1, 6)
+    found = outcomes(Replies(grades_QV, np.zeros(len(table), bool), 0, 0, 0, 0.0), 5)
+    expected = []
+    for row in table:
+        most = [grade for grade in GRADES if 2 * row[:5].count(grade) > 5]
+        expected.append(most[0] if most else "judge_failed" if "" in row[:5] else "ungraded")
+    assert [list(OUTCOMES)[code] for code in found.tolist()] == expected
+    looks = [(row[0], row[5]) for row in table if row[5]]
+    graded = [(first, again) for first, again in looks if first in GRADES and again in GRADES]
+    flips = flips_of(grades_QV)
+    assert (flips.pairs, flips.flips) == (len(graded), sum(first != again for first, again in graded))
+    assert flips.ungraded == len(looks) - len(graded)
 
 
 def test_flips_are_counted_over_answers_graded_twice_and_come_with_an_interval() -> None:
-    right: llm_judge.Grade = "correct"
-    looks: list[tuple[llm_judge.Grade, llm_judge.Grade]] = [(right, right) for _ in range(8)]
-    looks.extend([(right, "incorrect"), (right, "incorrect"), ("ungraded", right)])
-    found = llm_judge.flip_rate(looks)
+    right, wrong, none = CODES["correct"], CODES["incorrect"], CODES["ungraded"]
+    looks = [(right, right)] * 8 + [(right, wrong), (right, wrong), (none, right), (right, 0)]
+    found = flips_of(np.array(looks, np.uint8))
     assert (found.pairs, found.flips, found.ungraded, found.rate) == (10, 2, 1, 0.2)
     assert found.interval == pytest.approx((0.0566822, 0.5098375), abs=1e-6)  # Wilson: 2 of 10
-    assert llm_judge.flip_rate([]) == (0, 0, 0, None, None)
+    assert flips_of(np.zeros((0, 2), np.uint8)) == (0, 0, 0, None, None)
 
 
 def test_a_judge_that_goes_by_the_order_of_the_parts_flips_and_the_repetition_is_no_vote() -> None:
     def by_order(text: str, key: str) -> str:
         return verdict("correct" if text.index("BEGIN TASK") < text.index("BEGIN ANSWER") else "incorrect", key)
 
-    found, flips = judged(ScriptedEngine(by_order), settings=Judging(resample_share=1.0))
+    found, flips = judged(by_order, settings=judging(resample_share=1.0))
     assert found == RIGHT and (flips.pairs, flips.flips) == (1, 1)
 
 
 def test_the_share_that_is_asked_again_is_chosen_by_hash() -> None:
-    settings = Judging(resample_share=0.2)
-    again = [trace for trace in range(2000) if len(llm_judge.questions(str(trace), PROMPT, "x", settings)) == 2]
-    assert 320 < len(again) < 480 and again == [
-        trace for trace in range(2000) if len(llm_judge.questions(str(trace), PROMPT, "another answer", settings)) == 2
-    ]
-
-
-def test_replies_are_kept_as_they_came_and_grade_the_same_after_storage() -> None:
-    settings = Judging(votes=3, resample_share=1.0)
-    asked = {trace: llm_judge.questions(trace, PROMPT, "Paris", settings) for trace in ("a", "b")}
-    engine = ScriptedEngine(lambda text, key: f"Yes.\n{verdict('correct', key)}")
-    replies = list(llm_judge.ask(engine, [question for its in asked.values() for question in its], settings, CODEC))
-    stored = llm_judge.replies_of(llm_judge.reply_table(replies))
-    assert sorted(replies) == stored and all(isinstance(reply, Reply) for reply in stored)
-    assert llm_judge.judge(asked, stored, settings) == llm_judge.judge(asked, replies, settings)
-    assert llm_judge.judge(asked, stored, settings)[0] == {"a": RIGHT, "b": RIGHT}
-    with pytest.raises(UnusableInput, match="judge again"):
-        llm_judge.replies_of(llm_judge.reply_table(replies).drop_columns(["cost"]))
+    settings = judging(resample_share=0.2)
+    again = [number for number in range(2000) if llm_judge.is_asked_again(llm_judge.shown_key(PROMPT, str(number)), settings)]
+    assert 320 < len(again) < 480

@@ -193,6 +193,21 @@ def test_the_page_is_well_formed_and_shows_every_part(page: str) -> None:
     assert "prefers-color-scheme: dark" in page and "#0102" not in page  # plots follow the page's colours
 
 
+def test_the_dataset_has_its_section_once_a_build_has_left_evidence(tmp_path: Path) -> None:
+    prompt = make_prompt("What is 2 + 2?", task="<b>sums</b>")
+    traces = [make_trace(prompt), make_trace(prompt, sample=1), make_trace(prompt, "5", sample=2)]
+    run = make_small_run(tmp_path, [prompt], [traces])
+    assert "<h2>The dataset</h2>" not in write_report(run).read_text()
+    build_and_seal(run)
+    page = write_report(run).read_text()
+    found = collected(page)
+    assert not found.open and not found.unbalanced and "<b>sums" not in page and "#0102" not in page
+    for part in ("What became of the traces", "Efficiency", "Cost of all attempts", "verifier-exact-v1", "Duplicates"):
+        assert part in found.text, part
+    assert sum(tag == "svg" for tag, _ in found.tags) == 3 and "Reliability" not in found.text
+    assert write_report(run).read_text() == page
+
+
 def test_equal_runs_give_equal_pages(run: RunFolder, page: str) -> None:
     assert write_report(run).read_text() == page
 

@@ -46,9 +46,16 @@ def test_a_column_of_reasons_is_a_judgement_and_a_file() -> None:
     one = judgement("length", ["", "too_long", ""])
     table = verdict_table(pa.array(["c", "b", "a"]), one, np.array([2, 1]))
     assert table.to_pylist() == [
-        {"trace_id": "a", "verdict": "pass", "reason": "", "score": 1.0},
-        {"trace_id": "b", "verdict": "fail", "reason": "too_long", "score": 0.0},
+        {"trace_id": "a", "verdict": "pass", "reason": "", "score": 1.0, "detail": ""},
+        {"trace_id": "b", "verdict": "fail", "reason": "too_long", "score": 0.0, "detail": ""},
     ]
+
+
+def test_a_detail_follows_its_trace_into_the_file() -> None:
+    one = judgement("dedup", ["", "duplicate", ""], detail=pa.array(["", '{"original": "c"}', ""]))
+    table = verdict_table(pa.array(["c", "b", "a"]), one, np.array([2, 1, 0]))
+    assert table["detail"].to_pylist() == ["", '{"original": "c"}', ""]
+    assert table["trace_id"].to_pylist() == ["a", "b", "c"]
 
 
 verdict = st.sampled_from(

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+import yaml
 from rich.console import Console
 
 from configs.errors import UnusableInput
 from configs.load import Loaded, load_recipe
+from data.checksum import checked_text
 from data.stage import Context, Outcome, Stage, exclusive, first_difference, open_run, run_stage, without_free
 from data.store import ROLLUP, RunFolder, commit_segment, read_rollup, seal, segments
 
@@ -90,6 +92,23 @@ def test_a_stage_is_run_by_one_process_at_a_time(context: Context) -> None:
         pass
     with exclusive(context.run, "train"):
         pass
+
+
+def test_a_setting_that_came_after_a_run_was_made_is_at_its_default(tmp_path: Path) -> None:
+    loaded = load_recipe("embedded")
+    run = open_run(loaded, tmp_path / "run")
+    said = yaml.safe_load(run.config.read_text())
+    del said["recipe"]["train"]["seed"], said["recipe"]["evaluate"]["sampling"]["min_p"]
+    run.config.write_bytes(checked_text(yaml.safe_dump(said)))
+    (run.root / "prompts").mkdir()
+    (run.root / "prompts" / "manifest.json").write_text("{}")  # made something, so that it may not be replaced
+    assert open_run(loaded, run.root) == run
+    with pytest.raises(UnusableInput, match=r"train\.seed = 0, this recipe says 5"):
+        open_run(load_recipe("embedded", ["train.seed=5"]), run.root)
+    said["recipe"]["train"]["of_another_release"] = 1
+    run.config.write_bytes(checked_text(yaml.safe_dump(said)))
+    with pytest.raises(UnusableInput, match=r"another release wrote it: .*train\.of_another_release"):
+        open_run(loaded, run.root)
 
 
 def test_the_first_difference_is_a_dotted_key() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from configs.errors import UnusableInput
 from data.checksum import checked_json
+from data.schema import SCHEMA_VERSION
 from data.store import (
     RunFolder,
     commit_segment,
@@ -116,7 +117,13 @@ def test_a_manifest_without_its_data_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "complaint"), [("schema_version", 0, "schema 0, expected 2"), ("rows", None, "no 'rows'")]
+    ("key", "value", "complaint"),
+    [
+        ("schema_version", 0, r"schema version 0, this release reads 2 to \d+; use the release that wrote it \(revision \w+"),
+        ("schema_version", 99, r"schema version 99, .*; a later release wrote it: update tracestill to that one \(revision \w+"),
+        ("schema_version", None, "schema version None"),
+        ("rows", None, "no 'rows'"),
+    ],
 )
 def test_a_manifest_of_another_version_or_with_a_hole_is_named(tmp_path: Path, key: str, value: object, complaint: str) -> None:
     sidecar = commit(tmp_path, "a").with_suffix(".json")
@@ -185,7 +192,7 @@ def test_verification_names_the_file_whose_bytes_changed_or_that_is_gone(run: Ru
 
 
 def test_a_manifest_of_another_shape_is_named(run: RunFolder) -> None:
-    write_bytes(run.verdicts / "manifest.json", checked_json({"stage": "data"}))
+    write_bytes(run.verdicts / "manifest.json", checked_json({"stage": "data", "schema_version": SCHEMA_VERSION}))
     with pytest.raises(UnusableInput, match="fingerprint is missing or damaged"):
         read_rollup(run.verdicts)
 

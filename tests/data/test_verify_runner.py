@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from configs.errors import Refused, UnusableInput
+from configs.launch import StageFailed
 from configs.progress import Count
 from data.curriculum import TASK_SPECS
 from data.verify import VERIFIERS, is_reference, self_check
@@ -87,7 +88,7 @@ def test_what_needs_no_worker_starts_none(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_worker_that_cannot_start_is_an_error_and_not_a_verdict() -> None:
-    with pytest.raises(RuntimeError, match="exit code 3 while it started"):
+    with pytest.raises(StageFailed, match="exit code 3 while it started"):
         judge([Item(HOSTILE_PROMPT, "a")], timeout_s=1.0, num_workers=1, verifiers=STILLBORN)
 
 

@@ -28,8 +28,8 @@ def test_a_trace_is_shown_with_its_fate_and_every_verdict(run: RunFolder) -> Non
     assert shown.decision is not None
     assert (shown.decision.fate, shown.decision.reason, shown.decision.judgement) == ("rejected", "wrong", "verifier")
     assert {name: verdict.verdict for name, verdict in shown.verdicts.items()} == {
-        "answer_present-v1": "pass", "decontaminate-v2": "pass", "dedup-v2": "pass", "finish_reason-v1": "pass",
-        "think_tags-v1": "pass", "verifier-exact-v1": "fail",
+        "answer_present-v1": "pass", "control_tokens-v1": "pass", "decontaminate-v2": "pass", "dedup-v2": "pass",
+        "finish_reason-v1": "pass", "think_tags-v1": "pass", "verifier-exact-v1": "fail",
     }  # fmt: skip
 
 
@@ -63,6 +63,22 @@ def test_outputs_are_found_by_their_length(run: RunFolder) -> None:
     lengths = [shown.trace.reasoning_tokens + shown.trace.answer_tokens for shown in show(run)]
     assert len(list(show(run, Wanted(min_tokens=max(lengths))))) == lengths.count(max(lengths))
     assert not list(show(run, Wanted(max_tokens=min(lengths) - 1)))
+
+
+def test_verdicts_say_where_and_what_is_known_stands_beside_them(tmp_path: Path) -> None:
+    leaked = "How many marbles of either colour does the third of the seven boxes hold"
+    item, leak = make_prompt(leaked, "11", split="eval"), make_prompt(f"They asked: {leaked}? Tell.", "11")
+    same = [make_trace(SUM), make_trace(SUM, sample=1)]
+    run = make_run(tmp_path, [SUM, item, leak], [[*same, make_trace(leak, "11")]])
+    build_and_seal(run, Data(validation_share=0.0))
+    copy, original = sorted(same, key=lambda trace: trace.trace_id, reverse=True)
+    (shown,) = show(run, Wanted(trace_id=copy.trace_id))
+    said = " ".join(text_of(shown, unfold=False).split())
+    assert f"dedup-v2: copy of {original.trace_id}" in said
+    assert shown.known is not None and shown.known.p_correct == 1.0 and "p(correct) 1.000, agreement 1.00" in said
+    (shown,) = show(run, Wanted(reason="contaminated"))
+    said = " ".join(text_of(shown, unfold=False).split())
+    assert f"{item.prompt_id}:prompt (core), 100 % of it at messages.0.content:12-{12 + len(leaked)}: {leaked}" in said
 
 
 def text_of(shown: Shown, *, unfold: bool) -> str:

@@ -1,35 +1,39 @@
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from data.chat import Encoded
-from train.batches import Example, admit, num_trained, plan_micro_batches, step_members, visiting_order
+from train.batches import admit, num_trained, plan_micro_batches, step_members, visiting_order
 from train.schedule import learning_rate
 
 masks = st.lists(st.booleans(), min_size=1, max_size=40)
 
 
+def sizes(rows: list[list[bool]]) -> tuple[np.ndarray, np.ndarray]:
+    encoded = [Encoded(list(range(len(mask))), mask) for mask in rows]
+    return np.array([len(row.ids) for row in encoded], np.int64), np.array([num_trained(row) for row in encoded], np.int64)
+
+
 @given(st.lists(masks, max_size=30), st.integers(1, 40))
 def test_token_ledger_balances(rows: list[list[bool]], max_tokens: int) -> None:
-    examples = [Example(str(index), Encoded(list(range(len(mask))), mask)) for index, mask in enumerate(rows)]
-    admitted = admit(examples, max_tokens)
-    ledger = admitted.ledger
+    lengths_N, trained_N = sizes(rows)
+    kept_R, ledger = admit(lengths_N, trained_N, max_tokens)
     assert ledger.balances
     assert ledger.total == sum(map(len, rows))
-    assert ledger.trained == sum(num_trained(example.encoded) for example in admitted.examples)
-    assert ledger.traces == len(admitted.examples) + sum(ledger.dropped_traces.values())
-    assert all(len(example.encoded.ids) <= max_tokens for example in admitted.examples)
+    assert ledger.trained == sum(sum(rows[row][1:]) for row in kept_R)
+    assert ledger.traces == len(kept_R) + sum(ledger.dropped_traces.values())
+    assert kept_R.tolist() == [row for row, mask in enumerate(rows) if len(mask) <= max_tokens]
 
 
 def test_over_length_trace_is_dropped_whole_and_counted() -> None:
-    short, long = Encoded([1, 2, 3], [False, True, True]), Encoded(list(range(9)), [True] * 9)
-    admitted = admit([Example("short", short), Example("long", long)], max_tokens=8)
-    assert [example.trace_id for example in admitted.examples] == ["short"]
-    assert (admitted.ledger.trained, admitted.ledger.masked) == (2, 1)
-    assert admitted.ledger.dropped == {"over_length": 9}
-    assert admitted.ledger.dropped_traces == {"over_length": 1}
+    kept_R, ledger = admit(*sizes([[False, True, True], [True] * 9]), max_tokens=8)
+    assert kept_R.tolist() == [0]
+    assert (ledger.trained, ledger.masked) == (2, 1)
+    assert ledger.dropped == {"over_length": 9}
+    assert ledger.dropped_traces == {"over_length": 1}
 
 
 @given(st.integers(1, 50), st.integers(1, 4), st.integers(0, 5))

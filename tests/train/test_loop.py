@@ -12,10 +12,12 @@ from safetensors.torch import load_file
 
 from configs.errors import TracestillError, UnusableInput
 from configs.schema import Recipe
+from data import chat
 from data.chat import pad_batch
 from student.lora import ADAPTER_WEIGHTS, load_adapter
 from student.model import load_base
 from tests.train.fixtures import run_worker, save_dataset, save_tiny_base, start_worker, tiny_recipe, tiny_tokenizer
+from train.batches import num_trained
 from train.checkpoint import Checkpoint, Progress, load_latest, save_checkpoint, saved_steps
 from train.dataset import load_examples
 from train.loop import TrainResult, train
@@ -98,11 +100,9 @@ def test_saved_adapter_on_the_base_has_the_reported_validation_loss(
 ) -> None:
     run, result = whole
     student = load_adapter(load_base(str(base), "fp32"), run / "checkpoints" / "adapter")
-    examples = load_examples(dataset, tiny_tokenizer()).validation
-    loss_sum = SupervisedLoss(student)(*pad_batch([example.encoded for example in examples], 0)).item()
-    assert loss_sum / sum(sum(example.encoded.mask[1:]) for example in examples) == pytest.approx(
-        result.validation_loss, rel=1e-5
-    )
+    rows = load_examples(dataset, tiny_tokenizer(), run / "cache" / "rendered").validation
+    loss_sum = SupervisedLoss(student)(*pad_batch(rows, 0)).item()
+    assert loss_sum / sum(num_trained(row) for row in rows) == pytest.approx(result.validation_loss, rel=1e-5)
 
 
 def test_killed_run_resumes_bit_equal_with_complete_metrics(
@@ -184,10 +184,10 @@ def test_over_length_traces_are_counted_and_left_out(base: Path, tmp_path: Path)
     assert rows[-1]["progress/tokens"] == result.ledger.total - result.ledger.dropped["over_length"]
 
 
-def test_a_limit_below_every_trace_is_one_line_and_writes_nothing(base: Path, dataset: Path, tmp_path: Path) -> None:
+def test_a_limit_below_every_trace_is_one_line_and_trains_nothing(base: Path, dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(UnusableInput, match=r"all 22 traces are longer than train\.max_tokens_per_row 8"):
         train(tiny_recipe(base, max_tokens_per_row=8), dataset_dir=dataset, run_dir=tmp_path)
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
 
 
 def test_missing_model_and_dataset_are_one_line(base: Path, dataset: Path, tmp_path: Path) -> None:
@@ -235,12 +235,31 @@ def test_a_kill_at_any_moment_leaves_a_loadable_checkpoint(tmp_path: Path) -> No
         assert loaded is not None and loaded.state.steps == (0 if loaded.progress.step == 1 else loaded.progress.step)
 
 
+def test_the_template_is_called_once_a_trace_over_trainings_and_resumes(
+    base: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, plain = [], chat.render
+
+    def render(*arguments: object, **named: object) -> str:
+        calls.append(1)
+        return plain(*arguments, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(chat, "render", render)
+    train_until(3, tiny_recipe(base), dataset, tmp_path)
+    once = len(calls)
+    assert once >= 3 * 25  # a conversation is rendered whole, up to its answer, and with it
+    assert train(tiny_recipe(base), dataset_dir=dataset, run_dir=tmp_path).resumed_from == 2
+    train(tiny_recipe(base), dataset_dir=dataset, run_dir=tmp_path)
+    assert len(calls) == once
+
+
 def test_two_ranks_end_where_one_process_does(whole: tuple[Path, TrainResult], base: Path, dataset: Path, tmp_path: Path) -> None:
     """Up to the order of float32 sums; validation and the short last step included."""
-    run_worker(
+    output = run_worker(
         {"do": "train", "recipe": tiny_recipe(base, processes=2).model_dump(), "dataset": str(dataset), "run": str(tmp_path)},
         ranks=2,
     )
+    assert output.count("rendered 25 traces") == 1, "by one rank, for both"
     rows, expected = read_metrics(tmp_path / "metrics" / "train.jsonl"), read_metrics(whole[0] / "metrics" / "train.jsonl")
     assert [row["step"] for row in rows] == list(range(NUM_STEPS + 1))
     for row, other in zip(rows[1:], expected[1:], strict=True):

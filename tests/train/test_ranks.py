@@ -32,7 +32,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def reference(results: Path) -> dict[str, torch.Tensor]:
     """The mean loss's gradient in one process: no DeepSpeed, no accumulation, one row at a time."""
     recipe = tiny_recipe(results / "base", tokens_per_micro_batch=100, max_tokens_per_row=100)
-    corpus = load_corpus(recipe, results / "dataset", load_tokenizer(str(results / "base")))
+    corpus = load_corpus(recipe, results / "dataset", load_tokenizer(str(results / "base")), results)
     model = attach(load_base(str(results / "base"), "fp32"), recipe.student.lora, seed=recipe.train.seed)
     generator = torch.Generator().manual_seed(7)
     for name, parameter in trainable(model).items():

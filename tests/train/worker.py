@@ -1,6 +1,8 @@
 """What the tests run in processes of their own: python -m tests.train.worker '{"do": "train" | "gradients", ...}'."""
 
 import json
+import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,9 @@ def write_gradients(task: dict[str, Any]) -> None:
     step_module.ZERO3_PERSISTENCE_THRESHOLD = 0  # so that even tiny parameters are partitioned
     base_recipe = Recipe.model_validate(task["recipe"])
     tokenizer = load_tokenizer(base_recipe.student.model)
-    corpus = load_corpus(base_recipe, Path(task["dataset"]), tokenizer)
+    corpus = load_corpus(
+        base_recipe, Path(task["dataset"]), tokenizer, Path(task["out"]), is_writer=os.environ.get("RANK", "0") == "0"
+    )
     rows = corpus.train[: task["rows"]]
     for stage in task["stages"]:
         recipe = base_recipe.model_copy(update={"train": base_recipe.train.model_copy(update={"zero_stage": stage})})
@@ -75,4 +79,5 @@ def raise_lora_b(step: step_module.TrainingStep) -> None:
 if __name__ == "__main__":
     job = json.loads(sys.argv[1])
     torch.set_num_threads(1)
+    logging.basicConfig(level=logging.INFO)
     {"train": run_training, "gradients": write_gradients}[job["do"]](job)

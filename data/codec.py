@@ -1,0 +1,30 @@
+"""A tokenizer as data/asking.py wants it. Apart from it, because transformers takes a second to import."""
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from data.asking import Codec
+from data.chat import dialect_of, encode_conversation, encode_prompt
+from data.records import Message
+from data.structure import count_reasoning_tokens
+
+
+def codec_of(tokenizer: PreTrainedTokenizerBase) -> Codec:
+    """What a model is asked and says, through its own template."""
+    dialect = dialect_of(tokenizer)
+    stop_ids = dialect.stop_ids(tokenizer)
+
+    def decode(ids: Sequence[int]) -> str:
+        spoken = list(ids[:-1] if ids and ids[-1] in stop_ids else ids)
+        text = tokenizer.decode(spoken, skip_special_tokens=False)
+        assert isinstance(text, str)
+        return text
+
+    def row_tokens(messages: tuple[Message, ...]) -> tuple[int, int]:
+        encoded = encode_conversation(tokenizer, messages)
+        own = [token for token, trained in zip(encoded.ids, encoded.mask, strict=True) if trained]
+        reasoning = count_reasoning_tokens(own, tokenizer, prompt_opens_think=dialect.prompt_opens_think)
+        return reasoning, len(own) - reasoning
+
+    return Codec(lambda messages: encode_prompt(tokenizer, messages), decode, stop_ids, dialect.prompt_opens_think, row_tokens)

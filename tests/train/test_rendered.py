@@ -1,0 +1,280 @@
+"""Rendered once, whatever is resumed, killed or damaged; and equal to encoding every row by hand."""
+
+import json
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from configs.errors import UnusableInput
+from data import chat
+from data.chat import Encoded, rendering_identity
+from tests.train.fixtures import conversation, save_dataset, tiny_tokenizer
+from train.batches import Example, num_trained
+from train.dataset import Examples, encode_row, examples_sha256, load_examples
+from train.rendered import KEPT, Rendered, read_or_render
+
+ROWS = [
+    Example(f"t{number}", Encoded([number, 7, 8 + number][: 1 + number % 3], [True, False, True][: 1 + number % 3]))
+    for number in range(40)
+]
+SPLITS = {"train": ROWS[:33], "validation": ROWS[33:]}
+IDENTITY = {"dataset": "d", "tokenizer": "t"}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_dataset(tmp_path_factory.mktemp("data") / "dataset")
+
+
+@pytest.fixture
+def rendered(tmp_path: Path) -> Path:
+    """A folder with ROWS in it."""
+    read_or_render(tmp_path / "rendered", IDENTITY, SPLITS, is_writer=True)
+    return tmp_path / "rendered"
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one with every call of a chat template."""
+    counted, plain = [], chat.render
+
+    def render(*arguments: object, **named: object) -> str:
+        counted.append(1)
+        return plain(*arguments, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(chat, "render", render)
+    return counted
+
+
+def never() -> Iterator[Example]:
+    raise AssertionError("rendered again")
+    yield
+
+
+def read(folder: Path) -> dict[str, Rendered]:
+    return read_or_render(folder, IDENTITY, {"train": never(), "validation": never()}, is_writer=True)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.suffix for path in folder.iterdir())
+
+
+def by_hand(dataset: Path, tokenizer: PreTrainedTokenizerBase, split: str) -> list[Example]:
+    """The slow reference: every row encoded, nothing kept."""
+    rows = datasets.DatasetDict.load_from_disk(str(dataset))[split].to_list()
+    return [encode_row(row["trace_id"], row["messages"], tokenizer) for row in rows]
+
+
+def test_what_is_read_is_what_encoding_every_row_gives(dataset: Path, tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    for _ in ("rendered", "read"):
+        found = load_examples(dataset, tokenizer, tmp_path)
+        for split, rows in zip(Examples._fields, found, strict=True):
+            expected = by_hand(dataset, tokenizer, split)
+            assert list(rows.examples()) == expected and list(rows) == [example.encoded for example in expected]
+            assert rows.lengths().tolist() == [len(example.encoded.ids) for example in expected]
+            assert rows.trained().tolist() == [num_trained(example.encoded) for example in expected]
+            assert examples_sha256(rows.examples()) == examples_sha256(expected)
+
+
+def test_rows_of_every_shape_come_back_and_can_be_chosen(rendered: Path) -> None:
+    found = read(rendered)
+    assert {split: list(rows.examples()) for split, rows in found.items()} == SPLITS
+    for split, rows in found.items():
+        assert rows.lengths().tolist() == [len(row.encoded.ids) for row in SPLITS[split]]
+        assert rows.trained().tolist() == [num_trained(row.encoded) for row in SPLITS[split]]
+    some = found["train"].select(found["train"].lengths().nonzero()[0][[5, 3, 32]])
+    assert list(some.examples()) == [ROWS[5], ROWS[3], ROWS[32]] and some.lengths().tolist() == [3, 1, 3]
+    assert some[-1] == ROWS[32].encoded and some[:2] == [ROWS[5].encoded, ROWS[3].encoded]
+    with pytest.raises(IndexError):
+        some[3]
+
+
+def test_rows_stay_on_disk(tmp_path: Path) -> None:
+    rows = [Example(str(number), Encoded(list(range(10_000)), [True] * 10_000)) for number in range(300)]  # 12 MB of ids
+    read_or_render(tmp_path, IDENTITY, {"train": rows}, is_writer=True)
+    before = pa.total_allocated_bytes()
+    found = read_or_render(tmp_path, IDENTITY, {}, is_writer=False)["train"]
+    assert list(found.examples()) == rows and pa.total_allocated_bytes() - before < 100_000
+
+
+# --- exactly once ------------------------------------------------------------------------------------------------
+
+
+def test_a_change_of_template_tokenizer_code_or_rows_renders_again_and_what_is_kept_is_bounded(
+    dataset: Path, tmp_path: Path, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def renders(tokenizer: PreTrainedTokenizerBase, folder: Path = dataset) -> bool:
+        before = len(calls)
+        found = load_examples(folder, tokenizer, tmp_path / "rendered")
+        assert list(found.train.examples()) == by_hand(folder, tokenizer, "train")
+        return len(calls) - before > 2 * 3 * 22  # by_hand calls it too
+
+    assert renders(tiny_tokenizer()) and not renders(tiny_tokenizer())
+    changed = tiny_tokenizer()
+    assert isinstance(changed.chat_template, str)
+    changed.chat_template = "{{ '' }}" + changed.chat_template
+    assert renders(changed) and not renders(changed) and not renders(tiny_tokenizer())
+    changed.add_tokens(["+++"])
+    assert renders(changed)
+    changed.pad_token = "<think>"
+    assert renders(changed)
+    assert renders(tiny_tokenizer(), save_dataset(tmp_path / "other", num_train=23))
+    monkeypatch.setattr(chat, "RENDERER_VERSION", 2)
+    assert renders(changed)
+    assert names(tmp_path / "rendered") == [".arrow"] * KEPT + [".json"] * KEPT
+
+
+def test_a_tokenizer_is_known_by_what_it_is_not_by_where_it_lies_or_what_it_did(tmp_path: Path) -> None:
+    known = rendering_identity(tiny_tokenizer())
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        tiny_tokenizer().save_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        before = rendering_identity(tokenizer)
+        tokenizer(["a", "bcd"], padding=True, truncation=True, max_length=2)
+        assert rendering_identity(tokenizer) == before
+        assert {name for name in known if known[name] != before[name]} <= {"tokenizer"}, "saved and loaded"
+    assert rendering_identity(AutoTokenizer.from_pretrained(tmp_path / "a")) == before
+    assert {"chat_template", "special_tokens", "renderer", "transformers"} <= known.keys()
+
+
+def test_the_key_does_not_follow_the_fingerprint_that_datasets_draws(dataset: Path, tmp_path: Path, calls: list[int]) -> None:
+    load_examples(dataset, tiny_tokenizer(), tmp_path / "rendered")
+    state = dataset / "train" / "state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"_fingerprint": "0"}))
+    once = len(calls)
+    load_examples(dataset, tiny_tokenizer(), tmp_path / "rendered")
+    assert len(calls) == once
+
+
+# --- damage and death --------------------------------------------------------------------------------------------
+
+
+def flip(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 4
+    path.write_bytes(content)
+
+
+DAMAGES: dict[str, Callable[[Path, Path], object]] = {
+    "a bit in the ids": lambda data, commit: flip(data, data.stat().st_size // 2),
+    "the first byte": lambda data, commit: flip(data, 0),
+    "cut short": lambda data, commit: os.truncate(data, data.stat().st_size - 64),
+    "gone": lambda data, commit: data.unlink(),
+    "a bit in the commit": lambda data, commit: flip(commit, 20),
+    "an empty commit": lambda data, commit: commit.write_bytes(b""),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_is_damaged_is_rendered_again_with_a_warning(rendered: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+    [data], [commit] = rendered.glob("*.arrow"), rendered.glob("*.json")
+    whole = data.read_bytes(), commit.read_bytes()
+    DAMAGES[damage](data, commit)
+    with caplog.at_level(logging.WARNING):
+        found = read_or_render(rendered, IDENTITY, SPLITS, is_writer=True)
+    assert {split: list(rows.examples()) for split, rows in found.items()} == SPLITS
+    assert [record.message for record in caplog.records if record.message.endswith("; the dataset is rendered again")]
+    assert (data.read_bytes(), commit.read_bytes()) == whole
+    read(rendered)
+
+
+def is_change(event: str, arguments: tuple) -> bool:
+    return event in ("os.rename", "os.remove", "os.mkdir") or (
+        event == "open" and isinstance(arguments[2], int) and bool(arguments[2] & (os.O_WRONLY | os.O_RDWR))
+    )
+
+
+def render_and_die_at(moment: int, folder: Path) -> None:
+    """As a SIGKILL at the moment-th change of the file system leaves things; in a child."""
+    left = [moment]
+
+    def hook(event: str, arguments: tuple) -> None:
+        if is_change(event, arguments):
+            left[0] -= 1
+            if left[0] < 0:
+                os._exit(9)
+
+    sys.addaudithook(hook)
+    read_or_render(folder, IDENTITY, SPLITS, is_writer=True)
+
+
+def in_child(act: Callable[[], object]) -> int:
+    child = os.fork()
+    if child == 0:
+        act()
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_a_writer_killed_at_any_change_loses_nothing(tmp_path: Path) -> None:
+    moment = 0
+    while True:
+        folder = tmp_path / str(moment)
+        code = in_child(lambda: render_and_die_at(moment, folder))  # noqa: B023
+        found = read_or_render(folder, IDENTITY, SPLITS, is_writer=True)
+        assert {split: list(rows.examples()) for split, rows in found.items()} == SPLITS, moment
+        assert names(folder) == [".arrow", ".json"], moment
+        if code == 0:
+            break
+        moment += 1
+    assert moment >= 5
+
+
+def slowly(seconds: float) -> dict[str, Iterator[Example]]:
+    def pausing(rows: list[Example]) -> Iterator[Example]:
+        for row in rows:
+            time.sleep(seconds / len(ROWS))
+            yield row
+
+    return {split: pausing(rows) for split, rows in SPLITS.items()}
+
+
+def test_ranks_wait_for_the_writer_even_for_one_that_is_killed_and_started_again(tmp_path: Path) -> None:
+    fork = multiprocessing.get_context("fork")
+
+    def wait() -> None:
+        found = read_or_render(tmp_path, IDENTITY, {"train": never()}, is_writer=False)
+        assert {split: list(rows.examples()) for split, rows in found.items()} == SPLITS
+
+    waiting = [fork.Process(target=wait) for _ in range(2)]
+    for rank in waiting:
+        rank.start()
+    writer = fork.Process(target=lambda: read_or_render(tmp_path, IDENTITY, slowly(60), is_writer=True))
+    writer.start()
+    while not list(tmp_path.glob(".*.tmp")):
+        time.sleep(0.01)
+    assert writer.pid is not None
+    os.kill(writer.pid, signal.SIGKILL)
+    writer.join()
+    assert all(rank.is_alive() for rank in waiting) and not list(tmp_path.glob("*.json"))
+    read_or_render(tmp_path, IDENTITY, slowly(0.2), is_writer=True)
+    for rank in waiting:
+        rank.join(30)
+        assert rank.exitcode == 0
+    assert names(tmp_path) == [".arrow", ".json"]
+
+
+def test_a_trace_that_the_template_cannot_render_is_named_and_nothing_is_kept(tmp_path: Path) -> None:
+    forgetful = tiny_tokenizer()
+    forgetful.chat_template = (
+        "{%- for message in messages -%}<|im_start|>{{ message.role }}\n"
+        "{%- if message.role == 'assistant' and loop.last -%}<think>{{ message.reasoning_content }}</think>{%- endif -%}"
+        "{{ message.content }}<|im_end|>{%- endfor -%}{%- if add_generation_prompt -%}<|im_start|>assistant\n{%- endif -%}"
+    )
+    two_turns = [*conversation("1+1?", "two", "2"), *conversation("2+2?", "four", "4")]
+    rows = [{"trace_id": f"t{number}", "messages": two_turns if number == 3 else two_turns[:2]} for number in range(5)]
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)}).save_to_disk(str(tmp_path / "dataset"))
+    with pytest.raises(UnusableInput, match=r"^trace t3: chat template: turn 1 is rendered differently"):
+        load_examples(tmp_path / "dataset", forgetful, tmp_path / "rendered")
+    assert list((tmp_path / "rendered").iterdir()) == []
