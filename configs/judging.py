@@ -30,7 +30,8 @@ class Judging(Section):
     rubric: Annotated[str, Field(min_length=1)] = RUBRIC
     """What each of the four grades means for these tasks, in words for the judge."""
     show_reference: bool = True
-    """The judge sees the reference answer, where there is one."""
+    """The judge sees the reference answer of prompts that are its own, where there is one; never that of an answer which it is
+    to be checked by. A grade given in sight of a reference is no evidence for p(correct)."""
     votes: PositiveInt = 1
     """Times that each answer is graded, each with its own seed. More than half of them must agree, or it is `ungraded`."""
     resample_share: Share = 0.05
@@ -38,10 +39,12 @@ class Judging(Section):
     often the grade flips. Decides nothing."""
     checked_share: Share = 0.0
     """Share of the traces (by hash) that another verifier judges and the judge grades as well: how often it is right is known by
-    no other way, and p(correct) gives its word a weight only where there are some. Decides nothing by itself."""
+    no other way, and p(correct) gives its word a weight only where there are some. They are graded without their reference.
+    Decides nothing by itself."""
     max_failed: NonNegativeInt = 0
     """Requests that may fail (a server that breaks over one answer, time after time) without ending the build: their traces are
-    `judge_failed`, and the next build asks again."""
+    `judge_failed`. They are asked again whenever the data stage runs again, which it does for other traces or settings, or once
+    dataset/manifest.json is deleted; a dataset that stands is complete with them."""
     max_answer_characters: PositiveInt = 32768
     """Longer answers are `too_long` and not asked: a cut answer would be graded for what it does not say."""
     max_tokens: PositiveInt = 4096

@@ -15,12 +15,14 @@ WRITE_INTERVAL_S = 0.5
 
 
 class Count(NamedTuple):
-    """How far a stage is. failed: of those done; said on the line, so that a run that fails does not look like one that works."""
+    """How far a stage is. failed: of those done; said on the line, so that a run that fails does not look like one that works.
+    unit: what is counted, where that is not what the stage counts."""
 
     done: int
     total: int
     note: str = ""
     failed: int = 0
+    unit: str = ""
 
     @property
     def remark(self) -> str:
@@ -60,7 +62,7 @@ def read_counts(paths: list[Path]) -> Count | None:
     if len(counts) < len(paths):
         return None
     done, total, failed = (sum(column) for column in zip(*((one.done, one.total, one.failed) for one in counts), strict=True))
-    return Count(done, total, counts[0].note, failed)
+    return Count(done, total, counts[0].note, failed, counts[0].unit)
 
 
 class Display:
@@ -92,15 +94,15 @@ class Display:
         now = time.monotonic()
         if self.first_done is None:
             self.first_done, self.started = count.done, now
-        rate = (count.done - self.first_done) / max(now - self.started, 1e-9)
+        rate, unit = (count.done - self.first_done) / max(now - self.started, 1e-9), count.unit or self.unit
         if self.bar is not None and self.task is not None:
-            said = f"{rate:.1f} {self.unit}/s"
+            said = f"{rate:.1f} {unit}/s"
             self.bar.update(self.task, completed=count.done, total=count.total, rate=said, note=count.remark)
         elif now - self.last_line >= PLAIN_INTERVAL_S:
             self.last_line = now
             left = f"{(count.total - count.done) / rate:.0f} s left" if rate > 0 else "starting"
             print(
-                f"{self.stage}: {count.done}/{count.total} {self.unit}, {rate:.1f}/s, {left} {count.remark}".rstrip(),
+                f"{self.stage}: {count.done}/{count.total} {unit}, {rate:.1f}/s, {left} {count.remark}".rstrip(),
                 file=sys.stderr,
                 flush=True,
             )

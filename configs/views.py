@@ -125,12 +125,11 @@ class View(Section):
 SHIPPED_VIEWS: Mapping[str, View] = {
     "raw": View(name="raw", require_verified=False),
     "verified": View(name="verified", require_verified=True),
-    "calibrated": View(
-        name="calibrated", require_verified=False, min_p_correct=0.5, max_expected_error=0.05, abstention_share=0.05
-    ),
+    "calibrated": View(name="calibrated", require_verified=False, min_p_correct=0.5, max_expected_error=0.05),
 }
 """raw: whatever the filters left. verified: what a verifier passed. calibrated: what is probably right, at most one in twenty of
-it wrong, and no fact that the student could only learn to make up."""
+it wrong. None asks the base student (`abstention_share`): where it knows little of what is asked, its student answers nothing of
+the kind any more (docs/views.md)."""
 
 
 class WithViews(Section):

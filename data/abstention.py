@@ -18,6 +18,7 @@ import numpy as np
 from data.groups import rank_within
 from data.records import Message, Prompt, digest, request_seed
 from data.verify.exact import is_abstention
+from data.verify.runner import LLM_JUDGE
 
 VERSION = 1
 ABSTENTION = "I don't know"
@@ -36,9 +37,10 @@ class Question(NamedTuple):
 
 
 def is_closed_book(prompt: Prompt) -> bool:
-    """A fact that one can only recall or make up, with a reference to hold an answer against. A fact that nobody knows (its
-    reference is an abstention) is none: the teacher has said "I don't know" already."""
-    return prompt.known is not None and bool(prompt.verifier and prompt.answer) and not is_abstention(prompt.answer)
+    """A fact that one can only recall or make up, with a reference that a program can hold an answer against. A fact that nobody
+    knows (its reference is an abstention) is none: the teacher has said "I don't know" already."""
+    judged = bool(prompt.answer) and prompt.verifier not in ("", LLM_JUDGE)
+    return prompt.known is not None and judged and not is_abstention(prompt.answer)
 
 
 def questions(prompts: Iterable[Prompt], *, samples: int, run_seed: int = 0) -> Iterator[Question]:
@@ -73,7 +75,7 @@ def tally(scores: Iterable[tuple[Question, float | None]]) -> dict[str, Grades]:
 
 class Abstained(NamedTuple):
     """Positions of traces, each ascending. relabelled: become "I don't know". repeated: another sample of a prompt that one row
-    already says it for. capped: over the share. produced, not_asked: stay as they are."""
+    already says it for. capped: over the share. produced, not_asked (or not decided): stay as they are."""
 
     relabelled: np.ndarray
     repeated: np.ndarray
@@ -90,32 +92,42 @@ def abstain(
     prompt_codes_N: np.ndarray,
     candidates_N: np.ndarray,
     num_correct_N: np.ndarray,
-    num_asked_N: np.ndarray,
+    num_graded_N: np.ndarray,
     *,
     num_kept: int,
+    samples: int,
     min_correct: int,
     share: float,
 ) -> Abstained:
     """What becomes of each closed-book trace that the view has kept so far.
 
-    candidates_N: bool, those traces. num_kept: rows of the view, candidates included. share: of relabelled rows in what is left,
-    the largest number r with r <= share x (r + rows that stay). One row a prompt, as its other samples would now be copies of
-    it; which prompts stay under the cap, and by which sample, is decided by trace_keys_N alone.
+    candidates_N: bool, those traces. num_graded_N: of its prompt's `samples`; one whose missing grades could make it min_correct
+    is not decided, and counts as not asked. num_kept: rows of the view, candidates included. share: of relabelled rows in what
+    is left, the largest number r with r <= share x (r + rows that stay). One row a prompt, as its other samples would now be
+    copies of it; which prompts stay under the cap, and by which sample, is decided by trace_keys_N alone.
     """
     rows = np.flatnonzero(candidates_N)
-    asked = num_asked_N[rows] > 0
-    can = num_correct_N[rows] >= min_correct
-    unknown = rows[asked & ~can]
-    order = unknown[np.argsort(trace_keys_N[unknown], kind="stable")]
-    first = order[rank_within(prompt_codes_N, order) == 0]
+    can_N = num_correct_N[rows] >= min_correct
+    cannot_N = num_correct_N[rows] + (samples - num_graded_N[rows]) < min_correct
+    unknown = by_lot(trace_keys_N, rows[cannot_N])
+    first = unknown[rank_within(prompt_codes_N, unknown) == 0]
     allowed = allowed_abstentions(num_kept - len(unknown), share)
     return Abstained(
         relabelled=np.sort(first[:allowed]),
         repeated=np.setdiff1d(unknown, first),
         capped=np.sort(first[allowed:]),
-        produced=rows[asked & can],
-        not_asked=rows[~asked],
+        produced=rows[can_N],
+        not_asked=rows[~can_N & ~cannot_N],
     )
+
+
+def by_lot(trace_keys_N: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """The rows in an order that has nothing to do with that of their keys, by which a view's token budget is cut: else the rows
+    that stay here would be those that stay there. (The finaliser of splitmix64, Steele et al. 2014.)"""
+    mixed = trace_keys_N[rows].astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    return rows[np.lexsort((trace_keys_N[rows], mixed ^ (mixed >> np.uint64(31))))]
 
 
 def allowed_abstentions(num_others: int, share: float) -> int:

@@ -2,7 +2,8 @@
 
 What a model said is on disk before anybody reads it. Replies lie in verdicts/replies/NAME-KEY/ as committed segments, under a
 key of all that they depend on; they were paid for, so they are sealed with the verdicts and a later build asks only what is
-new. A build that is killed loses what it had not committed: at most COMMIT_SECONDS, and what was in flight.
+new. A build that is killed loses what it had not committed: at most COMMIT_SECONDS, and what was in flight. Where what a server
+returned could not be read, its bytes are kept as they came: they were paid for, and answer nothing.
 
 Models come from outside (`Models`): this package opens no engine of its own.
 """
@@ -27,6 +28,7 @@ COMMIT_SECONDS = 10.0
 
 REFUSALS = ("refused", "content_filter", "tool_call")
 """Errors of a request that a server which answers others will give to it again: too long for its context, against its rules."""
+_SETTLED = ("", *REFUSALS)
 
 REPLY = pa.schema(
     [
@@ -92,7 +94,8 @@ NOBODY = Models()
 
 class Reply(NamedTuple):
     """What a model said to one request, before anything parsed it. request_id: a hash of what was asked. error: why there is no
-    reply (one of REFUSALS, with finish_reason `abort`), or ""."""
+    reply, with finish_reason `abort`, or "". One of REFUSALS settles the request; after any other (`bad_reply`) it is still to
+    be asked, and text is what the server returned instead: each attempt as the engine packs it, what is no UTF-8 as `\\xff`."""
 
     request_id: str
     text: str
@@ -114,7 +117,9 @@ class ReplyLog:
         self._since = time.monotonic()
         self._segments = list(self._log.look()) if self.folder.is_dir() else []
         for segment in self._segments:
-            self._known.update(read_segment(segment)["request_id"].to_pylist())
+            said = read_segment(segment)
+            pairs = zip(said["request_id"].to_pylist(), said["error"].to_pylist(), strict=True)
+            self._known.update(request_id for request_id, error in pairs if error in _SETTLED)
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._known
@@ -125,7 +130,8 @@ class ReplyLog:
     def add(self, reply: Reply) -> None:
         """Durable after COMMIT_REPLIES of them, after COMMIT_SECONDS, or when `commit` is called."""
         self._fresh.append(reply)
-        self._known.add(reply.request_id)
+        if reply.error in _SETTLED:
+            self._known.add(reply.request_id)
         self.commit(after_s=0.0 if len(self._fresh) >= COMMIT_REPLIES else COMMIT_SECONDS)
 
     def extend(self, replies: Iterable[Reply]) -> None:
@@ -146,19 +152,30 @@ class ReplyLog:
         self._since = time.monotonic()
 
     def read(self) -> Iterator[Reply]:
-        """Every committed reply, the first of those to one request."""
+        """Every committed reply that settles its request, the first of those to one."""
         seen: set[str] = set()
+        for reply in self._committed():
+            if reply.error in _SETTLED and reply.request_id not in seen:
+                seen.add(reply.request_id)
+                yield reply
+
+    def paid_in_vain(self) -> Iterator[Reply]:
+        """What servers returned that could not be read."""
+        return (reply for reply in self._committed() if reply.error not in _SETTLED)
+
+    def _committed(self) -> Iterator[Reply]:
         for segment in self._segments:
-            for row in read_segment(segment).to_pylist():
-                if row["request_id"] not in seen:
-                    seen.add(row["request_id"])
-                    yield Reply(**row)
+            yield from (Reply(**row) for row in read_segment(segment).to_pylist())
+
+
+def reply_folders(run: RunFolder) -> list[Path]:
+    """Of every name and key that there is."""
+    return sorted(path for path in (run.verdicts / "replies").glob("*") if path.is_dir())
 
 
 def kept_replies(run: RunFolder) -> list[Path]:
     """Every committed reply of the run, under whatever name and key, to be sealed: each segment and its sidecar."""
-    folders = sorted(path for path in (run.verdicts / "replies").glob("*") if path.is_dir())
-    found = (segment.path for folder in folders for segment in SegmentLog(folder).look())
+    found = (segment.path for folder in reply_folders(run) for segment in SegmentLog(folder).look())
     return sorted(path for data in found for path in (data, data.with_suffix(".json")))
 
 
@@ -168,7 +185,8 @@ def ask(
 ) -> Mapping[str, int]:  # fmt: skip
     """Each request has a reply in the log when this returns, except those that failed: their number, by error. The engine is
     loaded only if something has to be asked. total: requests that there may be, for the progress line. refusals: where requests
-    go that the model has refused for good while it answered others; they are not asked again, and have not failed.
+    go that the model has refused for good while it answered others, now and not in an earlier build; they are not asked again,
+    and have not failed.
 
     Whatever ends this (a signal, an engine that dies), replies that came are committed.
     """
@@ -176,24 +194,32 @@ def ask(
     missing = (request for request in requests if not any(request.request_id in replies for replies in known))
     if (first := next(missing, None)) is None:
         return {}
-    failed, refused, done = Counter[str](), list[Reply](), 0
+    failed, refused, done, answered = Counter[str](), list[Reply](), 0, False
+    raw: dict[str, bytes] = {}
+    handout = Handout(
+        stop=lambda: _commit_in_time(log), keep=lambda request_id, said: raw.update({request_id: raw.get(request_id, b"") + said})
+    )
     codec, engine = model.codec(), model.engine()
     engine.load()
     try:
-        for completion in engine.generate(chain([first], missing), Handout(stop=lambda: _commit_in_time(log))):
+        for completion in engine.generate(chain([first], missing), handout):
+            returned = raw.pop(completion.request_id, b"")
             if completion.finish_reason != "abort":
                 log.add(_reply(completion, codec))
+                answered = True
             elif refusals is not None and completion.error in REFUSALS:
-                refused.append(_reply(completion, codec))
+                refused.append(_reply(completion, codec, returned))
             else:
                 failed[completion.error or "abort"] += 1
-            tell(Count(done := done + 1, total, doing))
+                if returned and completion.error not in _SETTLED:
+                    log.add(_reply(completion, codec, returned))
+            tell(Count(done := done + 1, total, doing, unit="requests"))
     finally:
         log.commit()
-        if refusals is not None and len(log):
+        if refusals is not None and answered:
             refusals.extend(refused)
         engine.close()
-    if not len(log):  # of a model that has answered nobody, a refusal may be the recipe's fault
+    if not answered:  # a model that answers nobody is not itself today, or the recipe is wrong
         failed.update(reply.error for reply in refused)
     return failed
 
@@ -204,11 +230,13 @@ def _commit_in_time(log: ReplyLog) -> bool:
     return False
 
 
-def _reply(completion: Completion, codec: Codec) -> Reply:
+def _reply(completion: Completion, codec: Codec, returned: bytes = b"") -> Reply:
+    """returned: what stands for a text that could not be read."""
     tokens = codec.tokens(completion)
+    text = returned.decode(errors="backslashreplace") if returned else codec.decode(completion.token_ids)
     return Reply(
-        completion.request_id, codec.decode(completion.token_ids), completion.finish_reason, tokens.output, completion.seconds,
-        completion.cost, tokens.prompt, completion.error,
+        completion.request_id, text, completion.finish_reason, tokens.output, completion.seconds, completion.cost, tokens.prompt,
+        completion.error,
     )  # fmt: skip
 
 

@@ -94,18 +94,24 @@ def read_benchmark(path: Path, name: str, fields: Sequence[str] = ()) -> list[It
     Raises:
         UnusableInput: naming the file (and the row) that cannot be read, has none of the fields, or holds no text in them.
     """
-    items, seen = [], set()
+    items, seen, identities = [], set(), set[str]()
     for number, row in enumerate(_READERS[path.suffix](path, name), 1):
         seen |= row.keys()
         if row.get("split") != "train":
-            items += _items(row, name, number, fields)
+            identity = _identity(row, number)
+            if identity in identities:  # a hit has to say which of them it is
+                identity = f"{identity} (row {number})"
+            identities.add(identity)
+            items += _items(row, name, identity, fields)
     if missing := [field for field in fields if field not in seen]:
         raise UnusableInput(f"benchmark {name}: no field {missing[0]} (found: {_listed(seen)}); correct data.decontaminate")
+    if not seen:
+        raise UnusableInput(f"benchmark {name}: no rows; expected at least one item, or leave it out of data.decontaminate")
     if not items:
         wanted = _listed(fields or (*QUESTIONS, *ANSWERS))
         raise UnusableInput(
             f"benchmark {name}: no evaluation text in any of the fields {wanted} (found: {_listed(seen)}); "
-            "name those that hold it under data.decontaminate fields"
+            "give the field that holds it one of these names"
         )
     return items
 
@@ -114,8 +120,11 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(sorted(names)) or "none"
 
 
-def _items(row: Row, name: str, number: int, fields: Sequence[str]) -> Iterator[Item]:
-    identity = next((str(row[key]) for key in IDENTITIES if isinstance(row.get(key), str | int)), str(number))
+def _identity(row: Row, number: int) -> str:
+    return next((str(row[key]) for key in IDENTITIES if isinstance(row.get(key), str | int)), str(number))
+
+
+def _items(row: Row, name: str, identity: str, fields: Sequence[str]) -> Iterator[Item]:
     for field in fields or (*QUESTIONS, *ANSWERS):
         text = _text(row.get(field))
         if text.strip():

@@ -65,7 +65,8 @@ def build(
     Raises:
         UnusableInput: a damaged segment or benchmark file, traces without their prompt, a ledger that does not balance, a model
             that cannot be asked. Nothing was written.
-        Refused: a licence that is not listed; or nothing is left to train on, and then the verdicts are written and say why.
+        Refused: a licence that is not listed; or nothing is left to train on. Where a dataset stands it stays; else the
+            verdicts are written and say why.
     """
     tell, num_workers = report or _silent, num_workers or settings.processes or num_cores()
     ledger = read_generation_ledger(run)
@@ -114,11 +115,12 @@ def _decide(
     counts = count(facts, decisions, splits_N, codes_N >= 0)
     with_view(ledger, counts).check(viewed=True)
     check_licences(licences(found["facts"], decisions.kept_N), settings.permitted_licences)
-    tell(Count(0, 1, "writing verdicts"))
+    if not counts["train_rows"] and (run.dataset / ROLLUP).exists():
+        raise Refused(f"{nothing_kept(counts)}; the dataset that stands, and its verdicts, are as they were")
     unseal(run)
     files = [*write_verdicts(run, found, view, decisions, settings, verifiers), *kept_replies(run)]
     if not counts["train_rows"]:
-        raise Refused(nothing_kept(counts))
+        raise Refused(f"{nothing_kept(counts)}; the verdicts are in verdicts/{VIEW_FILE}")
     card = render_card(card_facts(settings, found, decisions, counts))
     judge = None if found.graded is None else found.graded.counts
     places, relabels = (found.per_segment(values_N, absent=-1) for values_N in (splits_N, codes_N))
@@ -182,6 +184,6 @@ def nothing_kept(counts: Counts) -> str:
     by_reason = counts["rejected_by_reason"] | counts["unjudged_by_reason"]
     return (
         f"data build: nothing kept of {counts['completed']} completed traces "
-        f"({', '.join(f'{reason} {number}' for reason, number in by_reason.items())}); "
-        f"the verdicts are in verdicts/{VIEW_FILE}: change data.filters, data.view or the teacher's sampling"
+        f"({', '.join(f'{reason} {number}' for reason, number in by_reason.items())}): "
+        "change data.filters, data.view or the teacher's sampling"
     )

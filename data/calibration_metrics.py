@@ -7,6 +7,7 @@
 No figure depends on the order of the rows: rows with equal forecasts are treated alike. A figure over no rows is None, never 0.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +19,8 @@ NUM_RESAMPLES = 1000
 RISK = 0.05
 ONE_SIDED_95 = 1.6448536269514722
 """The standard normal's 95 % quantile."""
+TWO_SIDED_95 = 1.959963984540054
+"""Its 97.5 % quantile."""
 _BOOTSTRAP_CELLS = 1 << 22
 _ERROR_UNITS = float(1 << 30)
 """Errors are added up as whole units, so that the sums do not depend on how groups are numbered."""
@@ -142,6 +145,14 @@ def coverage_at_risk(p_N: np.ndarray, correct_N: np.ndarray, *, risk: float = RI
 
 
 # --- intervals ---------------------------------------------------------------------------------------------------
+
+
+def wilson_interval(correct: int, total: int) -> tuple[float, float]:
+    """95 % interval of a share in [0, 1], total > 0. Source: Wilson 1927; unlike p +- 2 s it is right at 0 and at 1, too."""
+    share, spread = correct / total, TWO_SIDED_95**2 / total
+    centre = (share + spread / 2) / (1 + spread)
+    half = TWO_SIDED_95 / (1 + spread) * math.sqrt(share * (1 - share) / total + spread / (4 * total))
+    return (centre - half if correct else 0.0), (centre + half if correct < total else 1.0)  # exact where rounding is not
 
 
 def bootstrap_mean(

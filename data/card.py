@@ -2,12 +2,13 @@
 out and why, and under which licences. Equal datasets have equal cards: no time, no machine, no path."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import yaml
 
+from configs.engines import HttpEngine
 from configs.schema import Data
 from data.counts import Counts
 from data.schema import SCHEMA_VERSION
@@ -16,8 +17,12 @@ from data.shards import ROW
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"), (10_000_000, "1M<n<10M"))
 
 
-INVISIBLE = {"verify_timeout_s", "processes"}
-"""Settings that change no row."""
+_WHO_JUDGES = {"type", "model", "api", "dtype", "kv_dtype"}
+INVISIBLE: dict[str, Any] = {
+    "verify_timeout_s": True, "processes": True, "judging": {"engine": set(HttpEngine.model_fields) - _WHO_JUDGES}
+}  # fmt: skip
+"""Settings that change no row, as pydantic's `exclude` has them: of the judge's engine everything but who it is. Where it
+listens, how it is asked and what it costs are no matter of its grades, and an address has no place in a dataset."""
 
 
 class Origin(NamedTuple):
@@ -50,7 +55,7 @@ def render_card(facts: CardFacts) -> str:
             "# Distilled reasoning traces",
             f"{counts['kept']:,} of {counts['completed']:,} completed traces of {counts['prompts']:,} prompts, whole "
             "conversations with the teacher's reasoning in `reasoning_content` of its turns. Made by tracestill; every file's "
-            "sha256 is in `manifest.json`.",
+            "sha256 is in `manifest.json`." + _relabelled(counts),
             _table(("split", "rows"), [("train", counts["train_rows"]), ("validation", counts["validation_rows"])]),
             "A prompt's rows are all in one split, chosen by the hash of the prompt.",
             "    from datasets import load_from_disk\n    rows = load_from_disk('dataset')['train']",
@@ -60,7 +65,7 @@ def render_card(facts: CardFacts) -> str:
                 [(task, its["kept"], its["prompt_tokens"], its["reasoning_tokens"], its["answer_tokens"])
                  for task, its in counts["by_task"].items() if its["kept"]],
             ),
-            "By the teacher's tokenizer.",
+            "By the teacher's tokenizer" + ("; of relabelled rows by the student's." if counts["relabelled"] else "."),
             "## Where it comes from",
             _table(("teacher", "licence", "rows"), facts.teachers),
             _table(("prompt source", "licence", "rows"), facts.sources),
@@ -72,6 +77,15 @@ def render_card(facts: CardFacts) -> str:
             f"Columns ({SCHEMA_VERSION}): " + ", ".join(f"`{field.name}`" for field in ROW) + ".",
         ]
     ) + "\n"  # fmt: skip
+
+
+def _relabelled(counts: Counts) -> str:
+    if not counts["relabelled"]:
+        return ""
+    return (
+        f" {counts['relabelled']:,} rows say \"I don't know\" where the teacher answered, because the student's base could not "
+        "have: no words of theirs but the question are the teacher's, and `provenance` says so."
+    )
 
 
 def _front_matter(facts: CardFacts) -> str:

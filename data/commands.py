@@ -103,7 +103,7 @@ def verify(run_dir: RunFolderArgument) -> None:
 
     found = verify_run(existing_run(run_dir))
     for path in found.strays:
-        print(f"not of this run: {path}")
+        print(f"no manifest names {path}: nothing reads it, it may go")
     ledger = found.ledger
     print(
         f"{found.files} files of {found.stages} stages verified; "

@@ -130,11 +130,11 @@ def _fill(
     num_workers = 0 if sum(text_bytes.values()) < INLINE_BYTES else num_workers
     total, done = len(spills) + len(shards), 0
     for _ in map_unordered(spill, spills, num_workers=num_workers):
-        tell(Count(done := done + 1, total, "writing dataset"))
+        tell(Count(done := done + 1, total, "writing dataset", unit="files"))
     written = []
     for one in map_unordered(assemble, shards, num_workers=num_workers):
         written.append(one)
-        tell(Count(done := done + 1, total, "writing dataset"))
+        tell(Count(done := done + 1, total, "writing dataset", unit="files"))
     shards[0].spilled.rmdir()
     return sorted(written, key=lambda one: (one.shard.split, one.shard.number))
 

@@ -2,18 +2,20 @@
 spoken, each different answer once, and only in the build that meets it first.
 
 What is asked costs money, so it is asked last: of traces that filters and decontamination let through, that end in an answer, and
-of exact copies only the one that stays; what answers a prompt in the same words shares the grade. Which answers those are stands
-in the columns of the panel's question `shown`; trace segments are read again only where a reply is missing. Replies are on disk
-before anything is made of them (data/asking.py), and grades are read off replies and columns alone.
+of a prompt's exact copies only the one that stays; what answers a prompt in the same words shares the grade. Which answers those
+are stands in the columns of the panel's question `shown`; trace segments are read again only where a reply is missing. Replies
+are on disk before anything is made of them (data/asking.py), and grades are read off replies and columns alone.
 
 What a judge says is no proof. For a view that wants a verifier's pass it is one, because the prompt names no other verifier;
 p(correct) takes it as evidence, with a weight that it earns on answers which a verifier has judged too (data/calibration.py).
+Those are graded without their reference: with it the judge would repeat what the verifier knows, and the weight of a judge that
+has the label before it would pass to one that has not. A grade given in sight of a reference is no evidence for p(correct).
 
     N traces    Q different answers to be graded    V votes
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
@@ -24,22 +26,22 @@ import pyarrow.compute as pc
 from configs.errors import UnusableInput
 from configs.judging import Judging
 from configs.progress import Report
-from data.asking import Model, Reply, ReplyLog, ask
+from data.asking import REFUSALS, Model, Reply, ReplyLog, ask
 from data.calibration import PASSED, UNJUDGED
+from data.calibration_metrics import wilson_interval
 from data.engine import Request
 from data.look import Look, completed
 from data.prompt_set import PromptSet
 from data.records import Prompt, digest
-from data.report_depth import wilson_interval
 from data.store import RunFolder, Segment, read_segment
 from data.verify import llm_judge
 from data.verify.llm_judge import GRADES
 from data.verify.runner import LLM_JUDGE, NOT_ASKED, RIGHT, Judgement
 
-SHOWN = pa.schema([("shown", pa.string()), ("characters", pa.int32())])
+SHOWN = pa.schema([("shown", pa.string()), ("characters", pa.int32()), ("has_reference", pa.bool_())])
 """shown: data.verify.llm_judge.shown_key of what a judge may be shown of the trace, "" where that is nothing. characters: of the
-answer."""
-SHOWN_VERSION = 1
+answer. has_reference: a reference is among what it may be shown."""
+VERSION = 2
 _KEY = np.dtype("S32")
 _BATCH = 4096
 
@@ -64,8 +66,10 @@ assert tuple(OUTCOMES)[1:5] == GRADES
 class Traces(NamedTuple):
     """N completed traces, in log order.
 
-    shown_N         S32, the panel's column; copies bear their original's
+    shown_N         S32, the panel's column
     characters_N    int32, of the answer
+    has_reference_N bool, the panel's column
+    same_as_N       int64, row of the trace whose grade is this one's: its original if it is a copy, else itself
     eligible_N      bool, no filter and no benchmark item turned it down
     own_N           bool, its prompt's verifier is the judge
     verdicts_N      int8, of verifiers that are trusted (data.calibration)
@@ -75,6 +79,8 @@ class Traces(NamedTuple):
     segments: Sequence[Segment]
     shown_N: np.ndarray
     characters_N: np.ndarray
+    has_reference_N: np.ndarray
+    same_as_N: np.ndarray
     eligible_N: np.ndarray
     own_N: np.ndarray
     verdicts_N: np.ndarray
@@ -83,9 +89,10 @@ class Traces(NamedTuple):
 
 class GradingCounts(TypedDict):
     """For the dataset's manifest. answers: different ones that were to be graded, by what became of them. pairs, flips,
-    pairs_ungraded, flip_rate, flip_interval: data.verify.llm_judge.FlipRate. checked: answers that a verifier has judged too;
-    agreed: those of them where both say the same. replies, tokens, dollars: of all that these grades are read off, paid for in
-    this build or in an earlier one; tokens as the server bills them."""
+    pairs_ungraded, flip_rate, flip_interval: data.verify.llm_judge.FlipRate. checked: answers that a verifier has judged too, the
+    judge without the reference; agreed: those of them where both say the same. replies: all that these grades are read off.
+    tokens, dollars: of those and of what could not be read, paid for in this build or in an earlier one; tokens as the server
+    bills them."""
 
     model: str
     answers: dict[str, int]
@@ -103,17 +110,20 @@ class GradingCounts(TypedDict):
 
 
 class Graded(NamedTuple):
-    """version: names the verdict file. outcomes_N: uint8 positions in OUTCOMES."""
+    """version: names the verdict file. outcomes_N: uint8 positions in OUTCOMES. saw_reference_N: bool, the grade was given in
+    sight of one."""
 
     version: str
     outcomes_N: np.ndarray
+    saw_reference_N: np.ndarray
     counts: GradingCounts
 
     @property
     def judge_N(self) -> np.ndarray:
-        """float64 as data.calibration.Evidence has it: 1 or 0, NaN where the judge gave no grade."""
+        """float64 as data.calibration.Evidence has it: 1 or 0, NaN where the judge gave no grade, or not in the same situation
+        as those that it is weighed by: none of them was shown a reference."""
         values = [np.nan, 1.0, *[0.0] * (len(GRADES) - 1)] + [np.nan] * (len(OUTCOMES) - len(GRADES) - 1)
-        return np.array(values)[self.outcomes_N]
+        return np.where(self.saw_reference_N, np.nan, np.array(values)[self.outcomes_N])
 
 
 # --- who is asked ------------------------------------------------------------------------------------------------
@@ -139,7 +149,8 @@ def shown(look: Look, checked_share: float) -> pa.Table:
         llm_judge.shown_key(prompt, answer) if answer.strip() and _is_shown(prompt, trace.trace_id, checked_share) else ""
         for trace, prompt, answer in zip(look.traces, look.prompts, look.answers, strict=True)
     ]
-    return pa.table([keys, list(map(len, look.answers))], schema=SHOWN)
+    has_reference = [bool(llm_judge.reference_of(prompt)) for prompt in look.prompts]
+    return pa.table([keys, list(map(len, look.answers)), has_reference], schema=SHOWN)
 
 
 def _is_shown(prompt: Prompt, trace_id: str, checked_share: float) -> bool:
@@ -154,32 +165,37 @@ def grade(run: RunFolder, settings: Judging, traces: Traces, model: Model, tell:
     Raises:
         UnusableInput: no such template, nobody answers, or more requests failed than data.judging.max_failed; what was answered
             is kept.
+        RuntimeError: a request came to nothing, neither answered, refused nor failed: it would stay ungraded for ever.
     """
     template, identity = llm_judge.template_of(settings, folders), model.identity()
     key = llm_judge.asked_under(settings, template, identity)
     log, refusals = ReplyLog(run, "judge", key), ReplyLog(run, "judge_refused", key)
-    rows = np.flatnonzero(traces.eligible_N & (traces.shown_N != b""))
+    is_own_N = traces.same_as_N == np.arange(len(traces.shown_N))
+    rows = np.flatnonzero(traces.eligible_N & is_own_N & (traces.shown_N != b""))
     askable = rows[traces.characters_N[rows] <= settings.max_answer_characters]
     keys_Q, first_Q, answer_of = np.unique(traces.shown_N[askable], return_index=True, return_inverse=True)
-    missing_Q = np.array([_misses(shown.decode(), settings, log, refusals) for shown in keys_Q.tolist()], np.int64)
+    missing_Q = _misses(keys_Q, settings, log, refusals)
     requests = _requests(run, traces, np.sort(askable[first_Q[missing_Q > 0]]), settings, template, model)
-    _ask(log, refusals, requests, settings, model, tell, total=int(missing_Q.sum()))
+    failed = _ask(log, refusals, requests, settings, model, tell, total=int(missing_Q.sum()))
+    if (left := int(_misses(keys_Q[missing_Q > 0], settings, log, refusals).sum())) != failed:
+        raise RuntimeError(f"judge: {left} requests are still to be answered and {failed} failed: some came to nothing")
     replies = _read(log, refusals, keys_Q, settings)
     outcomes_Q = outcomes(replies, settings.votes)
     outcomes_N = np.zeros(len(traces.shown_N), np.uint8)
     outcomes_N[rows] = _CODES["too_long"]
     outcomes_N[askable] = outcomes_Q[answer_of]
+    outcomes_N = outcomes_N[traces.same_as_N]
     counts = _counts(settings.engine.model, replies, outcomes_Q, len(np.unique(traces.shown_N[rows])) - len(keys_Q))
     checked, agreed = _agreement(traces, outcomes_N)
-    return Graded(
-        llm_judge.version_of(settings, template, identity), outcomes_N, {**counts, "checked": checked, "agreed": agreed}
-    )
+    version = llm_judge.version_of(settings, template, identity)
+    saw_reference_N = traces.has_reference_N & settings.show_reference
+    return Graded(version, outcomes_N, saw_reference_N, {**counts, "checked": checked, "agreed": agreed})
 
 
-def _misses(shown: str, settings: Judging, log: ReplyLog, refusals: ReplyLog) -> int:
-    """Requests about the answer that nobody has replied to."""
-    wanted = (question.request_id for question in llm_judge.questions(shown, settings))
-    return sum(request_id not in log and request_id not in refusals for request_id in wanted)
+def _misses(keys_Q: np.ndarray, settings: Judging, log: ReplyLog, refusals: ReplyLog) -> np.ndarray:
+    """int64 [Q]: requests about each answer that nobody has replied to."""
+    wanted_Q = ([each.request_id for each in llm_judge.questions(key.decode(), settings)] for key in keys_Q.tolist())
+    return np.array([sum(each not in log and each not in refusals for each in wanted) for wanted in wanted_Q], np.int64)
 
 
 def _requests(
@@ -198,7 +214,8 @@ def _requests(
 
 def _ask(
     log: ReplyLog, refusals: ReplyLog, requests: Iterator[Request], settings: Judging, model: Model, tell: Report, total: int
-) -> None:
+) -> int:
+    """Requests that failed, at most as many as may."""
     try:
         failed = ask(log, requests, model, tell, total=total, doing="asking the judge", refusals=refusals)
     except UnusableInput as error:  # the engine speaks of the section that it was written for
@@ -209,6 +226,7 @@ def _ask(
             f"data.judging: {number} requests to {settings.engine.model} failed ({reasons}); what was answered is kept: mend the "
             f"cause and give the same command, or let them go ungraded with data.judging.max_failed={number}"
         )
+    return number
 
 
 # --- what it said ------------------------------------------------------------------------------------------------
@@ -216,7 +234,8 @@ def _ask(
 
 class Replies(NamedTuple):
     """Of Q answers. grades_QV: uint8 [Q, V + 1], positions in OUTCOMES of each vote, and last of the repetition that is none; 0
-    where there is no reply. refused_Q: bool, some request was refused for good. The rest: of all these replies together."""
+    where there is no reply. refused_Q: bool, some request was refused for good. number: of replies. The rest: of these and of
+    what could not be read together."""
 
     grades_QV: np.ndarray
     refused_Q: np.ndarray
@@ -231,13 +250,16 @@ def _read(log: ReplyLog, refusals: ReplyLog, keys_Q: np.ndarray, settings: Judgi
     again_Q = np.array([llm_judge.is_asked_again(key.decode(), settings) for key in keys_Q.tolist()], bool)
     grades_QV, refused_Q = np.zeros((len(keys_Q), settings.votes + 1), np.uint8), np.zeros(len(keys_Q), bool)
     number, prompt_tokens, output_tokens, cost = 0, 0, 0, 0.0
-    for reply, row in _with_rows((log, refusals), keys_Q):
+    for reply, row in _with_rows(itertools.chain(log.read(), refusals.read(), log.paid_in_vain()), keys_Q):
         vote = reply.request_id.partition("-")[2]
         slot = settings.votes if vote == "again" else int(vote)
         if not again_Q[row] if vote == "again" else slot >= settings.votes:
             continue
-        number, cost = number + 1, cost + reply.cost
-        prompt_tokens, output_tokens = prompt_tokens + reply.prompt_tokens, output_tokens + reply.output_tokens
+        cost, prompt_tokens = cost + reply.cost, prompt_tokens + reply.prompt_tokens
+        output_tokens += reply.output_tokens
+        if reply.error and reply.error not in REFUSALS:
+            continue
+        number += 1
         if reply.error:
             refused_Q[row] = True
         else:
@@ -245,10 +267,9 @@ def _read(log: ReplyLog, refusals: ReplyLog, keys_Q: np.ndarray, settings: Judgi
     return Replies(grades_QV, refused_Q, number, prompt_tokens, output_tokens, cost)
 
 
-def _with_rows(logs: Sequence[ReplyLog], keys_Q: np.ndarray) -> Iterator[tuple[Reply, int]]:
+def _with_rows(replies: Iterator[Reply], keys_Q: np.ndarray) -> Iterator[tuple[Reply, int]]:
     """Every reply to one of these answers, with the answer's place among them."""
-    stream = (reply for log in logs for reply in log.read())
-    while len(keys_Q) and (batch := list(itertools.islice(stream, _BATCH))):
+    while len(keys_Q) and (batch := list(itertools.islice(replies, _BATCH))):
         keys = np.array([reply.request_id.partition("-")[0] for reply in batch], _KEY)
         rows = np.minimum(np.searchsorted(keys_Q, keys), len(keys_Q) - 1)
         found = keys_Q[rows] == keys
@@ -275,8 +296,10 @@ def flips_of(grades_QV: np.ndarray) -> llm_judge.FlipRate:
 
 
 def _agreement(traces: Traces, outcomes_N: np.ndarray) -> tuple[int, int]:
-    """Different answers that a trusted verifier judged and the judge graded, and those of them where both say the same."""
-    both = np.flatnonzero((traces.verdicts_N != UNJUDGED) & ~traces.own_N & (outcomes_N > 0) & (outcomes_N <= len(GRADES)))
+    """Different answers that a trusted verifier judged and the judge graded, and those of them where both say the same. What is
+    not the judge's own was graded without a reference, all of it."""
+    is_graded_N = (outcomes_N > 0) & (outcomes_N <= len(GRADES)) & (traces.same_as_N == np.arange(len(outcomes_N)))
+    both = np.flatnonzero(is_graded_N & (traces.verdicts_N != UNJUDGED) & ~traces.own_N)
     both = both[np.unique(traces.shown_N[both], return_index=True)[1]]
     same = (traces.verdicts_N[both] == PASSED) == (outcomes_N[both] == _CODES["correct"])
     return len(both), int(same.sum())
@@ -317,18 +340,18 @@ def overlaid(verified: pa.Table, graded: Graded) -> pa.Table:
     return verified
 
 
-def lines_of(counts: Mapping[str, object] | GradingCounts) -> list[str]:
+def lines_of(counts: GradingCounts) -> list[str]:
     """For a person, of a manifest's `judge`: what was graded and at what price, and how far it can be trusted."""
-    answers: Mapping[str, int] = counts["answers"]  # type: ignore[assignment]
+    answers = counts["answers"]
     fates = ", ".join(f"{number:,} {name}" for name, number in answers.items()) or "none"
     spent = f"{counts['prompt_tokens']:,} prompt and {counts['output_tokens']:,} output tokens, ${counts['cost']:,.2f}"
     lines = [
         f"judge {counts['model']}: {sum(answers.values()):,} answers ({fates}); {counts['replies']:,} replies, {spent}",
-        f"judge asked twice: {_share(counts['flips'], counts['pairs'], 'changed its grade')}",  # type: ignore[arg-type]
+        f"judge asked twice: {_share(counts['flips'], counts['pairs'], 'changed its grade')}",
     ]
     if counts["checked"]:
-        said = _share(counts["agreed"], counts["checked"], "agree with the verifier")  # type: ignore[arg-type]
-        lines.append(f"judge checked: {said}")
+        said = _share(counts["agreed"], counts["checked"], "agree with the verifier")
+        lines.append(f"judge checked, without references: {said}")
     return lines
 
 

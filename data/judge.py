@@ -20,6 +20,7 @@ from data.filters import FILTERS
 from data.filters.control_tokens import has_control_tokens, with_control_tokens
 from data.grading import Graded, Traces, grade, overlaid
 from data.judging import examine
+from data.licences import check_licences, licences
 from data.minhash import NUM_SLOTS, Signatures
 from data.panel import PanelSpec
 from data.select import FAIL, PASS, VERDICTS, Judgement, coded, judgement, order_of, select
@@ -95,7 +96,15 @@ def judge_run(
     spec = PanelSpec.of(run, _with_words(settings, models), folders, verifiers)
     with Pool(verifiers, timeout_s=settings.verify_timeout_s, num_workers=num_workers) as pool:
         tables = examine(run, committed, spec, num_workers=num_workers, pool=pool, tell=tell)
-        asked = _asked(run, settings, tables["facts"], models, pool, tell)
+        found = _counting(run, committed, tables, spec.index.num_unsearched)
+        if _somebody_is_asked(settings, models):
+            check_licences(licences(found["facts"], _may_stay(found, settings)), settings.permitted_licences)
+        found = replace(found, asked=_asked(run, settings, found["facts"], models, pool, tell))
+    return _graded(run, settings, found, models, tell, folders)
+
+
+def _counting(run: RunFolder, committed: Sequence[Segment], tables: Mapping[str, pa.Table], num_unsearched: int) -> Judged:
+    """One copy of each completed trace. Raises UnusableInput where there is none."""
     keys_R2, is_abort_R = segment_keys(committed)
     counts_M = counting_rows(keys_R2, is_abort_R)[~is_abort_R]
     ends = np.cumsum([segment.rows for segment in committed])
@@ -103,8 +112,19 @@ def judge_run(
     if not counts_M.any():
         raise UnusableInput(f"{run.traces}: no completed trace; run tracestill generate first")
     counting = {name: table.filter(pa.array(counts_M)).combine_chunks() for name, table in tables.items()}
-    found = Judged(committed, counts_M, rows_of_segment, counting, asked, spec.index.num_unsearched)
-    return _graded(run, settings, found, models, tell, folders)
+    return Judged(committed, counts_M, rows_of_segment, counting, num_unsearched=num_unsearched)
+
+
+def _somebody_is_asked(settings: Data, models: Models) -> bool:
+    asks_judge = settings.judging is not None and models.judge is not None
+    return asks_judge or (settings.view.abstention_share is not None and models.student is not None)
+
+
+def _may_stay(found: Judged, settings: Data) -> np.ndarray:
+    """bool [N]: traces that nothing known before a model is asked turns down. A licence that their dataset could not have is
+    refused before anybody is paid."""
+    failed_N = verdicts(found["verifier"]) == calibration.FAILED
+    return select(_before_verdicts(found), len(found)).kept_N & ~(failed_N & settings.view.require_verified)
 
 
 def _with_words(settings: Data, models: Models) -> Data:
@@ -121,17 +141,20 @@ def _asked(run: RunFolder, settings: Data, facts: pa.Table, models: Models, pool
 
 
 def _graded(run: RunFolder, settings: Data, found: Judged, models: Models, tell: Report, folders: Sequence[Path]) -> Judged:
-    """With the judge's word among the verifiers'. Exact copies are not asked: they have their original's grade."""
+    """With the judge's word among the verifiers'. Exact copies are not asked: they have the grade of their original, where it
+    answers the same prompt; another one may have another reference."""
     if settings.judging is None or models.judge is None:
         return found
     eligible_N = select(_before_verdicts(found), len(found)).kept_N
-    shown_N = np.array(found["shown"]["shown"].to_pylist(), "S32")
+    shown, same_as_N = found["shown"], np.arange(len(found))
     if settings.dedup != "none":
         original_N = dedup.originals(conversations(found), preference(found), eligible_N)
-        shown_N = np.where((original_N >= 0) & (shown_N != b""), shown_N[original_N], shown_N)
+        prompts_N, _ = _coded(found["facts"]["prompt_id"])
+        same_as_N = np.where((original_N >= 0) & (prompts_N == prompts_N[original_N]), original_N, same_as_N)
     own_N = np.array(found["verifier"]["verifier"].to_pylist(), object) == LLM_JUDGE
     traces = Traces(
-        found.segments, shown_N, found["shown"]["characters"].to_numpy(), eligible_N, own_N, strong_verdicts(found["verifier"]),
+        found.segments, np.array(shown["shown"].to_pylist(), "S32"), shown["characters"].to_numpy(),
+        shown["has_reference"].to_numpy(), same_as_N, eligible_N, own_N, strong_verdicts(found["verifier"]),
         lambda values_N: found.per_segment(values_N, absent=False),
     )  # fmt: skip
     graded = grade(run, settings.judging, traces, models.judge, tell, folders)

@@ -87,7 +87,7 @@ def examine(
                 rows = with_judged(said, pool) if said.open_items else said.rows
                 fresh.add(name, Part(segment.path.stem, segment.sha256, rows))
             done += 1
-            tell(Count(done, total, "judging segments"))
+            tell(Count(done, total, "judging", unit="segments"))
             fresh.commit(after_s=COMMIT_SECONDS)
     finally:
         fresh.commit()

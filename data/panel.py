@@ -48,7 +48,7 @@ VERIFIED = pa.schema(
      ("limit_s", pa.float64())]
 )  # fmt: skip
 """limit_s: the seconds that an answer had which is `timed_out` or `crashed`; 0 for every other."""
-VERIFIED_VERSION = 2
+VERSION = 2
 CONTAMINATION = pa.schema(
     [("reason", pa.string()), ("item", pa.string()), ("rule", pa.string()), ("coverage", pa.float32()), ("place", pa.string()),
      ("excerpt", pa.string()), ("others", pa.string())]
@@ -124,9 +124,7 @@ class Panel:
         versions = {name: verifier.version for name, verifier in spec.verifiers.items()}
         self.questions: dict[str, Question] = {
             "facts": Question(_key(facts.VERSION), facts.FACTS, lambda look: Said(facts.facts(look))),
-            "verifier": Question(
-                _key(VERIFIED_VERSION, versions, spec.prompts_sha256), VERIFIED, partial(_verify, spec.verifiers)
-            ),
+            "verifier": Question(_key(VERSION, versions, spec.prompts_sha256), VERIFIED, partial(_verify, spec.verifiers)),
             "contamination": Question(
                 _key(decontaminate.VERSION, spec.index.key), CONTAMINATION, partial(_contamination, spec.index)
             ),
@@ -137,7 +135,7 @@ class Panel:
         if needs_signatures(spec.settings):
             self.questions["near"] = Question(_key(minhash.VERSION), NEAR, _near)
         if (judging := spec.settings.judging) is not None:
-            key = _key(grading.SHOWN_VERSION, judging.checked_share, spec.prompts_sha256)
+            key = _key(grading.VERSION, judging.checked_share, spec.prompts_sha256)
             self.questions["shown"] = Question(key, grading.SHOWN, partial(_shown, judging.checked_share))
 
     def require(self) -> None:

@@ -8,7 +8,7 @@ from data.build import read_generation_ledger
 from data.grading import require_judge
 from data.judge import compare, judge_run
 from data.processes import num_cores
-from data.stage import Context
+from data.stage import Context, exclusive
 from data.store import read_rollup
 from data.what_if import Difference
 
@@ -18,13 +18,13 @@ def compare_with_built(context: Context, view: str, models: Models = NOBODY) -> 
     settings ask of the traces, of the base student or of a judge is asked and kept; the dataset stays as it is.
 
     Raises:
-        UnusableInput: no dataset yet, no view of that name, a damaged file.
+        UnusableInput: no dataset yet, no view of that name, a damaged file, or a build is at it: both would ask and pay.
     """
     current, other = built_settings(context), _with_view(context.recipe.data, view)
     read_generation_ledger(context.run)
     for settings in (current, other):
         require_judge(context.run, settings.judging, models.judge)
-    with Display("what-if", "segments", context.console) as display:
+    with exclusive(context.run, "data"), Display("what-if", "segments", context.console) as display:
         found, other_found = (
             judge_run(context.run, asked, num_workers=num_cores(), tell=display.show, folders=context.folders, models=models)
             for asked in (current, other)

@@ -29,7 +29,7 @@ def codes_of(chosen: Selection, asked: SelfAsk | None) -> tuple[np.ndarray, tupl
     if asked is None:
         return codes_N, ()
     rows = np.flatnonzero(chosen.relabelled_N)
-    pairs = np.stack([asked.num_correct_N[rows], asked.num_asked_N[rows]], axis=1)
+    pairs = np.stack([asked.num_correct_N[rows], asked.num_graded_N[rows]], axis=1)
     different, codes = np.unique(pairs, axis=0, return_inverse=True)
     codes_N[rows] = codes.reshape(-1)
     return codes_N, tuple(Grades(*pair) for pair in different.tolist())

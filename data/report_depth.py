@@ -14,6 +14,7 @@ from typing import NamedTuple, TypedDict
 
 import pyarrow as pa
 
+from data.calibration_metrics import wilson_interval
 from data.columns import words_of
 from data.prompt_set import prompt_file, verify_streaming
 from data.store import Rollup, RunFolder, read_rollup, read_table, segments
@@ -21,7 +22,6 @@ from data.store import Rollup, RunFolder, read_rollup, read_table, segments
 NUM_BUCKETS = 10
 MIDDLE = range(3, 7)
 """Buckets from depth 0.3 to 0.7. Of the 42 pairs of depths of the documents source 24 have a fact there, and 18 have none."""
-Z95 = 1.959963984540054
 
 
 class Share(TypedDict):
@@ -104,14 +104,6 @@ def share_of(verdicts: Sequence[bool]) -> Share:
         return Share(traces=0, correct=0, accuracy=None, interval=None)
     correct, total = sum(verdicts), len(verdicts)
     return Share(traces=total, correct=correct, accuracy=correct / total, interval=wilson_interval(correct, total))
-
-
-def wilson_interval(correct: int, total: int) -> tuple[float, float]:
-    """95 % interval of a share in [0, 1], total > 0. Source: Wilson 1927; unlike p +- 2 s it is right at 0 and at 1, too."""
-    share, spread = correct / total, Z95**2 / total
-    centre = (share + spread / 2) / (1 + spread)
-    half = Z95 / (1 + spread) * math.sqrt(share * (1 - share) / total + spread / (4 * total))
-    return (centre - half if correct else 0.0), (centre + half if correct < total else 1.0)  # exact where rounding is not
 
 
 def difference(first: Share, second: Share) -> tuple[float, float, float] | None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from configs.errors import UnusableInput
 from configs.views import View
-from data.abstention import abstain
+from data.abstention import abstain, allowed_abstentions, by_lot
 from data.calibration import FAILED, LIKELY, PASSED, UNJUDGED
 from data.calibration_metrics import error_bounds
 from data.groups import Limit, by_answer_and_length, by_signature, efficiency, farthest_first, over_limits, rank_within
@@ -51,12 +51,13 @@ CODES = {reason: code for code, reason in enumerate(REASONS)}
 
 @dataclass(frozen=True, slots=True)
 class SelfAsk:
-    """What the base student can produce. closed_book_N: bool, the trace answers a closed-book prompt. num_correct_N, num_asked_N:
-    int, of its prompt's samples; 0 of 0 where it was not asked. row_tokens: generated tokens of a relabelled row."""
+    """What the base student can produce. closed_book_N: bool, the trace answers a closed-book prompt. num_correct_N,
+    num_graded_N: int, of its prompt's samples; 0 of 0 where it was not asked. row_tokens: generated tokens of a relabelled
+    row."""
 
     closed_book_N: np.ndarray
     num_correct_N: np.ndarray
-    num_asked_N: np.ndarray
+    num_graded_N: np.ndarray
     row_tokens: int = 0
 
     @staticmethod
@@ -304,8 +305,9 @@ def _abstention(columns: Columns, view: View, state: Selection) -> Selection:
         columns.prompt_codes_N,
         state.kept_N & asked.closed_book_N,
         asked.num_correct_N,
-        asked.num_asked_N,
+        asked.num_graded_N,
         num_kept=int(state.kept_N.sum()),
+        samples=view.abstention_samples,
         min_correct=view.abstention_min_correct,
         share=view.abstention_share,
     )
@@ -323,8 +325,23 @@ def _max_tokens(columns: Columns, view: View, state: Selection) -> Selection:
     order = _preferred(columns, view, np.flatnonzero(state.kept_N))
     everything_N = np.zeros(len(state.codes_N), np.int64)
     over = over_limits(everything_N, [Limit(None, view.max_tokens)], state.tokens_N, order)
-    state = _turn_down(state, "token_budget", over)
-    return state._replace(relabelled_N=state.relabelled_N & state.kept_N)
+    return _within_share(columns, view, _turn_down(state, "token_budget", over))
+
+
+def _within_share(columns: Columns, view: View, state: Selection) -> Selection:
+    """The budget may have cut others rather than relabelled rows, which are short: their share holds of what is left."""
+    if view.abstention_share is None or state.abstention is None:
+        return state
+    left_N = state.relabelled_N & state.kept_N
+    allowed = allowed_abstentions(int(state.kept_N.sum() - left_N.sum()), view.abstention_share)
+    excess = by_lot(columns.trace_keys_N, np.flatnonzero(left_N))[allowed:]
+    state = _turn_down(state, "abstention_cap", excess)
+    relabelled_N = left_N & state.kept_N
+    counts = state.abstention | {
+        "relabelled": int(relabelled_N.sum()), "capped": state.abstention["capped"] + len(excess),
+        "over_budget": int((state.relabelled_N & ~left_N).sum()),
+    }  # fmt: skip
+    return state._replace(relabelled_N=relabelled_N, abstention=counts)
 
 
 STEPS: tuple[Step, ...] = (

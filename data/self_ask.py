@@ -1,6 +1,7 @@
 """The base student is asked every closed-book prompt of the traces, through its own engine, and graded by the prompts' own
 verifiers. Replies are kept (data/asking.py); what they mean for the rows is data/abstention.py's and the view's to say."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -91,18 +92,22 @@ def request_of(question: Question, sampling: Sampling, codec: Codec) -> Request:
 
 def _scores(asked: Sequence[Question], log: ReplyLog, codec: Codec, pool: Pool) -> list[float | None]:
     """Of each question 1.0 where the base was right, 0.0 where it was wrong, declined, or did not come to an end, None where
-    its verifier reached no verdict."""
+    its verifier reached no verdict.
+
+    Raises UnusableInput where a question has no reply: that is no wrong answer."""
     wanted = {question.request_id: number for number, question in enumerate(asked)}
-    answers = [""] * len(asked)
-    for reply in log.read():
-        if (number := wanted.get(reply.request_id)) is not None:
-            answers[number] = answer_of(reply, codec)
-    scores: list[float | None] = [0.0] * len(asked)
-    said = [number for number, answer in enumerate(answers) if answer and not is_abstention(answer)]
-    judged = pool.judge([Item(asked[number].prompt, answers[number]) for number in said])
-    for number, judgement in zip(said, judged, strict=True):
-        scores[number] = None if judgement.verdict == "unjudged" else judgement.score
-    return scores
+    scores: dict[int, float | None] = {}
+    replies = (reply for reply in log.read() if reply.request_id in wanted)
+    while batch := list(itertools.islice(replies, BATCH)):  # a reply may be a page, and there may be millions
+        numbers = [wanted[reply.request_id] for reply in batch]
+        answers = [answer_of(reply, codec) for reply in batch]
+        scores |= dict.fromkeys(numbers, 0.0)
+        said = [place for place, answer in enumerate(answers) if answer and not is_abstention(answer)]
+        judged = pool.judge([Item(asked[numbers[place]].prompt, answers[place]) for place in said])
+        for place, judgement in zip(said, judged, strict=True):
+            scores[numbers[place]] = None if judgement.verdict == "unjudged" else judgement.score
+    all_answered({"unanswered": len(asked) - len(scores)} if len(scores) < len(asked) else {}, "the base student")
+    return [scores[number] for number in range(len(asked))]
 
 
 def answer_of(reply: Reply, codec: Codec) -> str:
@@ -121,6 +126,6 @@ def as_columns(asked: Asked | None, prompt_ids: pa.ChunkedArray) -> SelfAsk:
     return SelfAsk(
         closed_book_N=np.array([grade is not None for grade in grades], bool)[codes_N],
         num_correct_N=np.array([grade.num_correct if grade else 0 for grade in grades], np.int64)[codes_N],
-        num_asked_N=np.array([grade.num_graded if grade else 0 for grade in grades], np.int64)[codes_N],
+        num_graded_N=np.array([grade.num_graded if grade else 0 for grade in grades], np.int64)[codes_N],
         row_tokens=sum(asked.row_tokens),
     )

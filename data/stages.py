@@ -6,6 +6,7 @@ from typing import Any
 
 from configs.progress import Count
 from configs.schema import Data
+from data import abstention, calibration, confidence, facts, grading, groups, minhash, panel, self_ask
 from data.asking import Models
 from data.benchmarks import find_benchmarks
 from data.build import build
@@ -13,10 +14,15 @@ from data.card import INVISIBLE
 from data.filters.control_tokens import has_control_tokens
 from data.grading import lines_of
 from data.judge import VERSIONS
+from data.schema import schema_hash
+from data.shards import ROW
 from data.stage import Context, Outcome, Stage
 from data.store import RunFolder, input_hashes, read_rollup, seal, sha256_file
 from data.verify import VERIFIERS
 from data.verify.llm_judge import template_of, version_of
+
+VERSIONED = (abstention, calibration, confidence, facts, grading, groups, minhash, panel, self_ask)
+"""Modules whose `VERSION` says that columns, or what is made of them, may be others now."""
 
 
 def data_stage(models_of: Callable[[Context], Models]) -> Stage:
@@ -42,6 +48,7 @@ def _identity(context: Context, models: Models) -> dict[str, Any]:
         "data": settings,
         "benchmarks": benchmarks,
         "judges": VERSIONS | {name: verifier.version for name, verifier in VERIFIERS.items()},
+        "columns": {module.__name__: module.VERSION for module in VERSIONED} | {"rows": schema_hash(ROW)},
         "models": _asked(context.recipe.data, models, context.folders),
         "verify_timeout_s": context.recipe.data.verify_timeout_s,  # a longer one is asked of what the last one did not settle
     }

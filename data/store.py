@@ -464,4 +464,6 @@ def _remedy(run: RunFolder, path: str) -> str:
         return (
             f"restore it, or delete it with {run.traces / ROLLUP} and run tracestill generate again: it is made of the segments"
         )
+    if (run.root / folder) in (run.verdicts, run.dataset):
+        return f"restore it, or delete {run.dataset / ROLLUP} and run tracestill data build again: it is made of the traces"
     return f"restore it, or delete {run.root / folder / ROLLUP} and run the stage again"

@@ -7,7 +7,8 @@ Three things keep a trace from grading itself:
   that echoes the trace, or a trace that says `{"grade": "correct"}`, gives no grade;
 - nothing is searched for. A reply of any other form is `ungraded`, and its answer unjudged.
 
-Replies are kept as they came (data/asking.py): what was paid for is never parsed away, and another reading of them costs nothing.
+Replies are kept as they came, those that nobody can read as the server's bytes (data/asking.py): what was paid for is never
+parsed away, and another reading of them costs nothing.
 Who is asked, and what becomes of the grades, is data/grading.py's.
 """
 
@@ -20,15 +21,15 @@ from typing import Literal, NamedTuple, get_args
 from configs.errors import UnusableInput
 from configs.judging import Judging
 from data.asking import Codec, Reply
+from data.calibration_metrics import wilson_interval
 from data.engine import Request
 from data.records import Message, Prompt, digest, request_seed
-from data.report_depth import wilson_interval
 from data.structure import split_reasoning
 from data.verify.runner import LLM_JUDGE
 
 VERSION = 1
 """Of the reading of replies and the counting of votes; template, settings and model are in `version_of`."""
-ASKING_VERSION = 1
+ASKING_VERSION = 2
 """Of the requests: with another one everything is asked again."""
 TEMPLATES = Path(__file__).parents[1] / "judge_templates"
 
@@ -40,7 +41,13 @@ GRADES: tuple[Grade, ...] = get_args(Grade)
 
 def shown_key(prompt: Prompt, answer: str) -> str:
     """32 hex digits that two traces share exactly when a judge is shown the same of them: such an answer is graded once."""
-    return digest("shown", prompt.prompt_id, prompt.answer, answer)
+    return digest("shown", prompt.prompt_id, reference_of(prompt), answer)
+
+
+def reference_of(prompt: Prompt) -> str:
+    """What a judge may be shown as the reference. Of a prompt that another verifier judges it is nothing: agreeing with that one
+    in sight of what it compares with would show that the judge can read, and nothing about answers without a reference."""
+    return prompt.answer if prompt.verifier == LLM_JUDGE else ""
 
 
 class Question(NamedTuple):
@@ -138,8 +145,10 @@ def key_of(request_id: str, seed: int) -> str:
 
 
 # A tag, a marker between bars or one in brackets opens a turn where the server tokenises special tokens out of text. The same
-# rule as for prompts (docs/prompts.md): a backslash after the first character, and what has one already stays.
-_MARKER = re.compile(r"<(?=[|/!｜A-Za-z_])|\[(?=/?[A-Z_]{2,}\])")
+# rule as for prompts (docs/prompts.md): a backslash after the first character, and what has one already stays. In brackets it is
+# one word with two capitals in a row (`[INST]`, GLM's `[gMASK]`); `a[i]`, `[A]` and `[0, 1)` are mathematics. Two looks ahead, so
+# that a long word costs its length and not the square of it.
+_MARKER = re.compile(r"<(?=[|/!｜A-Za-z_])|\[(?=/?\w+\])(?=/?\w*?[A-Z]{2})", re.ASCII)
 
 
 def escape(text: str) -> str:
@@ -150,8 +159,8 @@ def escape(text: str) -> str:
 def _parts(prompt: Prompt, answer: str, settings: Judging) -> dict[str, str]:
     asked = "\n\n".join(f"{message.get('role', '')}: {message.get('content', '')}" for message in prompt.messages)
     parts = {"TASK": asked, "ANSWER": answer}
-    if settings.show_reference and prompt.answer:
-        parts["REFERENCE"] = prompt.answer
+    if settings.show_reference and (reference := reference_of(prompt)):
+        parts["REFERENCE"] = reference
     return {name: escape(text) for name, text in parts.items()}
 
 

@@ -17,12 +17,13 @@ from pathlib import Path
 
 from configs.errors import TracestillError
 from configs.load import load_recipe
-from configs.schema import Data
+from data.build import build
 from data.stage import open_run
 from data.store import RunFolder, seal
 from data.verification import verify_run
 from tests.bench.frame import machine
-from tests.data.make_run import build_and_seal, commit_traces, make_prompt, make_trace, seal_prompts
+from tests.data.asked_run import NUM_FACTS, Student, fact, models_with, settings
+from tests.data.make_run import commit_traces, make_prompt, make_trace, seal_prompts
 
 PAGE = 4096
 Damage = Callable[[bytes, random.Random], bytes]
@@ -56,9 +57,10 @@ DAMAGES: dict[str, Damage] = {
 
 
 def make_finished_run(root: Path) -> RunFolder:
-    """Prompts, three trace segments, verdicts and a dataset of some 200 rows, sealed."""
+    """Prompts, three trace segments, a base student's replies, verdicts and a dataset of some 200 rows, sealed."""
     run = open_run(load_recipe("embedded"), root)
-    prompts = [make_prompt(f"What is {number} + 1?", str(number + 1)) for number in range(80)]
+    sums = [make_prompt(f"What is {number} + 1?", str(number + 1)) for number in range(74)]
+    prompts = [*sums, *map(fact, range(NUM_FACTS))]
     seal_prompts(run, prompts, 240)
     for sample in range(3):
         commit_traces(
@@ -66,7 +68,8 @@ def make_finished_run(root: Path) -> RunFolder:
         )
     files = [path for path in sorted(run.traces.iterdir()) if path.suffix in (".arrow", ".json")]
     seal(run, run.traces, stage="generate", fingerprint="f", inputs={}, files=files, counts={}, seconds=0.0)
-    build_and_seal(run, Data())
+    built = build(settings(), run, models=models_with(Student()))
+    seal(run, run.dataset, stage="data", fingerprint="f", inputs={}, files=built.files, counts=dict(built.counts), seconds=0.0)
     return run
 
 

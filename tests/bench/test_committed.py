@@ -33,6 +33,13 @@ def committed(benchmark: str) -> dict:
         ("sandbox", "p50_overhead_ms", None, 150.0),
         ("build", "seconds", None, 120.0),
         ("build", "peak_rss_mb", None, 1000.0),
+        ("ngram_scan", "ratio", 10.0, None),
+        ("near_dedup", "ratio", 3.0, None),
+        ("near_dedup", "ratio_datasketch", 20.0, None),
+        ("math_verify", "ratio", 5.0, None),
+        ("math_verify", "differing", None, 0),
+        ("leaks", "recall", 1.0, None),
+        ("leaks", "precision", 0.95, None),
         ("corruption", "undetected", None, 0),
         ("corruption", "false_alarms", None, 0),
     ],
@@ -58,3 +65,16 @@ def test_requests_per_second_of_the_whole_worker_stand_beside_those_that_put_rea
 def test_kills_cost_no_more_tokens_than_were_in_flight_since_their_checkpoints(part: str) -> None:
     found = committed("kill_storm")[part]
     assert 0 <= found["redone"] <= found["redone_bound"]
+
+
+def test_near_copies_are_found_at_least_as_well_as_by_the_peers() -> None:
+    for peer, gain in committed("near_dedup")["gains"].items():
+        assert gain["precision"] >= 0 and gain["recall"] >= 0, peer
+
+
+def test_every_view_has_as_many_students_of_as_many_tokens() -> None:
+    students = committed("views")["students"]
+    assert sorted((one["view"], one["seed"]) for one in students) == sorted(
+        (view, seed) for view in ("raw", "verified", "calibrated") for seed in range(3)
+    )
+    assert max(one["tokens"] for one in students) - min(one["tokens"] for one in students) < 100

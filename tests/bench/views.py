@@ -27,7 +27,8 @@ from typing import NamedTuple
 from data.store import RunFolder, read_rollup
 from tests.bench.frame import machine
 
-VIEWS = ("raw", "verified", "calibrated")
+VIEWS = {"raw": "{base: raw", "verified": "{base: verified", "calibrated": "{base: calibrated, abstention_share: 0.05"}
+"""Settings, but for the bound that closes them."""
 SEEDS = (0, 1, 2)
 ROUNDED = 1_000
 FIGURES = (
@@ -61,8 +62,8 @@ def tokens_without_bound(work: Path, traces: Path, view: str) -> int:
     """Training tokens of the whole view, both splits."""
     run = work / f"whole-{view}"
     if read_rollup(RunFolder(run).dataset) is None:
-        begin(run, traces, f"data.view={view}")
-    tracestill("data", "build", "embedded", "--run-dir", str(run), "-s", f"data.view={view}")
+        begin(run, traces, f"data.view={VIEWS[view]}}}")
+    tracestill("data", "build", "embedded", "--run-dir", str(run), "-s", f"data.view={VIEWS[view]}}}")
     return tokens_of(run)
 
 
@@ -96,10 +97,11 @@ def built(run: Path) -> dict[str, object]:
 def student_of(work: Path, traces: Path, arm: Arm, max_tokens: int) -> dict[str, object]:
     """Built, trained and evaluated; what was done before is not done again."""
     run = work / f"{arm.view}-{arm.seed}"
-    overrides = (f"data.view={{base: {arm.view}, max_tokens: {max_tokens}}}", f"train.seed={arm.seed}")
+    overrides = (f"data.view={VIEWS[arm.view]}, max_tokens: {max_tokens}}}", f"train.seed={arm.seed}")
     if not (run / "config.yaml").is_file() or not (run / "traces" / "manifest.json").is_file():
         begin(run, traces, *overrides)
-        for others in (work / f"whole-{arm.view}" / "verdicts" / "replies", work / f"{VIEWS[0]}-{SEEDS[0]}" / "evaluation"):
+        first = work / f"{next(iter(VIEWS))}-{SEEDS[0]}"
+        for others in (work / f"whole-{arm.view}" / "verdicts" / "replies", first / "evaluation"):
             if others.is_dir():  # what the base said, and how teacher and base did, was asked once already
                 target = run / others.relative_to(others.parents[1 if others.name == "replies" else 0])
                 shutil.copytree(others, target, ignore=shutil.ignore_patterns("student*", "manifest.json", "gates.json"))
@@ -134,14 +136,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     parser.add_argument("--work", type=Path, required=True, help="keeps the run folders")
+    parser.add_argument("--views", nargs="+", default=list(VIEWS), choices=VIEWS, help="bounded by the least of these")
     parser.add_argument("--run", type=Path, help="a run of the `embedded` recipe with finished traces")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     traces = traces_of(arguments.work, arguments.run)
-    whole = {view: tokens_without_bound(arguments.work, traces, view) for view in VIEWS}
+    whole = {view: tokens_without_bound(arguments.work, traces, view) for view in arguments.views}
     max_tokens = min(whole.values()) // ROUNDED * ROUNDED
     students: list[dict[str, object]] = []
-    for arm in (Arm(view, seed) for seed in SEEDS for view in VIEWS):
+    for arm in (Arm(view, seed) for seed in SEEDS for view in arguments.views):
         students.append(student_of(arguments.work, traces, arm, max_tokens))
         found = {
             "benchmark": "views", "tokens_without_bound": whole, "max_tokens": max_tokens, "views": summary(students),

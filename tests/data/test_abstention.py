@@ -11,6 +11,7 @@ from data.abstention import (
     Grades,
     abstain,
     allowed_abstentions,
+    by_lot,
     is_closed_book,
     provenance,
     questions,
@@ -59,15 +60,40 @@ def test_what_the_student_can_produce_stays_and_the_rest_becomes_one_row_a_promp
         prompt_codes_N=np.array([5, 6, 6, 7, 8, 9]),
         candidates_N=np.array([True] * 5 + [False]),
         num_correct_N=np.array([3, 2, 2, 0, 0, 0]),
-        num_asked_N=np.array([8, 8, 8, 8, 0, 0]),
+        num_graded_N=np.array([8, 8, 8, 8, 0, 0]),
         num_kept=10,
+        samples=8,
         min_correct=3,
         share=0.125,
     )
-    # 10 kept, 3 rows of unknown prompts leave 7: r <= (7 + r) / 8 allows one, and key 3 comes before key 4
+    # 10 kept, 3 rows of unknown prompts leave 7: r <= (7 + r) / 8 allows one, and lots decide which
     assert found.counts() == {"relabelled": 1, "repeated": 1, "capped": 1, "produced": 1, "not_asked": 1}
+    assert sorted((9, 4, 3), key=lot) == [3, 4, 9]
     assert (found.relabelled.tolist(), found.repeated.tolist(), found.capped.tolist()) == ([3], [1], [2])
     assert (found.produced.tolist(), found.not_asked.tolist()) == ([0], [4])
+
+
+def lot(key: int) -> int:
+    """Of data.abstention.by_lot, in plain integers."""
+    mixed = (key + 0x9E3779B97F4A7C15) % 2**64
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ (mixed >> shift)) * factor % 2**64
+    return mixed ^ (mixed >> 31)
+
+
+@given(st.lists(st.integers(0, 2**64 - 1), min_size=1, unique=True))
+def test_lots_are_drawn_as_in_plain_integers(keys: list[int]) -> None:
+    drawn = by_lot(np.array(keys, np.uint64), np.arange(len(keys)))
+    assert [keys[row] for row in drawn.tolist()] == sorted(keys, key=lot)
+
+
+def test_a_prompt_whose_missing_grades_could_make_it_known_is_not_decided() -> None:
+    graded, correct = np.array([8, 6, 5, 2, 0]), np.array([2, 0, 0, 2, 0])
+    found = abstain(
+        np.arange(5, dtype=np.uint64), np.arange(5), np.ones(5, bool), correct, graded,
+        num_kept=100, samples=8, min_correct=3, share=0.5,
+    )  # fmt: skip
+    assert (found.relabelled.tolist(), found.not_asked.tolist()) == ([0, 1], [2, 3, 4])
 
 
 @given(st.integers(0, 5000), st.integers(0, 99))
@@ -100,7 +126,7 @@ def test_every_candidate_has_one_fate_and_no_order_of_rows_changes_it(
 
     def fates(order: np.ndarray) -> dict[str, set[int]]:
         columns = (keys[order], prompts[order], candidates[order], num_correct[order], num_asked[order])
-        found = abstain(*columns, num_kept=num_kept, min_correct=3, share=share)
+        found = abstain(*columns, num_kept=num_kept, samples=8, min_correct=3, share=share)
         return {name: {int(keys[order][row]) for row in rows} for name, rows in found._asdict().items()}
 
     mine = fates(np.arange(len(table)))

@@ -58,9 +58,9 @@ def test_rows_that_declare_themselves_training_are_no_evaluation_items(tmp_path:
     [
         ('{"text": "a"}\n{"text"', [], r"benchmark x.jsonl line 2: not valid JSON"),
         ("[1]", [], "benchmark x.jsonl line 1: expected a JSON object, found list"),
-        ('{"body": "a", "tag": "b"}', [], r"no evaluation text in any of the fields .*\(found: body, tag\); name those"),
+        ('{"body": "a", "tag": "b"}', [], r"no evaluation text in any of the fields .*\(found: body, tag\); give the field"),
+        ("", [], "no rows; expected at least one item"),
         ('{"body": "a"}', ["title"], r"benchmark x.jsonl: no field title \(found: body\)"),
-        ("", [], r"\(found: none\)"),
     ],
 )
 def test_a_file_without_evaluation_text_is_refused_in_one_line(
@@ -120,3 +120,8 @@ def test_facts_split_by_phrasing_leak_by_their_phrasing_and_not_by_their_answer(
     assert scan(index, train, [True] * len(train)) == []
     leaks = scan(index, [f"Someone asked: {row['question']}" for row in sides["eval"]])
     assert {hit.text for hit in leaks} == set(range(len(sides["eval"])))
+
+
+def test_items_that_share_an_id_are_told_apart_by_their_row(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", *({"id": identity, "question": "Why?"} for identity in ("a", "a", "b")))
+    assert [item[1] for item in read_benchmark(path, "a.jsonl")] == ["a", "a (row 2)", "b"]

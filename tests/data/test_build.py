@@ -11,7 +11,7 @@ from data.dataset import load_dataset
 from data.ledger import read_ledger
 from data.records import Trace
 from data.split import is_held_out
-from data.store import RunFolder, read_rollup, segments
+from data.store import RunFolder, read_rollup, segments, verify_files
 from tests.data.hostile import HOSTILE
 from tests.data.make_run import build_and_seal, make_prompt, make_run, make_trace, rewrite, snapshot
 
@@ -168,6 +168,30 @@ def test_nothing_kept_is_refused_with_the_reasons_counted_and_the_verdicts_writt
 def test_a_dataset_of_validation_rows_alone_is_refused(run: RunFolder) -> None:
     with pytest.raises(Refused, match=r"lower data\.validation_share"):
         build(Data(validation_share=1.0), run)
+
+
+def test_a_refused_build_leaves_the_dataset_that_stands(run: RunFolder) -> None:
+    build_and_seal(run)
+    before = snapshot(run)
+    with pytest.raises(Refused, match="the dataset that stands, and its verdicts, are as they were"):
+        build(Data(validation_share=1.0), run)
+    assert snapshot(run) == before
+
+
+@pytest.mark.parametrize("folder", ["verdicts", "dataset"])
+def test_a_damaged_file_is_made_again_by_what_its_line_says(run: RunFolder, folder: str) -> None:
+    build_and_seal(run)
+    before, rollup = snapshot(run), read_rollup(run.dataset)
+    damaged = sorted(path for path in (run.root / folder).rglob("*.arrow"))[0]
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert rollup is not None
+    with pytest.raises(UnusableInput, match=r"delete .*/dataset/manifest\.json and run tracestill data build again"):
+        verify_files(run, rollup)
+    (run.dataset / "manifest.json").unlink()
+    build_and_seal(run)
+    assert {path: its for path, its in snapshot(run).items() if "manifest" not in path} == {
+        path: its for path, its in before.items() if "manifest" not in path
+    }
 
 
 def test_an_empty_validation_side_can_still_be_loaded(tmp_path: Path) -> None:

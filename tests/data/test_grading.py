@@ -1,5 +1,6 @@
 """Whole builds with a judge behind a chat server: who is asked, what is made of it, and what failures leave."""
 
+import itertools
 import json
 import re
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,12 +17,13 @@ from configs.errors import UnusableInput
 from configs.judging import Judging
 from configs.schema import Data
 from data import grading
-from data.asking import Model, Models
+from data.asking import Model, Models, ReplyLog
 from data.build import Built, build
+from data.card import INVISIBLE
 from data.engine import Request
 from data.grading import lines_of
 from data.judge import judge_run, opinion
-from data.records import Prompt
+from data.records import Prompt, prompt_identity
 from data.select import KEPT, select
 from data.store import RunFolder, segments
 from data.verify.llm_judge import identity_of
@@ -30,17 +33,18 @@ from tests.teacher.mock_server import Asked, MockServer, Reply, encoded, said
 
 ROOT = Path(__file__).parents[2]
 ESSAYS = [make_prompt(f"Why is planet {number} green?", f"algae {number}", verifier="llm_judge") for number in range(4)]
+OPEN = make_prompt("Why is planet 4 green?", "", verifier="llm_judge")
 SUM = make_prompt("What is 2 + 2?")
 KEY = re.compile(r"carry the key ([0-9a-f]{16});")
 GRADES = {"right": "correct", "half": "partial", "wrong": "incorrect", "silent": "not_attempted"}
 
 
-def judgement(asked: Asked) -> Reply:
+def judgement(asked: Asked, grade: str | None = None) -> Reply:
     """By the answer's first word; what has none is echoed."""
     text = asked.body["messages"][0]["content"]
     (key,) = KEY.findall(text)
     answer = text.partition(f"BEGIN ANSWER {key} =====\n")[2].partition("\n===== END")[0]
-    grade = GRADES.get(answer.split()[0])
+    grade = grade or GRADES.get(answer.split()[0])
     content = f"It says so.\n{json.dumps({'grade': grade, 'key': key})}" if grade else answer
     return Reply(body=encoded(said(content=content) | {"usage": {"prompt_tokens": 100, "completion_tokens": 10}}))
 
@@ -129,8 +133,8 @@ def test_an_answer_that_a_judge_repeats_never_passes(tmp_path: Path, server: Moc
 def test_a_judge_is_no_proof_for_p_correct_and_is_held_against_verifiers(tmp_path: Path, server: MockServer) -> None:
     sums = [make_prompt(f"What is right {number}?", f"right {number}") for number in range(6)]
     traces = [make_trace(prompt, prompt.answer if number < 4 else "right nevertheless") for number, prompt in enumerate(sums)]
-    traces += [make_trace(ESSAYS[0], "right"), make_trace(ESSAYS[0], "", sample=1)]
-    run, settings = make_run(tmp_path, [*ESSAYS, *sums], [traces]), judging(server, checked_share=1.0)
+    traces += [make_trace(OPEN, "right"), make_trace(OPEN, "", sample=1)]
+    run, settings = make_run(tmp_path, [OPEN, *sums], [traces]), judging(server, checked_share=1.0)
     data = Data(judging=settings, filters=(), view={"require_verified": False, "min_p_correct": 0.5})  # type: ignore[arg-type]
     found = judge_run(run, data, num_workers=1, tell=lambda count: None, models=models_for(settings))
     assert found.graded is not None and (found.graded.counts["checked"], found.graded.counts["agreed"]) == (6, 4)
@@ -141,6 +145,22 @@ def test_a_judge_is_no_proof_for_p_correct_and_is_held_against_verifiers(tmp_pat
     assert (decisions.fates_N == KEPT).tolist() == [True] * 4 + [False] * 4  # too few labels for a model: nobody vouches
     verdicts = found["verifier"].to_pylist()
     assert [row["verdict"] for row in verdicts] == ["pass"] * 4 + ["fail"] * 2 + ["pass", "fail"]
+
+
+def test_no_verifiers_reference_is_shown_and_a_grade_in_sight_of_one_is_no_evidence(tmp_path: Path, server: MockServer) -> None:
+    """Else the weight of a judge that has the label before it would pass to one that has not."""
+    traces = [make_trace(SUM, "right"), make_trace(ESSAYS[0], "right"), make_trace(OPEN, "right")]
+    run, evidence = make_run(tmp_path, [ESSAYS[0], OPEN, SUM], [traces]), []
+    for is_shown in (True, False):
+        data = Data(judging=judging(server, checked_share=1.0, show_reference=is_shown), filters=())
+        assert data.judging is not None
+        found = judge_run(run, data, num_workers=1, tell=lambda count: None, models=models_for(data.judging))
+        assert found.graded is not None and found.graded.counts["checked"] == 1
+        evidence.append([None if said != said else said for said in found.graded.judge_N.tolist()])
+    assert evidence == [[1.0, None, 1.0], [1.0, 1.0, 1.0]]
+    texts = [body["messages"][0]["content"] for body in server.bodies]
+    with_reference = [text for text in texts if "BEGIN REFERENCE" in text]
+    assert len(texts) == 6 and len(with_reference) == 1 and "algae 0" in with_reference[0]
 
 
 def test_flips_are_counted_and_said_with_their_interval_and_the_price(tmp_path: Path, server: MockServer) -> None:
@@ -215,6 +235,34 @@ def test_the_bytes_are_the_same_whatever_the_number_of_processes(tmp_path: Path,
     assert made[0] == made[1] and len(made[0]) > 5
 
 
+def test_copies_that_differ_in_blanks_have_one_grade_whatever_the_order_of_the_log(tmp_path: Path, server: MockServer) -> None:
+    traces = [
+        make_trace(prompt, answer, sample=sample)
+        for prompt in ESSAYS
+        for sample, answer in enumerate(("right words", "right  words\n", "right words "))
+    ]
+    made = []
+    for number, log in enumerate([[traces], [traces[::-1]], [traces[2::3], traces[1::3], traces[::3]]]):
+        server.asked.clear()
+        run = make_run(tmp_path / str(number), ESSAYS, log)
+        built = graded(run, judging(server, resample_share=0.5))
+        assert built.counts["kept"] == 4 and reasons(built) == {"duplicate": 8}
+        assert built.judge is not None and built.judge["answers"] == {"correct": 4}
+        assert len(server.asked) == built.judge["replies"]
+        made.append({path: content for path, content in snapshot(run).items() if "/replies/" not in path})
+    assert made[0] == made[1] == made[2] and len(made[0]) > 5
+
+
+def test_a_copy_that_answers_another_prompt_has_a_grade_of_its_own(tmp_path: Path, server: MockServer) -> None:
+    """The same words under another version of the prompt may have another reference."""
+    first = ESSAYS[0]
+    second = replace(first, answer="moss", prompt_version="v2", prompt_id=prompt_identity(first.messages, "v2"))
+    server.reply = lambda asked: judgement(asked, "correct" if "moss" in asked.body["messages"][0]["content"] else "incorrect")
+    traces = [make_trace(first, "right"), make_trace(second, "right")]
+    built = graded(make_run(tmp_path, [first, second], [traces]), judging(server))
+    assert len(server.asked) == 2 and built.counts["kept"] == 1 and reasons(built) == {"wrong": 1}
+
+
 # --- what can go wrong -------------------------------------------------------------------------------------------
 
 
@@ -282,6 +330,64 @@ def test_a_judge_that_refuses_everything_has_judged_nothing(tmp_path: Path, serv
     server.reply = lambda asked: Reply(400, b'{"error": "max_tokens is too large"}')
     with pytest.raises(UnusableInput, match=r"2 requests to a-judge failed \(2 refused\)"):
         graded(essay_run(tmp_path, "right", "wrong"), judging(server))
+
+
+def test_a_server_that_answers_nobody_today_is_not_believed_what_it_refuses(tmp_path: Path, server: MockServer) -> None:
+    run, settings = essay_run(tmp_path, "right"), judging(server)
+    graded(run, settings)
+    commit_traces(run, [make_trace(prompt, "right") for prompt in ESSAYS[1:]])
+    server.reply = lambda asked: Reply(400, b'{"error": "no such model"}')
+    with pytest.raises(UnusableInput, match=r"3 requests to a-judge failed \(3 refused\)"):
+        graded(run, settings)
+    server.reply = judgement
+    assert graded(run, settings).counts["kept"] == 5
+
+
+def test_what_could_not_be_read_is_kept_as_it_came_and_its_price_is_counted(tmp_path: Path, server: MockServer) -> None:
+    run, settings = essay_run(tmp_path, "right", "half poison"), judging(server)
+    endless = said(None, content="mumble") | {"usage": {"prompt_tokens": 100, "completion_tokens": 10}}
+    server.reply = unless("poison", Reply(body=encoded(endless)))
+    with pytest.raises(UnusableInput, match="1 bad_reply"):
+        graded(run, settings)
+    (folder,) = run.verdicts.glob("replies/judge-*")
+    log = ReplyLog(run, "judge", folder.name.removeprefix("judge-"))
+    (kept,) = log.paid_in_vain()
+    assert (kept.error, kept.cost) == ("bad_reply", 10.0) and kept.text.count("mumble") == 2, "two attempts of 10 tokens"
+    assert kept.request_id not in log and [reply.error for reply in log.read()] == [""]
+    server.reply = judgement
+    built = graded(run, settings)
+    assert reasons(built) == {"partial": 1} and built.judge is not None
+    assert (built.judge["replies"], built.judge["output_tokens"], built.judge["cost"]) == (2, 40, 20.0)
+
+
+def test_an_engine_that_leaves_requests_out_ends_the_build(
+    tmp_path: Path, server: MockServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate = JudgeEngine.generate
+    monkeypatch.setattr(
+        JudgeEngine, "generate", lambda engine, requests, handout: itertools.islice(generate(engine, requests, handout), 1)
+    )
+    with pytest.raises(RuntimeError, match="2 requests are still to be answered and 0 failed"):
+        graded(essay_run(tmp_path, "right", "wrong", "half"), judging(server))
+
+
+# --- who judges, and where ---------------------------------------------------------------------------------------
+
+
+def test_where_the_judge_listens_is_no_part_of_the_dataset_and_who_it_is_is(tmp_path: Path, server: MockServer) -> None:
+    run = essay_run(tmp_path, "right")
+    built = graded(run, judging(server))
+    card = (run.dataset / "README.md").read_text()
+    for said_of_it in (card, json.dumps(built.settings)):
+        assert "a-judge" in said_of_it and server.url not in said_of_it and "127.0.0.1" not in said_of_it
+
+    def identity(**engine: object) -> object:
+        chosen = {"base_urls": "http://one:1/v1", "model": "a-judge"} | engine
+        return Data.model_validate({"judging": {"engine": chosen}}).model_dump(mode="json", exclude=INVISIBLE)
+
+    moved = {"base_urls": "http://two:1/v1", "concurrency": 3, "deadline_s": 5.0, "api_key_env": "KEY", "attempts": 1}
+    assert identity() == identity(**moved)
+    assert identity() not in (identity(model="another"), identity(dtype="fp8"))
 
 
 KILLED = """

@@ -115,7 +115,7 @@ def test_progress_counts_segments_and_ends_whole(tmp_path: Path) -> None:
     run = make_run(tmp_path, PROMPTS, [traces_of(0), traces_of(1)])
     told: list[Count] = []
     build(Data(), run, told.append)
-    judging_counts = [count for count in told if count.note == "judging segments"]
+    judging_counts = [count for count in told if (count.note, count.unit) == ("judging", "segments")]
     assert [(count.done, count.total) for count in judging_counts] == [(1, 2), (2, 2)]
     assert told[-1].done == told[-1].total
 

@@ -273,6 +273,16 @@ def test_escaping_twice_changes_nothing_and_leaves_no_marker(text: str) -> None:
     assert llm_judge.escape(once) == once and not re.search(r"<[|/!｜A-Za-z_]", once)
 
 
+@pytest.mark.parametrize("marker", ["[INST]", "[/INST]", "[gMASK]", "[sMASK]", "[TOOL_CALLS]", "[PAD10]"])
+def test_a_marker_in_brackets_is_escaped_whatever_its_case(marker: str) -> None:
+    assert llm_judge.escape(f"a{marker}b") == f"a[\\{marker[1:]}b" == llm_judge.escape(f"a[\\{marker[1:]}b")
+
+
+def test_escaping_a_long_word_in_a_bracket_costs_its_length() -> None:
+    word = "[" + "aA" * 500_000
+    assert llm_judge.escape(word) == word
+
+
 def test_comparisons_and_brackets_of_mathematics_stay_readable() -> None:
     assert llm_judge.escape("1 < x <= 2, a[i] in [0, 1), [A]") == "1 < x <= 2, a[i] in [0, 1), [A]"
 

@@ -228,7 +228,7 @@ def taken(given: Columns, order: np.ndarray) -> Columns:
         if name[-2:] in ("_N", "NP")
     }
     moved["prompt_codes_N"] = 10_000 - moved["prompt_codes_N"]
-    its = SelfAsk(asked.closed_book_N[order], asked.num_correct_N[order], asked.num_asked_N[order], asked.row_tokens)
+    its = SelfAsk(asked.closed_book_N[order], asked.num_correct_N[order], asked.num_graded_N[order], asked.row_tokens)
     return dataclasses.replace(given, **moved, self_ask=its)
 
 
@@ -340,3 +340,27 @@ def test_a_view_of_200_000_traces_takes_seconds() -> None:
     seconds = time.process_time() - began
     print(f"what-if over 200,000 traces: {seconds:.2f} s of one core")
     assert seconds < 10.0  # 0.05 of the millisecond a trace that the whole build may cost
+
+
+@pytest.mark.parametrize("prefer", ["hash", "shorter"])
+def test_the_share_of_abstentions_holds_of_what_a_token_budget_leaves(prefer: str) -> None:
+    rng, closed = np.random.default_rng(0), np.arange(1000) < 300
+    found = Columns(
+        trace_keys_N=rng.permutation(1000).astype(np.uint64),
+        prompt_codes_N=np.arange(1000),
+        task_codes_N=np.zeros(1000, np.int64),
+        tasks=["t"],
+        eligible_N=np.ones(1000, bool),
+        verdicts_N=np.ones(1000, np.int8),
+        p_correct_N=np.ones(1000),
+        prompt_tokens_N=np.full(1000, 10),
+        generated_tokens_N=np.where(closed, 20, 1000),
+        answer_keys_N=np.arange(1000).astype(np.uint64),
+        self_ask=SelfAsk(closed, np.zeros(1000, np.int64), np.where(closed, 8, 0), 5),
+    )
+    taken = apply_view(found, View.model_validate({"abstention_share": 0.05, "max_tokens": 100_000, "prefer": prefer}))
+    rows, relabelled = int(taken.kept_N.sum()), int(taken.relabelled_N.sum())
+    assert 0 < relabelled <= 0.05 * rows and (taken.relabelled_N <= taken.kept_N).all()
+    assert taken.abstention is not None and taken.abstention["relabelled"] == relabelled
+    assert sum(taken.abstention.values()) == 300
+    assert int(taken.tokens_N[taken.kept_N].sum()) <= 100_000

@@ -1,22 +1,32 @@
 """The base student is asked what it can produce, and a whole build follows from what it says."""
 
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
-from configs.errors import UnusableInput
+from configs.errors import Refused, UnusableInput
+from configs.load import load_recipe
 from configs.schema import Data
-from data.abstention import ABSTENTION
+from data.abstention import ABSTENTION, is_closed_book
 from data.asking import Models
 from data.build import Built, build
 from data.dataset import load_dataset
+from data.engine import Completion, Handout, Request
+from data.stage import Context, open_run
+from data.stages import DATA, VERSIONED
 from data.store import RunFolder, seal
+from data.verification import verify_run
 from tests.data.asked_run import ANSWERS, NUM_FACTS, Student, asked_run, fact, models_with, settings
 from tests.data.make_run import commit_traces, make_trace, snapshot
 
@@ -174,7 +184,6 @@ def test_what_does_not_come_to_an_end_is_not_right(text: str, finish: str) -> No
 
 
 def test_the_embedded_student_is_asked_through_its_own_engine_and_template(tmp_path: Path) -> None:
-    from configs.load import load_recipe
     from tracestill import _base_student
 
     run = asked_run(tmp_path / "run", num_facts=2)
@@ -183,3 +192,69 @@ def test_the_embedded_student_is_asked_through_its_own_engine_and_template(tmp_p
     assert made.counts["relabelled"] == 2  # nobody has told it of these towns
     rows = [row for row in pq.read_table(run.dataset / "parquet").to_pylist() if row["provenance"]]
     assert [row["answer_tokens"] for row in rows] == [len(ABSTENTION) + 1] * 2  # bytes, and the end of turn
+
+
+class Lazy(Student):
+    """Ends before it has said everything, without a word."""
+
+    def generate(self, requests: Iterable[Request], handout: Handout | None = None) -> Iterator[Completion]:
+        yield from itertools.islice(super().generate(requests, handout), 10)
+
+
+def test_what_was_never_answered_is_no_wrong_answer(tmp_path: Path) -> None:
+    run = asked_run(tmp_path / "run")
+    with pytest.raises(UnusableInput, match=r"38 requests to the base student failed \(38 unanswered\)"):
+        built(run, Lazy())
+    student = Student()
+    built(run, student)
+    assert len(student.asked) == NUM_FACTS * 8 - 10
+
+
+def test_replies_are_judged_a_batch_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, cut = asked_run(tmp_path / "whole"), asked_run(tmp_path / "cut")
+    built(whole, Student())
+    monkeypatch.setattr("data.self_ask.BATCH", 7)
+    built(cut, Student())
+    assert rows_of(whole) == rows_of(cut)
+
+
+def test_a_damaged_reply_is_found_by_data_verify_and_a_whole_one_is_no_stray(tmp_path: Path) -> None:
+    open_run(load_recipe("embedded"), tmp_path / "run")
+    run = asked_run(tmp_path / "run")
+    built(run, Student())
+    (run.dataset / "manifest.json").unlink()  # as a build leaves it that asked and was killed
+    assert not [path for path in verify_run(run).strays if "replies" in path.parts]
+    segment = next(run.verdicts.glob("replies/*/*.arrow"))
+    content = bytearray(segment.read_bytes())
+    content[len(content) // 2] ^= 1
+    segment.write_bytes(content)
+    with pytest.raises(UnusableInput, match=segment.stem):
+        verify_run(run)
+
+
+def test_the_card_says_which_rows_are_not_the_teachers(tmp_path: Path) -> None:
+    run = asked_run(tmp_path / "run")
+    built(run, Student())
+    assert '3 rows say "I don\'t know" where the teacher answered' in (run.dataset / "README.md").read_text()
+
+
+def test_prompts_that_only_a_model_can_grade_are_not_asked() -> None:
+    assert is_closed_book(fact(0)) and not is_closed_book(replace(fact(0), verifier="llm_judge"))
+
+
+@pytest.mark.parametrize("module", VERSIONED, ids=lambda module: module.__name__)
+def test_another_version_of_a_column_is_another_stage(
+    module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load_recipe("embedded")
+    context = Context(loaded, open_run(loaded, tmp_path / "run"), "embedded", (), Console(quiet=True))
+    before = DATA.identity(context)
+    monkeypatch.setattr(module, "VERSION", module.VERSION + 1)
+    assert DATA.identity(context) != before
+
+
+def test_a_licence_that_no_dataset_may_have_is_refused_before_anybody_is_asked(tmp_path: Path) -> None:
+    student = Student()
+    with pytest.raises(Refused, match="CC0-1.0"):
+        built(asked_run(tmp_path / "run"), student, settings().model_copy(update={"permitted_licences": ("MIT",)}))
+    assert not student.asked
