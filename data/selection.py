@@ -330,15 +330,16 @@ def _max_tokens(columns: Columns, view: View, state: Selection) -> Selection:
 
 def _within_share(columns: Columns, view: View, state: Selection) -> Selection:
     """The budget may have cut others rather than relabelled rows, which are short: their share holds of what is left."""
-    if view.abstention_share is None or state.abstention is None:
+    decided = state.abstention
+    if view.abstention_share is None or decided is None:
         return state
     left_N = state.relabelled_N & state.kept_N
     allowed = allowed_abstentions(int(state.kept_N.sum() - left_N.sum()), view.abstention_share)
     excess = by_lot(columns.trace_keys_N, np.flatnonzero(left_N))[allowed:]
     state = _turn_down(state, "abstention_cap", excess)
     relabelled_N = left_N & state.kept_N
-    counts = state.abstention | {
-        "relabelled": int(relabelled_N.sum()), "capped": state.abstention["capped"] + len(excess),
+    counts = decided | {
+        "relabelled": int(relabelled_N.sum()), "capped": decided["capped"] + len(excess),
         "over_budget": int((state.relabelled_N & ~left_N).sum()),
     }  # fmt: skip
     return state._replace(relabelled_N=relabelled_N, abstention=counts)
