@@ -22,14 +22,14 @@ def fact(number: int) -> Prompt:
     return replace(make_prompt(f"Which metal is mined in town {number}?", ANSWERS[number], task="facts/metals"), known=True)
 
 
-def asked_run(root: Path, num_facts: int = NUM_FACTS) -> RunFolder:
-    """Two different right traces of each fact, and forty sums, in five segments."""
+def asked_run(root: Path, num_facts: int = NUM_FACTS, *, num_segments: int = 3) -> RunFolder:
+    """Two different right traces of each fact, and forty sums; a build of three segments starts no process."""
     facts = [fact(number) for number in range(num_facts)]
     sums = [make_prompt(f"What is {number} + 1?", str(number + 1)) for number in range(40)]
     traces = [make_trace(prompt, prompt.answer, reasoning=f"so {prompt.answer}") for prompt in sums]
     for sample in range(2):
         traces += [make_trace(prompt, prompt.answer, sample=sample, reasoning=f"I recall, {sample}") for prompt in facts]
-    return make_run(root, [*sums, *facts], [traces[start::5] for start in range(5)])
+    return make_run(root, [*sums, *facts], [traces[start::num_segments] for start in range(num_segments)])
 
 
 class Student:
