@@ -75,9 +75,9 @@ def test_a_file_whose_lines_or_words_are_unsure_is_spared(text: str) -> None:
 
 
 def test_every_mutation_of_this_project_parses_and_changes_one_line() -> None:
-    """Real code: every module of generate/."""
+    """Real code: the first dozen modules of generate/."""
     planted = 0
-    for path in sorted((Path(__file__).parents[2] / "generate").glob("*.py"))[:8]:
+    for path in sorted((Path(__file__).parents[2] / "generate").glob("*.py"))[:12]:
         text, lines = path.read_text(), path.read_text().split("\n")
         for site in find_sites("a.py", text)[::7]:
             changed = apply(lines, site)
