@@ -71,6 +71,7 @@ class Display:
     def __init__(self, stage: str, unit: str, console: Console) -> None:
         self.stage, self.unit, self.console = stage, unit, console
         self.started, self.first_done, self.last_line = time.monotonic(), None, 0.0
+        self.counted = ""
         self.bar: Progress | None = None
         self.task: TaskID | None = None
         if console.is_terminal:
@@ -92,8 +93,8 @@ class Display:
 
     def show(self, count: Count) -> None:
         now = time.monotonic()
-        if self.first_done is None:
-            self.first_done, self.started = count.done, now
+        if self.first_done is None or count.unit != self.counted:  # from now on another thing is counted
+            self.first_done, self.started, self.counted = count.done, now, count.unit
         rate, unit = (count.done - self.first_done) / max(now - self.started, 1e-9), count.unit or self.unit
         if self.bar is not None and self.task is not None:
             said = f"{rate:.1f} {unit}/s"

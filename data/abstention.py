@@ -20,7 +20,7 @@ from data.records import Message, Prompt, digest, request_seed
 from data.verify.exact import is_abstention
 from data.verify.runner import LLM_JUDGE
 
-VERSION = 1
+VERSION = 2
 ABSTENTION = "I don't know"
 
 

@@ -213,11 +213,12 @@ def ask(
                 failed[completion.error or "abort"] += 1
                 if returned and completion.error not in _SETTLED:
                     log.add(_reply(completion, codec, returned))
+            if refusals is not None and answered and refused:  # now: a build that is killed would have its answers and not these
+                refusals.extend(refused)
+                refused.clear()
             tell(Count(done := done + 1, total, doing, unit="requests"))
     finally:
         log.commit()
-        if refusals is not None and answered:
-            refusals.extend(refused)
         engine.close()
     if not answered:  # a model that answers nobody is not itself today, or the recipe is wrong
         failed.update(reply.error for reply in refused)

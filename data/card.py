@@ -84,7 +84,7 @@ def _relabelled(counts: Counts) -> str:
         return ""
     return (
         f" {counts['relabelled']:,} rows say \"I don't know\" where the teacher answered, because the student's base could not "
-        "have: no words of theirs but the question are the teacher's, and `provenance` says so."
+        "have: nothing in them but the question stood in the teacher's trace, and `provenance` says so."
     )
 
 

@@ -89,8 +89,10 @@ def judge_run(
     """Asks what has not been asked in earlier builds. num_workers: processes that read, and as many that verify. folders: where
     benchmark files are looked for. models: those that may be asked.
 
-    Raises UnusableInput for a damaged segment, no completed trace, one whose prompt is not in the prompt set, or a model that has
-    to be asked and is not there or does not answer.
+    Raises:
+        UnusableInput: a damaged segment, no completed trace, one whose prompt is not in the prompt set, or a model that has to be
+            asked and is not there or does not answer.
+        Refused: a model would be asked, and a trace that may stay has a licence that is not listed.
     """
     committed = segments(run.traces)
     spec = PanelSpec.of(run, _with_words(settings, models), folders, verifiers)
@@ -98,7 +100,7 @@ def judge_run(
         tables = examine(run, committed, spec, num_workers=num_workers, pool=pool, tell=tell)
         found = _counting(run, committed, tables, spec.index.num_unsearched)
         if _somebody_is_asked(settings, models):
-            check_licences(licences(found["facts"], _may_stay(found, settings)), settings.permitted_licences)
+            check_licences(licences(found["facts"], _may_stay(found, settings)), settings.permitted_licences, "that may be kept")
         found = replace(found, asked=_asked(run, settings, found["facts"], models, pool, tell))
     return _graded(run, settings, found, models, tell, folders)
 
@@ -123,8 +125,11 @@ def _somebody_is_asked(settings: Data, models: Models) -> bool:
 def _may_stay(found: Judged, settings: Data) -> np.ndarray:
     """bool [N]: traces that nothing known before a model is asked turns down. A licence that their dataset could not have is
     refused before anybody is paid."""
-    failed_N = verdicts(found["verifier"]) == calibration.FAILED
-    return select(_before_verdicts(found), len(found)).kept_N & ~(failed_N & settings.view.require_verified)
+    may_N = select(_before_verdicts(found), len(found)).kept_N
+    if not settings.view.require_verified:
+        return may_N
+    judged_later_N = np.array([name == LLM_JUDGE for name in found["verifier"]["verifier"].to_pylist()], bool)
+    return may_N & ((verdicts(found["verifier"]) == calibration.PASSED) | judged_later_N)
 
 
 def _with_words(settings: Data, models: Models) -> Data:

@@ -22,13 +22,13 @@ def _counted(column: pa.ChunkedArray) -> dict[str, int]:
     return dict(sorted(Counter(counts).items()))
 
 
-def check_licences(found: Mapping[str, Mapping[str, int]], permitted: Collection[str]) -> None:
-    """Raises Refused for the first licence that is not listed: who distils must have read it."""
+def check_licences(found: Mapping[str, Mapping[str, int]], permitted: Collection[str], which: str = "that are kept") -> None:
+    """Raises Refused for the first licence that is not listed: who distils must have read it. which: traces these are of."""
     for side, counted in found.items():
         for licence, traces in counted.items():
             if licence not in permitted:
                 where = "teacher.licence" if side == "teacher" else "the licence of its entry in generate.prompts"
                 raise Refused(
-                    f"data build: {traces} kept traces have the {side} licence {licence!r}, which data.permitted_licences "
+                    f"data build: {traces} traces {which} have the {side} licence {licence!r}, which data.permitted_licences "
                     f"({', '.join(permitted)}) does not list; read it, and list it if it permits distillation, or correct {where}"
                 )

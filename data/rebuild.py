@@ -19,6 +19,7 @@ def compare_with_built(context: Context, view: str, models: Models = NOBODY) -> 
 
     Raises:
         UnusableInput: no dataset yet, no view of that name, a damaged file, or a build is at it: both would ask and pay.
+        Refused: as data.judge.judge_run.
     """
     current, other = built_settings(context), _with_view(context.recipe.data, view)
     read_generation_ledger(context.run)

@@ -22,7 +22,7 @@ from data.calibration_metrics import error_bounds
 from data.groups import Limit, by_answer_and_length, by_signature, efficiency, farthest_first, over_limits, rank_within
 from data.select import Fate
 
-VERSION = 1
+VERSION = 2
 
 REASONS: dict[str, Fate] = {
     "": "kept",
@@ -101,7 +101,8 @@ class Columns:
 class Selection(NamedTuple):
     """codes_N: int8, positions in REASONS. relabelled_N: bool, kept as "I don't know". tokens_N: int64, training tokens of the
     row (prompt and generated), relabelled ones as they will be. abstention: closed-book traces by what became of them
-    (data.abstention.Abstained). idle_quotas: names in task_quotas that no trace answers to."""
+    (data.abstention.Abstained; over_budget: relabelled ones that max_tokens cut). idle_quotas: names in task_quotas that no trace
+    answers to."""
 
     codes_N: np.ndarray
     relabelled_N: np.ndarray

@@ -457,6 +457,12 @@ def verify_files(run: RunFolder, rollup: Rollup) -> None:
 def _remedy(run: RunFolder, path: str) -> str:
     """How to get a sealed file back. A damaged segment has to go with its sidecar, or it would be taken for committed."""
     folder = Path(path).parts[0]
+    if path.startswith(f"{run.verdicts.name}/replies/"):
+        stem = (run.root / path).with_suffix("")
+        return (
+            f"restore it, or delete {stem}.arrow and .json with {run.dataset / ROLLUP} and run tracestill data build again: "
+            "what it holds is asked, and paid for, once more"
+        )
     if (run.root / folder) == run.traces:
         stem = (run.root / path).with_suffix("")
         return f"restore it, or delete {stem}.arrow and .json with {run.traces / ROLLUP} and run tracestill generate again"

@@ -161,5 +161,5 @@ def test_a_relabelled_row_says_why() -> None:
         "student_correct": 1,
         "student_asked": 8,
         "min_correct": 3,
-        "version": 1,
+        "version": 2,
     }

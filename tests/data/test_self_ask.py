@@ -28,7 +28,7 @@ from data.stages import DATA, VERSIONED
 from data.store import RunFolder, seal
 from data.verification import verify_run
 from tests.data.asked_run import ANSWERS, NUM_FACTS, Student, asked_run, fact, models_with, settings
-from tests.data.make_run import commit_traces, make_trace, snapshot
+from tests.data.make_run import commit_traces, make_prompt, make_run, make_trace, snapshot
 
 
 def built(run: RunFolder, student: Student, wanted: Data | None = None, identity: str = "base", num_workers: int = 1) -> Built:
@@ -258,3 +258,12 @@ def test_a_licence_that_no_dataset_may_have_is_refused_before_anybody_is_asked(t
     with pytest.raises(Refused, match="CC0-1.0"):
         built(asked_run(tmp_path / "run"), student, settings().model_copy(update={"permitted_licences": ("MIT",)}))
     assert not student.asked
+
+
+def test_a_licence_of_traces_that_the_view_turns_down_is_nobodys_business(tmp_path: Path) -> None:
+    run, poem = RunFolder(tmp_path / "run"), replace(make_prompt("A poem?", "", verifier="", task="poems"), licence="GPL-3.0")
+    facts = [fact(number) for number in range(2)]
+    traces = [make_trace(prompt, prompt.answer, reasoning=f"I recall {prompt.answer}") for prompt in facts]
+    make_run(run.root, [*facts, poem], [[*traces, make_trace(poem, "Roses")]])
+    made = built(run, Student(), settings(abstention_share=0.5))
+    assert made.counts["unjudged_by_reason"] == {"no_verifier": 1}
