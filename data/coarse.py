@@ -1,4 +1,4 @@
-"""Which of many texts may hold an evaluation item: a sieve in front of the scan, at less than half its price.
+"""Which of many texts may hold an evaluation item: a sieve in front of the scan.
 
 Coarse words are runs of ASCII letters and digits, each known by one byte that depends on its first four letters: no operators, no
 normal forms. Equal codes prove nothing, and what passes for nothing costs one scan.
