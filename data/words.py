@@ -52,10 +52,6 @@ class Words(NamedTuple):
         """The word as the text has it."""
         return self.joined[self.starts_W[word] : self.ends_W[word]].decode("utf-8", "surrogatepass")
 
-    def text_index_W(self) -> Offsets:
-        """int64: which text a word is of."""
-        return np.repeat(np.arange(len(self.text_offsets_N1) - 1), np.diff(self.text_offsets_N1))
-
 
 class Ngrams(NamedTuple):
     """hashes_G: uint64. first_G: int64 index of the first of the n words. text_G: int64 index of the text all n stand in."""
