@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 from rich.console import Console
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from configs.judging import Judging
     from configs.schema import Recipe
     from data.asking import ControlWords, Model, Models
+    from data.commands import Pages
     from data.engine import Engine
+    from data.row_check import TrainedIds
     from data.stage import Context, Stage
     from teacher.judge import JudgeEngine
     from teacher.plan import Plan
@@ -47,7 +49,7 @@ def application() -> typer.Typer:
     }  # fmt: skip
     for name, command in commands.items():
         app.command(name)(command)
-    app.add_typer(data_app(_data_stage, _models), name="data")
+    app.add_typer(data_app(_data_stage, _models, _mask_pages), name="data")
     return app
 
 
@@ -167,18 +169,35 @@ def _print_result(context: "Context", as_json: bool) -> None:
 # --- one stage at a time -----------------------------------------------------------------------------------------
 
 
-def train(config: Config, overrides: Overrides = None, run_dir: RunDir = None, dry_run: DryRun = False) -> None:
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    run_dir: RunDir = None,
+    dry_run: DryRun = False,
+    certify: Annotated[
+        bool, typer.Option("--certify", help="Train nothing: prove the gradients of this recipe against a float64 reference.")
+    ] = False,
+) -> None:
     """LoRA on the kept traces; resumes from the last checkpoint."""
     named = Invocation(config, overrides, run_dir)
-    if "RANK" in os.environ and not dry_run:
-        from configs.launch import die_with_parent
+    if dry_run:
+        run_one(_train_stage, named, dry_run=True)
+        return
+    from configs.launch import die_with_parent
+    from train.stages import certify_rank, certify_training, join_training, nodes_of, train_rank
 
+    context = named.open()
+    if "RANK" in os.environ:
         die_with_parent()
-        from train.stages import train_rank
-
-        train_rank(named.open())
+        certify_rank(context) if certify else train_rank(context)
+    elif certify:
+        certify_training(context)
+    elif (nodes := nodes_of(context)) is not None and nodes.rank > 0:
+        join_training(context)
     else:
-        run_one(_train_stage, named, dry_run=dry_run)
+        from data.stage import run_stage
+
+        run_stage(_train_stage(), context)
 
 
 def evaluate(
@@ -247,11 +266,9 @@ def plan(
     probe: Annotated[
         bool, typer.Option("--probe", help="Load the teacher and measure what was calculated, on this machine.")
     ] = False,
+    only: Annotated[Literal["teacher", "student"] | None, typer.Option("--only", help="One of the two models.")] = None,
 ) -> None:
-    """What fits, how fast and at what price, before a GPU is touched; exit code 3 when the layout does not fit."""
-    from teacher.plan import plan_recipe
-    from teacher.planning.table import plan_json, plan_tables
-
+    """What fits, how fast and at what price, before a GPU is touched; exit code 3 when something does not fit."""
     named = Invocation(config, overrides)
     recipe = named.load().recipe
     if probe and "RANK" in os.environ:
@@ -259,17 +276,54 @@ def plan(
 
         probe_as_rank(recipe, int(os.environ["RANK"]))
         return
-    result = plan_recipe(recipe)
+    if probe and only == "student":
+        raise UnusableInput("--probe measures the teacher; leave out --only student")
+    teacher = None if only == "student" else _plan_teacher(named, probe=probe)
+    student = None if only == "teacher" else _plan_student(recipe, is_asked_for=only == "student")
+    planned = [one for one in (teacher, student) if one is not None]
+    if as_json:
+        values = {} if teacher is None else teacher.values
+        print(json.dumps(values | ({} if only == "teacher" else {"student": student and student.values})))
+    if refusals := [one.refusal for one in planned if one.refusal is not None]:
+        raise Refused("; ".join(refusals))
+
+
+class _Planned(NamedTuple):
+    """One model's plan, printed. values: what --json says of it."""
+
+    values: dict[str, object]
+    refusal: str | None
+
+
+def _plan_teacher(named: Invocation, *, probe: bool) -> _Planned:
+    from teacher.plan import plan_recipe
+    from teacher.planning.table import plan_json, plan_tables
+
+    result = plan_recipe(named.load().recipe)
     Console(highlight=False).print(plan_tables(result))
     measured = _probe(result, named) if probe and result.refusal is None else {}
-    if as_json:
-        print(json.dumps(plan_json(result) | measured))
-    if result.refusal is not None:
-        raise Refused(result.refusal)
+    return _Planned(plan_json(result) | measured, result.refusal)
+
+
+def _plan_student(recipe: "Recipe", *, is_asked_for: bool) -> _Planned | None:
+    """None: it cannot be planned, which is said, and is no error while the teacher can: many a recipe is planned before there
+    is a base."""
+    from student.plan import plan_student
+    from student.planning.table import student_json, student_tables
+
+    try:
+        result = plan_student(recipe)
+    except UnusableInput as error:
+        if is_asked_for:
+            raise
+        print(f"\nstudent not planned: {error}")
+        return None
+    Console(highlight=False).print(student_tables(result))
+    return _Planned(student_json(result), result.refusal)
 
 
 def _probe(result: "Plan", named: Invocation) -> dict[str, object]:
-    from teacher.planning.devices import device_of
+    from configs.devices import device_of
     from teacher.probe import probe_json, probe_table
     from teacher.probe_launch import probe_recipe
 
@@ -279,7 +333,7 @@ def _probe(result: "Plan", named: Invocation) -> dict[str, object]:
     if found is None:
         print("probe: the first rank runs on another node, which prints what was measured")
         return {}
-    Console(highlight=False).print(probe_table(found, device_of(result.teacher.hardware)))
+    Console(highlight=False).print(probe_table(found, device_of(result.teacher.hardware.gpu)))
     return {"probe": probe_json(found)}
 
 
@@ -331,7 +385,15 @@ def _models(context: "Context") -> "Models":
         student=_base_student(context.recipe),
         judge=None if judging is None else _judge(judging),
         control_words=_control_words(context.recipe),
+        trained_ids=lambda: _trained_ids(context.recipe),
     )
+
+
+def _trained_ids(recipe: "Recipe") -> "TrainedIds":
+    from data.codec import trained_ids_of
+    from student.model import load_tokenizer
+
+    return trained_ids_of(load_tokenizer(recipe.student.model))
 
 
 def _control_words(recipe: "Recipe") -> "ControlWords":
@@ -387,6 +449,12 @@ def _judge(settings: "Judging") -> "Model":
         return JudgeEngine(settings)
 
     return Model(lambda: identity_of(settings), lambda: engine().codec, engine)
+
+
+def _mask_pages() -> "Pages":
+    from train.mask_view import mask_views
+
+    return lambda run, wanted, limit, coloured: mask_views(run, wanted, limit, coloured=coloured)
 
 
 def _train_stage() -> "Stage":

@@ -18,9 +18,13 @@ SAME_WISH_S = 5.0
 
 @dataclass
 class Drain:
-    """requested: the name of the signal that asked, "" while nobody has. given_up: why it is not waited for any longer."""
+    """requested: the name of the signal that asked, "" while nobody has. given_up: why it is not waited for any longer. limit:
+    the seconds in words. left, kept: what there is to go on with, when it was given up and when all was saved."""
 
     seconds: float
+    limit: str = ""
+    left: str = "what the journal holds is continued by the next start"
+    kept: str = "finished traces are committed, unfinished ones journalled: the same command continues"
     requested: str = ""
     asked_at: float = 0.0
     given_up: str = ""
@@ -34,11 +38,11 @@ class Drain:
             signal.setitimer(signal.ITIMER_REAL, 0)
             self.give_up(number, None)
         self.requested, self.asked_at = name, time.monotonic()
-        self.given_up = f"stopped by {name}, and not drained within generate.drain_seconds {self.seconds:g}"
+        self.given_up = f"stopped by {name}, and not drained within {self.limit or f'generate.drain_seconds {self.seconds:g}'}"
         signal.setitimer(signal.ITIMER_REAL, self.seconds)
 
     def give_up(self, number: int, _: FrameType | None) -> None:
-        raise Stopped(f"{self.given_up}; what the journal holds is continued by the next start")
+        raise Stopped(f"{self.given_up}; {self.left}")
 
     def join(self) -> None:
         """Another rank was asked, and all of them have stopped."""
@@ -47,16 +51,14 @@ class Drain:
     def end(self) -> None:
         """Raises Interrupted when somebody has asked: everything that was to be saved is."""
         if self.requested:
-            raise Interrupted(
-                f"stopped by {self.requested}; finished traces are committed, unfinished ones journalled: "
-                "the same command continues"
-            )
+            raise Interrupted(f"stopped by {self.requested}; {self.kept}")
 
 
 @contextmanager
-def draining(seconds: float) -> Iterator[Drain]:
-    """Signals ask for a drain while this lasts. Outside the main thread, which alone hears signals, nobody can ask."""
-    drain = Drain(seconds)
+def draining(seconds: float, **words: str) -> Iterator[Drain]:
+    """Signals ask for a drain while this lasts. Outside the main thread, which alone hears signals, nobody can ask. words: of
+    Drain, where something else than generation drains."""
+    drain = Drain(seconds, **words)  # type: ignore
     if threading.current_thread() is not threading.main_thread():
         yield drain
         return

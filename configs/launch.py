@@ -67,8 +67,8 @@ class Nodes(NamedTuple):
     launch_id: str
 
 
-def read_nodes(wanted: int, environment: Mapping[str, str]) -> Nodes | None:
-    """How this node joins a launch over `wanted` nodes; None when there is only one.
+def read_nodes(wanted: int, environment: Mapping[str, str], setting: str = "teacher.hardware.nodes") -> Nodes | None:
+    """How this node joins a launch over the `wanted` nodes of `setting`; None when there is only one.
 
     Raises:
         UnusableInput: the environment names no rendezvous, another number of nodes, or no place for this one.
@@ -76,7 +76,7 @@ def read_nodes(wanted: int, environment: Mapping[str, str]) -> Nodes | None:
     if wanted == 1:
         return None
     ranks = f"0..{wanted - 1}"
-    what = f"teacher.hardware.nodes {wanted}"
+    what = f"{setting} {wanted}"
     rendezvous = environment.get("TRACESTILL_RENDEZVOUS", "")
     if not re.fullmatch(r"[^\s:]+:\d+", rendezvous):
         raise UnusableInput(

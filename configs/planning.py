@@ -55,6 +55,10 @@ class Planning(Section):
     """Share of the peak arithmetic that prefill reaches: large matrix products with their attention, in practice 0.3 to 0.5."""
     prefill_chunk_tokens: PlannedCount = 8_192
     """Prompt tokens of one prefill pass: its activations and score buffers grow with it, its reads of the weights shrink."""
+    train_efficiency: Annotated[float, Field(ge=0.0001, le=1.0)] = 0.3
+    """Share of the peak arithmetic that training reaches, activations computed again counted as work. torchtitan publishes 33 to
+    39 % for Llama-3.1-8B on 8 H100 (docs/performance.md, FSDP without float8; 5,762 tokens/s a GPU uncompiled); the adapters'
+    small products take their part."""
     price_per_gpu_hour: Annotated[float, Field(ge=0.0001, le=1e6)] = 3.0
     """Dollars. Put your own: rented H200s cost 2 to 4 an hour."""
     api: ApiPrices = ApiPrices()

@@ -13,10 +13,8 @@ from configs.judging import Judging
 from configs.planning import Planning
 from configs.prompt_sources import PromptSource
 from configs.section import Section
+from configs.training import CrossEntropy, Share, Student, Train
 from configs.views import WithViews
-
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-
 
 # --- teacher -----------------------------------------------------------------------------------------------------
 
@@ -260,59 +258,6 @@ class Data(WithViews):
         return self
 
 
-# --- student and training ----------------------------------------------------------------------------------------
-
-
-class Lora(Section):
-    rank: PositiveInt = 64
-    alpha: PositiveInt = 128
-    dropout: Share = 0.0
-
-
-class Student(Section):
-    model: str = "embedded"
-    """Checkpoint folder, or `embedded` for the shipped base student."""
-    licence: str = "MIT"
-    lora: Lora = Lora()
-
-
-class CrossEntropy(Section):
-    type: Literal["cross_entropy"] = "cross_entropy"
-
-
-class Train(Section):
-    objective: CrossEntropy = CrossEntropy()
-    processes: PositiveInt = 1
-    """Ranks on this node."""
-    zero_stage: Literal[0, 2, 3] = 2
-    dtype: Literal["fp32", "bf16"] = "bf16"
-    max_tokens_per_row: PositiveInt = 65536
-    """Longest trace that is trained. Longer ones are counted as dropped; nothing is ever cut."""
-    traces_per_step: PositiveInt = 64
-    """Traces per optimizer step over all ranks and accumulation steps."""
-    tokens_per_micro_batch: PositiveInt = 65536
-    """Padded tokens of one forward pass on one rank; accumulation follows from it."""
-    epochs: PositiveFloat = 2.0
-    lr: PositiveFloat = 2.0e-4
-    warmup_share: Share = 0.03
-    weight_decay: NonNegativeFloat = 0.0
-    max_grad_norm: PositiveFloat = 1.0
-    checkpoint_steps: PositiveInt = 100
-    validation_steps: PositiveInt = 100
-    seed: NonNegativeInt = 0
-    wandb: Literal["offline", "online", "disabled"] = "offline"
-    wandb_project: str = "tracestill"
-
-    @model_validator(mode="after")
-    def _rows_fit_micro_batches(self) -> "Train":
-        if self.max_tokens_per_row > self.tokens_per_micro_batch:
-            raise ValueError(
-                f"max_tokens_per_row {self.max_tokens_per_row} is above tokens_per_micro_batch {self.tokens_per_micro_batch}; "
-                "a row is never split: raise the latter"
-            )
-        return self
-
-
 # --- evaluation, export, cluster ---------------------------------------------------------------------------------
 
 
@@ -385,6 +330,20 @@ class Recipe(Section):
     def _logits_need_a_model(self) -> "Recipe":
         if self.generate.logits is not None and isinstance(self.teacher.engine, HttpEngine):
             raise ValueError("generate.logits needs teacher.engine deepspeed or local: a server does not give log Z")
+        return self
+
+    @model_validator(mode="after")
+    def _distillation_has_logits(self) -> "Recipe":
+        objective, kept = self.train.objective, self.generate.logits
+        if isinstance(objective, CrossEntropy):
+            return self
+        if kept is None:
+            raise ValueError(f"train.objective {objective.type} needs the teacher's logits; set generate.logits, such as {{}}")
+        if objective.temperature not in kept.temperatures:
+            raise ValueError(
+                f"train.objective.temperature {objective.temperature:g}: log Z is kept at {kept.temperatures} only; "
+                "expected one of generate.logits.temperatures"
+            )
         return self
 
     @model_validator(mode="after")

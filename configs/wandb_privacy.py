@@ -2,6 +2,8 @@
 
 PRIVATE: dict[str, bool | str] = {
     "silent": True,
+    "host": "",
+    "username": "",
     "console": "off",
     "disable_git": True,
     "disable_code": True,

@@ -82,11 +82,13 @@ class ControlWords(NamedTuple):
 
 class Models(NamedTuple):
     """What the front door brings to a build. None: nobody can be asked, and what would have to ask is refused. Without
-    control_words the control_tokens filter looks for the recipe's own words only."""
+    control_words the control_tokens filter looks for the recipe's own words only. trained_ids: opens the student's tokenizer for
+    data/row_check.py; without it no row is checked."""
 
     student: Model | None = None
     judge: Model | None = None
     control_words: ControlWords | None = None
+    trained_ids: Callable[[], Callable[[Sequence[Mapping[str, object]], str], Sequence[int]]] | None = None
 
 
 NOBODY = Models()

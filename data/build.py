@@ -28,6 +28,7 @@ from data.ledger import Ledger, generation_ledger, read_fates, with_view
 from data.licences import check_licences, licences
 from data.processes import num_cores
 from data.relabel import Relabelling, codes_of, with_row_tokens
+from data.row_check import RowCheck, check_rows
 from data.select import KEPT, VIEW_FILE, Decisions, select
 from data.selection import Selection
 from data.self_ask import as_columns
@@ -39,12 +40,13 @@ from data.write_verdicts import write_verdicts
 
 class Built(NamedTuple):
     """files: everything to seal (verdicts, view, dataset), in a fixed order. settings: those that made it, for the manifest.
-    judge: what a model graded, where one did."""
+    judge: what a model graded, where one did. checked: what some rows are in the student's tokens."""
 
     files: list[Path]
     counts: Counts
     settings: dict[str, object]
     judge: GradingCounts | None = None
+    checked: RowCheck | None = None
 
 
 def build(
@@ -64,7 +66,7 @@ def build(
 
     Raises:
         UnusableInput: a damaged segment or benchmark file, traces without their prompt, a ledger that does not balance, a model
-            that cannot be asked. Nothing was written.
+            that cannot be asked, a row that the student would not be trained on as it is served. Nothing was written.
         Refused: a licence that is not listed; or nothing is left to train on. Where a dataset stands it stays; else the
             verdicts are written and say why.
     """
@@ -72,7 +74,7 @@ def build(
     ledger = read_generation_ledger(run)
     require_judge(run, settings.judging, models.judge)
     found = judge_run(run, settings, num_workers=num_workers, tell=tell, folders=folders, verifiers=verifiers, models=models)
-    rows = _decide(settings, run, found, ledger, tell, verifiers)
+    rows = _decide(settings, run, found, ledger, tell, verifiers, models)
     del found
     pa.default_memory_pool().release_unused()  # the columns, which nothing needs any more
     dataset = save_dataset(
@@ -87,7 +89,8 @@ def build(
         num_workers=num_workers,
         tell=tell,
     )
-    return Built([*rows.files, *dataset], rows.counts, settings.model_dump(mode="json", exclude=INVISIBLE), rows.judge)
+    used = settings.model_dump(mode="json", exclude=INVISIBLE)
+    return Built([*rows.files, *dataset], rows.counts, used, rows.judge, rows.checked)
 
 
 class _Rows(NamedTuple):
@@ -101,11 +104,12 @@ class _Rows(NamedTuple):
     card: str
     counts: Counts
     judge: GradingCounts | None
+    checked: RowCheck | None
     files: list[Path]
 
 
 def _decide(
-    settings: Data, run: RunFolder, found: Judged, ledger: Ledger, tell: Report, verifiers: Mapping[str, Verifier]
+    settings: Data, run: RunFolder, found: Judged, ledger: Ledger, tell: Report, verifiers: Mapping[str, Verifier], models: Models
 ) -> _Rows:
     view = opinion(found, settings)
     decisions = select(view.judgements, len(found))
@@ -117,6 +121,9 @@ def _decide(
     check_licences(licences(found["facts"], decisions.kept_N), settings.permitted_licences)
     if not counts["train_rows"] and (run.dataset / ROLLUP).exists():
         raise Refused(f"{nothing_kept(counts)}; the dataset that stands, and its verdicts, are as they were")
+    checked = None
+    if models.trained_ids is not None:
+        checked = check_rows(found, decisions.kept_N, codes_N, relabelling, models.trained_ids)
     unseal(run)
     files = [*write_verdicts(run, found, view, decisions, settings, verifiers), *kept_replies(run)]
     if not counts["train_rows"]:
@@ -124,7 +131,8 @@ def _decide(
     card = render_card(card_facts(settings, found, decisions, counts))
     judge = None if found.graded is None else found.graded.counts
     places, relabels = (found.per_segment(values_N, absent=-1) for values_N in (splits_N, codes_N))
-    return _Rows(found.segments, places, relabels, relabelling, text_bytes_of(found, splits_N), card, counts, judge, files)
+    text_bytes = text_bytes_of(found, splits_N)
+    return _Rows(found.segments, places, relabels, relabelling, text_bytes, card, counts, judge, checked, files)
 
 
 def relabelling_of(found: Judged, chosen: Selection, view: View) -> tuple[np.ndarray, Relabelling]:

@@ -1,10 +1,13 @@
-"""Messages to token ids and a loss mask, through the model's own chat template.
+"""Messages to token ids and a reason for each, through the model's own chat template.
 
-The template is the only authority on what a conversation looks like, at training time and at serving time. Masks come
+The template is the only authority on what a conversation looks like, at training time and at serving time. Reasons come
 from character offsets of the rendered text; nothing ever searches for an answer inside it (`str.find` masks the first
-occurrence, which may stand in the prompt).
+occurrence, which may stand in the prompt). What is trained is held to what is served, turn by turn: data/twin.py.
+
+Shape suffixes: T tokens of a conversation, P parts of its text.
 """
 
+import enum
 import functools
 import hashlib
 import importlib.metadata
@@ -14,23 +17,60 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import jinja2
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from configs.errors import UnusableInput
+from data.twin import Tokens, Turn, check_turn, first_difference
 
 IGNORE_INDEX = -100
-RENDERER_VERSION = 1
+RENDERER_VERSION = 2
 """Of what encode_conversation makes of the same messages, tokenizer and template: raised with every change of it, so that what
 was rendered before is rendered again."""
 _RENDERING_LIBRARIES = ("transformers", "tokenizers", "jinja2")
 
 
+class Reason(enum.IntEnum):
+    """Why a token is trained or masked: one byte, as renderings store it."""
+
+    OTHER = 0
+    """Of a turn whose role is none of these."""
+    TRAINED = 1
+    """The model's own: reasoning, answer and stop of an assistant turn."""
+    SYSTEM = 2
+    """Of a system turn, and what the template writes before and around it; likewise the next two."""
+    USER = 3
+    TOOL = 4
+    GENERATION_PROMPT = 5
+    """The header of an assistant turn, which the server writes."""
+    AFTER_STOP = 6
+    """What the template writes after the stop, and no model ever does."""
+    FIRST_TOKEN = 7
+    """Nothing predicts it."""
+
+
+MASKED = tuple(reason for reason in Reason if reason is not Reason.TRAINED)
+_ROLES = {"system": Reason.SYSTEM, "user": Reason.USER, "tool": Reason.TOOL}
+
+
 class Encoded(NamedTuple):
-    """ids and mask have equal length; mask[i] is True where token i is the model's own and is trained."""
+    """ids and reasons have equal length; reasons[i] is token i's Reason, as a byte when encode_conversation made it. A list of
+    booleans will do where it only matters what is trained."""
 
     ids: list[int]
-    mask: list[bool]
+    reasons: Sequence[int]
+
+    @property
+    def mask(self) -> list[bool]:
+        """True where the token is the model's own and is trained."""
+        return [reason == 1 for reason in self.reasons]  # Reason.TRAINED; an enum's member takes twice the time of the number
+
+    @property
+    def trained(self) -> list[int]:
+        """The model's own ids, in order."""
+        return [token for token, reason in zip(self.ids, self.reasons, strict=True) if reason == 1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,40 +194,131 @@ def _require_earlier_reasoning(
             )
 
 
-def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, object]]) -> Encoded:
-    """Ids of the whole conversation, and the mask of every assistant turn with its reasoning and its stop token.
+def encode_conversation(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, object]], *, finish_reason: str | None = "stop"
+) -> Encoded:
+    """Ids of the whole conversation, and every token's reason: every assistant turn is trained, with its reasoning and its stop.
+
+    finish_reason: of the last turn. "stop": it has a stop, appended where the template leaves that to the next turn (GLM). None:
+    nobody knows; it has one only if the template writes it. Anything else: it was cut; what it has may end anywhere, and none
+    is appended.
 
     Raises:
-        UnusableInput: when the template does not render earlier turns the way it prompted for them (a template that
-            strips reasoning from the history, say), or when nothing at all would be trained.
+        UnusableInput: the ids of a turn do not continue those it was or would be prompted with; reasoning, content or stop of
+            one are not whole among the trained tokens; BOS stands there twice; or nothing at all would be trained. Turn and
+            token are named.
     """
     dialect = dialect_of(tokenizer)
-    text, spans = render(tokenizer, messages), []
-    stop = dialect.stop_tokens[0]
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        start = len(prefix := render(tokenizer, messages[:index], add_generation_prompt=True))
-        until = render(tokenizer, messages[: index + 1])
-        if not (text.startswith(prefix) and text.startswith(until)):
-            raise UnusableInput(
-                f"chat template: turn {index} is rendered differently inside the conversation than it was prompted; "
-                "use a template that keeps earlier reasoning"
-            )
-        end = len(until)
-        if (turn_end := until.rfind(stop, start)) >= 0:
-            end = turn_end + len(stop)  # a newline that the template writes after the stop is never generated
-        elif following := next((marker for marker in dialect.stop_tokens if text.startswith(marker, end)), ""):
-            end += len(following)  # GLM: the next role marker, of a user or of a tool, is the stop, and must be learnt
-        elif index == len(messages) - 1:
-            text, end = text + stop, end + len(stop)
-        spans.append((start, end))
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    offsets: list[tuple[int, int]] = encoded["offset_mapping"]  # type: ignore[assignment]
-    mask = [any(start <= left and right <= end and left < right for start, end in spans) for left, right in offsets]
-    if not any(mask):
+    layout = _layout(tokenizer, messages, dialect, append_stop=finish_reason == "stop")
+    encoded = tokenizer(layout.text, add_special_tokens=False, return_offsets_mapping=True)
+    ids: list[int] = encoded["input_ids"]  # type: ignore[assignment]
+    offsets_T2 = np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2)
+    tokens = Tokens(layout.text, ids, np.ascontiguousarray(offsets_T2[:, 0]), np.ascontiguousarray(offsets_T2[:, 1]))
+    if tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2:
+        raise UnusableInput(f"chat template: BOS {tokenizer.bos_token!r} stands twice at tokens 0 and 1; expected it once")
+    reasons = _reasons(layout.parts, tokens.left_T)
+    if Reason.TRAINED not in reasons and finish_reason in ("stop", None):
         raise UnusableInput("conversation has no assistant token to train on; expected at least one assistant turn with content")
-    return Encoded(encoded["input_ids"], mask)  # type: ignore[arg-type]
+    stop_ids = dialect.stop_ids(tokenizer)
+    for turn in layout.turns:
+        is_open = turn.index == len(messages) - 1 and finish_reason != "stop"
+        check_turn(tokenizer, tokens, turn, messages[turn.index], () if is_open else stop_ids)
+    return Encoded(ids, reasons)
+
+
+class Part(NamedTuple):
+    """A stretch of the text, from the last one's end to its own, all of one reason."""
+
+    end: int
+    reason: Reason
+
+
+class Layout(NamedTuple):
+    """A conversation as text. parts: in order, up to its end. turns: the assistant's."""
+
+    text: str
+    parts: list[Part]
+    turns: list[Turn]
+
+
+def _layout(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, object]], dialect: Dialect, *, append_stop: bool
+) -> Layout:
+    """append_stop: to a last turn that the template leaves without one."""
+    text, parts, turns = render(tokenizer, messages), list[Part](), list[Turn]()
+    for index, message in enumerate(messages):
+        is_last = index == len(messages) - 1
+        if message["role"] != "assistant":
+            end = len(text) if is_last else _end_of_given(tokenizer, messages[: index + 1], text)
+            parts.append(Part(end, _ROLES.get(str(message["role"]), Reason.OTHER)))
+            continue
+        if index == 0:
+            raise UnusableInput("turn 0 is an assistant's: nothing prompts it; begin the conversation with a system or user turn")
+        prompt = render(tokenizer, messages[:index], add_generation_prompt=True)
+        until = text if is_last else render(tokenizer, messages[: index + 1])
+        for served in (prompt, until):
+            if not text.startswith(served):
+                raise _rendered_differently(tokenizer, index, text, served)
+        turn = _turn(text, index, len(prompt), len(until), dialect)
+        if turn.stop == turn.end and is_last and append_stop:
+            text += dialect.stop_tokens[0]
+            turn = turn._replace(end=len(text))
+        turns.append(turn)
+        parts += [
+            Part(turn.start, Reason.GENERATION_PROMPT),
+            Part(turn.end, Reason.TRAINED),
+            Part(max(turn.end, len(until)), Reason.AFTER_STOP),
+        ]
+    return Layout(text, parts, turns)
+
+
+def _end_of_given(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, object]], text: str) -> int:
+    """Where the last of these turns ends in the text, as far as the template tells: some refuse a system turn alone, or close
+    behind a tool's what they leave open before another's. Only the reason of masked tokens hangs on it."""
+    try:
+        given = render(tokenizer, messages)
+    except jinja2.TemplateError:
+        return 0
+    if text.startswith(given):
+        return len(given)
+    pairs = enumerate(zip(given, text, strict=False))
+    return next((place for place, (one, other) in pairs if one != other), min(len(given), len(text)))
+
+
+def _turn(text: str, index: int, start: int, until: int, dialect: Dialect) -> Turn:
+    """until: where the template ends the turn. Its stop is the last one before that; or, where an assistant turn has none of its
+    own (GLM), the role marker of the user or tool that follows, which must be learnt."""
+    own = dialect.stop_tokens[0]
+    if (stop := text.rfind(own, start, until)) >= 0:
+        return Turn(index, start, stop, stop + len(own))  # a newline that the template writes after the stop is never generated
+    following = next((marker for marker in dialect.stop_tokens if text.startswith(marker, until)), "")
+    return Turn(index, start, until, until + len(following))
+
+
+def _rendered_differently(tokenizer: PreTrainedTokenizerBase, index: int, text: str, served: str) -> UnusableInput:
+    trained_ids, served_ids = (tokenizer(one, add_special_tokens=False)["input_ids"] for one in (text, served))
+    return UnusableInput(
+        f"chat template: turn {index} is rendered differently inside the conversation than it was prompted: "
+        f"{first_difference(tokenizer, trained_ids, served_ids)}; "  # type: ignore[arg-type]
+        "use a template that keeps earlier reasoning and ends its prompt where the turn begins"
+    )
+
+
+def _reasons(parts: Sequence[Part], left_T: np.ndarray) -> bytes:
+    """A Reason a token, of the part in which it begins. left_T: int64 offsets."""
+    if not len(left_T):
+        return b""
+    ends = np.maximum.accumulate([part.end for part in parts])  # a stop may lie in the turn after it
+    places_T = np.searchsorted(ends, left_T, side="right").clip(max=len(parts) - 1)
+    reasons_T = np.array([part.reason for part in parts], np.uint8)[places_T]
+    reasons_T[0] = Reason.FIRST_TOKEN
+    return reasons_T.tobytes()
+
+
+def ends_with_stop(tokenizer: PreTrainedTokenizerBase, encoded: Encoded) -> bool:
+    """Whether the last trained token ends a generation."""
+    last = bytes(encoded.reasons).rfind(Reason.TRAINED)
+    return last >= 0 and encoded.ids[last] in dialect_of(tokenizer).stop_ids(tokenizer)
 
 
 def pad_batch(batch: Sequence[Encoded], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:

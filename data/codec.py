@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 from data.asking import Codec
 from data.chat import dialect_of, encode_conversation, encode_prompt
 from data.records import Message
+from data.row_check import TrainedIds
 from data.structure import count_reasoning_tokens
 
 
@@ -22,9 +23,12 @@ def codec_of(tokenizer: PreTrainedTokenizerBase) -> Codec:
         return text
 
     def row_tokens(messages: tuple[Message, ...]) -> tuple[int, int]:
-        encoded = encode_conversation(tokenizer, messages)
-        own = [token for token, trained in zip(encoded.ids, encoded.mask, strict=True) if trained]
+        own = encode_conversation(tokenizer, messages).trained
         reasoning = count_reasoning_tokens(own, tokenizer, prompt_opens_think=dialect.prompt_opens_think)
         return reasoning, len(own) - reasoning
 
     return Codec(lambda messages: encode_prompt(tokenizer, messages), decode, stop_ids, dialect.prompt_opens_think, row_tokens)
+
+
+def trained_ids_of(tokenizer: PreTrainedTokenizerBase) -> TrainedIds:
+    return lambda messages, finish_reason: encode_conversation(tokenizer, messages, finish_reason=finish_reason).trained

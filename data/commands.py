@@ -5,23 +5,29 @@ every `--help`, so each imports what it needs.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from configs.errors import UnusableInput
 from configs.options import Config, DryRun, Overrides, RunDir, RunFolderArgument
 from data.invocation import Invocation, existing_run, run_one
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
     from rich.table import Table
 
     from data.asking import Models
     from data.stage import Context, Stage
+    from data.store import RunFolder
+    from data.viewer import Wanted
     from data.what_if import Difference
+
+    Pages = Callable[[RunFolder, Wanted, int | None, bool], Iterable[RenderableType]]
 
 FATES = ("kept", "rejected", "unjudged")
 FINISH_REASONS = ("stop", "length", "loop", "abort")
@@ -56,33 +62,24 @@ def stats(
         print(stats_json(found))
 
 
-def show(
-    run_dir: RunFolderArgument,
-    trace: Annotated[str, typer.Option(help="Only traces whose id starts with this.")] = "",
-    task: Annotated[str, typer.Option(help="Only tasks that start with this.")] = "",
-    fate: Annotated[str, typer.Option(help="Only kept, rejected or unjudged traces.")] = "",
-    reason: Annotated[str, typer.Option(help="Only traces with this reason.")] = "",
-    finish: Annotated[str, typer.Option(help="Only traces that ended so: stop, length, loop, abort.")] = "",
-    min_tokens: Annotated[int, typer.Option(help="Only outputs of at least so many tokens.")] = 0,
-    max_tokens: Annotated[int | None, typer.Option(help="Only outputs of at most so many tokens.")] = None,
-    unfold: Annotated[bool, typer.Option("--unfold", help="Show reasoning and long prompts whole.")] = False,
-    limit: Annotated[int | None, typer.Option(min=1, help="How many. [default: all on a terminal, else 5]")] = None,
-) -> None:
-    """Traces in the terminal, page by page: prompt, folded reasoning, answer, verdicts."""
-    from data import viewer
-
-    _check_choice("--fate", fate, FATES)
-    _check_choice("--finish", finish, FINISH_REASONS)
-    wanted = viewer.Wanted(trace, task, fate or None, reason, finish, min_tokens, max_tokens)  # type: ignore[arg-type]
+def _show(named: "RunFolder", wanted: "Wanted", limit: int | None, pages: "Pages") -> None:
+    """Prints what matches, page by page where somebody can ask for the next."""
+    _check_choice("--fate", wanted.fate or "", FATES)
+    _check_choice("--finish", wanted.finish, FINISH_REASONS)
     console = Console(highlight=False)
-    found = viewer.show(existing_run(run_dir), wanted, limit if limit is not None or console.is_terminal else SHOWN_UNASKED)
-    one = None
-    for one in found:
-        console.print(viewer.rendered(one, unfold=unfold))
+    shown = None
+    for shown in pages(named, wanted, limit if limit is not None or console.is_terminal else SHOWN_UNASKED, console.is_terminal):
+        console.print(shown, soft_wrap=isinstance(shown, Text))  # plain lines stay whole, however long
         if console.is_terminal and not _wants_more(console):
             break
-    if one is None:
+    if shown is None:
         print("no trace matches")
+
+
+def _folded_pages(unfold: bool) -> "Pages":
+    from data import viewer
+
+    return lambda run, wanted, limit, coloured: (viewer.rendered(one, unfold=unfold) for one in viewer.show(run, wanted, limit))
 
 
 def _check_choice(option: str, given: str, choices: tuple[str, ...]) -> None:
@@ -146,9 +143,12 @@ def _difference_tables(names: tuple[str, str], found: "Difference") -> list["Tab
     return [rows, why] if why.row_count else [rows]
 
 
-def data_app(data_stage: Callable[[], "Stage"], models_of: Callable[["Context"], "Models"]) -> typer.Typer:
+def data_app(
+    data_stage: Callable[[], "Stage"], models_of: Callable[["Context"], "Models"], mask_pages: Callable[[], "Pages"]
+) -> typer.Typer:
     """`tracestill data` with its commands, in the order of its help. data_stage: what `build` runs. models_of: what it and
-    `what-if` may ask; their engines are other packages'."""
+    `what-if` may ask; their engines are other packages'. mask_pages: what `show --mask` prints of (run, wanted, limit, whether on
+    a terminal); the student's tokenizer is another package's too."""
 
     def build(config: Config, overrides: Overrides = None, run_dir: RunDir = None, dry_run: DryRun = False) -> None:
         """Judge the traces and build the dataset; nothing is ever deleted."""
@@ -165,6 +165,25 @@ def data_app(data_stage: Callable[[], "Stage"], models_of: Callable[["Context"],
     ) -> None:
         """What a build with these settings would change, against the dataset that stands; builds nothing."""
         _what_if(models_of, Invocation(config, overrides, run_dir), view, as_json)
+
+    def show(
+        run_dir: RunFolderArgument,
+        trace: Annotated[str, typer.Option(help="Only traces whose id starts with this.")] = "",
+        task: Annotated[str, typer.Option(help="Only tasks that start with this.")] = "",
+        fate: Annotated[str, typer.Option(help="Only kept, rejected or unjudged traces.")] = "",
+        reason: Annotated[str, typer.Option(help="Only traces with this reason.")] = "",
+        finish: Annotated[str, typer.Option(help="Only traces that ended so: stop, length, loop, abort.")] = "",
+        min_tokens: Annotated[int, typer.Option(help="Only outputs of at least so many tokens.")] = 0,
+        max_tokens: Annotated[int | None, typer.Option(help="Only outputs of at most so many tokens.")] = None,
+        unfold: Annotated[bool, typer.Option("--unfold", help="Show reasoning and long prompts whole.")] = False,
+        limit: Annotated[int | None, typer.Option(min=1, help="How many. [default: all on a terminal, else 5]")] = None,
+        mask: Annotated[bool, typer.Option("--mask", help="In the student's tokens: trained, masked and why, dropped.")] = False,
+    ) -> None:
+        """Traces in the terminal, page by page: prompt, folded reasoning, answer, verdicts; or what training makes of them."""
+        from data.viewer import Wanted
+
+        wanted = Wanted(trace, task, fate or None, reason, finish, min_tokens, max_tokens)  # type: ignore[arg-type]
+        _show(existing_run(run_dir), wanted, limit, mask_pages() if mask else _folded_pages(unfold))
 
     app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Build the dataset; look at traces and verdicts.")
     for name, command in {"build": build, "stats": stats, "what-if": what_if, "show": show, "verify": verify}.items():

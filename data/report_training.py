@@ -1,9 +1,12 @@
 """The training curve and its figures for the page, from metrics/train.jsonl."""
 
 import json
+import statistics
 
 from data import plots
 from data.store import RunFolder
+
+MEDIANS = ("perf/tokens_per_s", "perf/mfu", "perf/waste_share")
 
 
 def training_rows(run: RunFolder) -> list[dict[str, float]]:
@@ -39,11 +42,15 @@ def training_facts(run: RunFolder) -> tuple[tuple[str, str], ...]:
     for label, key, form in (
         ("final training loss", "loss/nats_per_token", "{:.4f} nats"),
         ("final validation loss", "validation/nats_per_token", "{:.4f} nats"),
+        ("answers right in validation", "validation/accuracy", "{:.1%}"),
+        ("steps not applied", "optim/skipped_steps", "{:,.0f}"),
         ("peak learning rate", "optim/lr", "{:.2e}"),
         ("median speed", "perf/tokens_per_s", "{:,.0f} tokens/s"),
+        ("median share of peak arithmetic", "perf/mfu", "{:.1%}"),
+        ("median share of rows unused", "perf/waste_share", "{:.1%}"),
     ):
         values = [row[key] for row in rows if key in row]
         if values:
-            value = {"optim/lr": max(values), "perf/tokens_per_s": sorted(values)[len(values) // 2]}.get(key, values[-1])
+            value = max(values) if key == "optim/lr" else statistics.median_high(values) if key in MEDIANS else values[-1]
             facts.append((label, form.format(value)))
     return tuple(facts)

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ from configs.errors import UnusableInput
 from configs.load import Loaded, describe, fingerprint
 from configs.progress import Count, Display
 from configs.schema import Recipe
+from configs.training import FREE_WHILE_TRAINING
 from data.checksum import checked_text
 from data.store import (
     ROLLUP,
@@ -51,8 +52,10 @@ FREE = (
     "teacher.engine.price_input_per_million", "teacher.engine.price_output_per_million", "teacher.engine.api_key_env",
     "teacher.engine.ca_file", "generate.segment_traces", "generate.segment_seconds", "generate.checkpoint_tokens",
     "generate.lease_ttl_s", "generate.drain_seconds", "generate.budget", "generate.canary", "generate.retry_failed",
-    "generate.accept_code_change",
+    "generate.accept_code_change", *(f"train.{name}" for name in FREE_WHILE_TRAINING),
 )  # fmt: skip
+RETIRED = ("train.traces_per_step", "train.tokens_per_micro_batch")
+"""Settings of releases before rows were packed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +117,7 @@ def run_stage(stage: Stage, context: Context) -> Rollup:
         UnusableInput: an input stage has not finished, or another process is at this stage.
     """
     run, folder = context.run, stage.folder(context.run)
-    inputs = input_hashes(run, [_input(run, name, stage) for name in stage.depends])
+    inputs = inputs_of(stage, context)
     for name in stage.depends:
         _verify_if_small(run, read_rollup(run.root / name))
     identity = fingerprint(stage.identity(context))
@@ -164,6 +167,16 @@ def folder_stays(run: RunFolder) -> Iterator[None]:
         raise UnusableInput(
             f"{run.root}: the run folder is gone ({error.strerror}); bring it back, then give the same command"
         ) from error
+
+
+def completed(stage: Stage, context: Context) -> Rollup | None:
+    """Its roll-up where the stage is done for this recipe and these inputs. Raises UnusableInput when an input is not there."""
+    return _complete(stage, context, fingerprint(stage.identity(context)), inputs_of(stage, context))
+
+
+def inputs_of(stage: Stage, context: Context) -> dict[str, str]:
+    """Hashes of the manifests of the stages that it depends on. Raises UnusableInput when one is not there."""
+    return input_hashes(context.run, [_input(context.run, name, stage) for name in stage.depends])
 
 
 def _complete(stage: Stage, context: Context, identity: str, inputs: Mapping[str, str]) -> Rollup | None:
@@ -298,22 +311,28 @@ def _difference(run: RunFolder, wanted: dict[str, Any]) -> tuple[str, Any, Any] 
 
 def _as_today(stored: dict[str, Any]) -> dict[str, Any]:
     """What is free left out, and settings that came after it was written at their defaults: they are how the run was made.
+    RETIRED ones are left out; whoever trains that run anew is told by its checkpoint what differs.
 
     Raises UnusableInput for one that this release does not know."""
     try:
-        return Recipe.model_validate(without_free(stored)).model_dump(mode="json")
+        return Recipe.model_validate(without(without_free(stored), RETIRED)).model_dump(mode="json")
     except ValidationError as error:
         raise UnusableInput(
             f"config.yaml of the run, as another release wrote it: {describe(error)}; use that release, or another --run-dir"
         ) from error
 
 
-def without_free(value: Any, path: str = "") -> Any:
+def without_free(value: Any) -> Any:
     """The configuration without what is free to change."""
+    return without(value, FREE)
+
+
+def without(value: Any, left_out: Collection[str], path: str = "") -> Any:
+    """The configuration without the settings of these dotted names."""
     if not isinstance(value, dict):
         return value
     inside = {key: f"{path}.{key}" if path else str(key) for key in value}
-    return {key: without_free(value[key], dotted) for key, dotted in inside.items() if dotted not in FREE}
+    return {key: without(value[key], left_out, dotted) for key, dotted in inside.items() if dotted not in left_out}
 
 
 def first_difference(left: Any, right: Any, path: str = "") -> tuple[str, Any, Any] | None:

@@ -73,6 +73,8 @@ def _act(context: Context, models: Models, show: Callable[[Count], None]) -> Out
         f"{number} {reason}" for reason, number in {**counts["rejected_by_reason"], **counts["unjudged_by_reason"]}.items()
     )
     summary = f"{counts['kept']} of {counts['completed']} traces kept" + (f" ({reasons})" if reasons else "")
+    if built.checked is not None:
+        summary = f"{summary}; {built.checked.in_words()}"
     if built.judge is None:
         return Outcome(built.files, {**counts, "settings": built.settings}, summary)
     said = "; ".join([summary, *lines_of(built.judge)])

@@ -9,6 +9,7 @@ import numpy as np
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from configs.lengths import output_lengths
 from configs.schema import HttpEngine, Recipe
 from data.logits import bytes_per_token
 from data.prompt_set import PromptIndex, PromptSet, write_prompts
@@ -82,8 +83,6 @@ def _output_tokens(recipe: Recipe, run: RunFolder) -> tuple[float, bool]:
     tokens = [count for segment in segments(run.traces) for count in segment.facts["output_tokens"]]
     if tokens:
         return float(np.mean(tokens)), True
-    from teacher.planning.workload import output_lengths
-
     return output_lengths(recipe.plan.workload, recipe.generate.sampling.max_tokens).mean, False
 
 

@@ -24,7 +24,7 @@ def stage_shape(recipe: Recipe, stage: str) -> Shape:
         case "generate":
             return Shape(1, 0, gpus)
         case "train":
-            return Shape(1, recipe.train.processes, gpus)
+            return Shape(recipe.train.nodes, recipe.train.processes, gpus)
         case "evaluate":
             return Shape(1, 0, gpus)
         case _:

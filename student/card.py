@@ -10,6 +10,7 @@ import yaml
 from configs.schema import Recipe
 from data.prompt_set import read_prompts
 from data.store import RunFolder, code_revision, read_rollup, sha256_file
+from student.certificate import Certified, read_certificate
 from student.gates import GateRow, bound_text, shown
 from student.parity import Parity
 from student.scoring import Metrics
@@ -37,6 +38,7 @@ class CardFacts:
     metrics: Mapping[str, Metrics]
     gates: Sequence[GateRow]
     revision: str
+    certificate: Certified | None = None
 
 
 def gather(run: RunFolder, recipe: Recipe, metrics: Mapping[str, Metrics], gates: Sequence[GateRow]) -> CardFacts:
@@ -52,6 +54,17 @@ def gather(run: RunFolder, recipe: Recipe, metrics: Mapping[str, Metrics], gates
         metrics=metrics,
         gates=gates,
         revision=code_revision(),
+        certificate=read_certificate(run),
+    )
+
+
+def certificate_text(certificate: Certified | None) -> str:
+    if certificate is None:
+        return "none (`tracestill train RECIPE --certify` makes one)"
+    verdict = "hold" if certificate.holds else "do NOT hold"
+    return (
+        f"gradients {verdict}: within {certificate.largest_difference:.1e} of a float64 reference, bound {certificate.bound:g}; "
+        f"sha256 `{certificate.sha256}`"
     )
 
 
@@ -160,6 +173,7 @@ def provenance(facts: CardFacts) -> str:
             "dataset",
             f"{facts.train_rows} training and {facts.validation_rows} validation traces, sha256 `{facts.dataset_sha256}`",
         ],
+        ["gradient certificate", certificate_text(facts.certificate)],
         ["code", f"tracestill `{facts.revision}`"],
     ]
     return markdown_table(["", ""], rows)

@@ -22,7 +22,7 @@ from data.chat import dialect_of
 from data.records import Message
 from data.store import RunFolder
 from student import parity
-from student.lora import ADAPTER_CONFIG, load_adapter, publish_folder
+from student.adapter_files import ADAPTER_CONFIG, load_adapter, publish_folder
 from student.model import DTYPES, load_base, load_tokenizer
 
 MERGED = "merged"
@@ -93,8 +93,11 @@ def untie_if_adapted(model: PreTrainedModel, config: PeftConfig) -> None:
     """Gives the head a copy of its own when the adapter changes it (or the embedding) and the two share one tensor.
 
     Merged in place, a change meant for the head would change the embedding as well; and a config that still says `tied`
-    makes from_pretrained throw the merged head away without a word.
+    makes from_pretrained throw the merged head away without a word. An adapter with ensure_weight_tying has trained both as one
+    tensor (student/lora.py), which PEFT puts back in both places: those stay tied.
     """
+    if getattr(config, "ensure_weight_tying", False):
+        return
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if not (isinstance(head, nn.Linear) and isinstance(embedding, nn.Embedding)) or head.weight is not embedding.weight:
         return

@@ -10,6 +10,7 @@ from data.engine import Engine
 from data.prompt_set import read_prompts
 from data.records import Message
 from data.stage import Context, Outcome, Stage
+from student.certificate import read_certificate
 from student.folders import resolve, weights_sha256
 from student.gates import GateRow, judge, require
 from student.results import evaluation_files, read_metrics, write_gates
@@ -144,10 +145,12 @@ def evaluate_stage(open_target: OpenTarget, teacher_fingerprint: Callable[[Conte
 
 
 def export_stage(open_target: OpenTarget) -> Stage:
-    """What a server loads. Its card states the gates, so a change of gates makes it anew."""
+    """What a server loads. Its card states the gates and the certificate, so a change of either makes it anew."""
 
     def identity(context: Context) -> dict[str, Any]:
-        return context.recipe.model_dump(mode="json", include={"export": True, "evaluate": {"gates"}})
+        settings = context.recipe.model_dump(mode="json", include={"export": True, "evaluate": {"gates"}})
+        certificate = read_certificate(context.run)
+        return settings if certificate is None else settings | {"certificate": certificate.sha256}
 
     def plan(context: Context) -> str:
         settings = context.recipe.export

@@ -9,18 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from configs.devices import WEIGHT_BYTES, device_of
 from configs.errors import UnusableInput
+from configs.lengths import output_lengths
 from configs.planning import Planning
 from configs.schema import Recipe, Teacher
 from teacher.folders import model_folder, read_config_json
 from teacher.planning.architecture import FAMILIES, Architecture, model_type_of, read_architecture
-from teacher.planning.devices import WEIGHT_BYTES, degrees_of, device_of
+from teacher.planning.degrees import degrees_of
 from teacher.planning.fit import Demand, Fit, demand_of, judge, workload_step
 from teacher.planning.layout_search import Alternative, nearest_layouts
 from teacher.planning.placement import ANY_SAMPLING, cache_dtype, room
 from teacher.planning.tensor_headers import count_headers
 from teacher.planning.throughput import Machine, Step, decode_step, machine, prefill_seconds
-from teacher.planning.workload import Cost, cost, output_lengths
+from teacher.planning.workload import Cost, cost
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -100,7 +102,7 @@ def plan_recipe(recipe: Recipe) -> Plan:
 
 def _plan(recipe: Recipe) -> Plan:
     teacher, planning = recipe.teacher, recipe.plan
-    architecture, device = architecture_of(teacher.model), device_of(teacher.hardware)
+    architecture, device = architecture_of(teacher.model), device_of(teacher.hardware.gpu)
     lengths = output_lengths(planning.workload, min(recipe.generate.sampling.max_tokens, architecture.max_positions))
     demand = demand_of(architecture, recipe, lengths)
     fit = judge(architecture, recipe, teacher, demand)
@@ -140,7 +142,7 @@ def kv_budget_bytes(teacher: Teacher, planning: Planning | None = None) -> int |
     """Bytes of one GPU that caches may take: the usable share less weights, what comes with them, and the buffers of one
     pass. None where the device's size is unknown; never below zero. The decode loop admits requests by it,
     whatever their sampling."""
-    architecture, degrees, device = architecture_of(teacher.model), degrees_of(teacher), device_of(teacher.hardware)
+    architecture, degrees, device = architecture_of(teacher.model), degrees_of(teacher), device_of(teacher.hardware.gpu)
     usable = device.usable if device else None
     budget = room(architecture, teacher, degrees, usable, planning or Planning(), ANY_SAMPLING).cache
     return None if budget is None else max(0, budget)

@@ -22,12 +22,12 @@ import torch.distributed as dist
 from rich.table import Table
 from torch import Tensor
 
+from configs.devices import Device, Links
 from configs.errors import UnusableInput
 from configs.schema import HttpEngine, Recipe
 from teacher.cache import SlotCache
 from teacher.engines import open_engine
 from teacher.plan import Plan, plan_recipe
-from teacher.planning.devices import Device, Links
 from teacher.planning.throughput import Machine, decode_step, prefill_seconds
 from teacher.runner import DTYPES, Runner
 

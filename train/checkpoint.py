@@ -1,16 +1,16 @@
 """Training state on disk: small, whole, and there completely or not at all.
 
-Only the adapter and AdamW's moments change, so a checkpoint holds those by parameter name in float32, whatever the
+Only what is trained and AdamW's moments change, so a checkpoint holds those by parameter name in float32, whatever the
 number of ranks or the ZeRO stage: one that was written by two ranks under ZeRO-3 continues in one process. Everything
 else follows from the step number, because the order of traces, the learning rate and dropout's noise are functions of
 (seed, step). DeepSpeed's own checkpoints are pickles, tied to their layout.
 
     checkpoints/step-00000120/state.safetensors   parameters, exp_avg, exp_avg_sq
     checkpoints/step-00000120/state.json          counters, identity, sha256 of the former
+    checkpoints/best-00000100/                    an adapter in PEFT's layout: the best one that a checkpoint knows of
 """
 
 import hashlib
-import json
 import logging
 import os
 import shutil
@@ -20,61 +20,104 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from configs.errors import UnusableInput
-from student.lora import publish_folder
+from data.checksum import checked_json, parse_checked
+from student.adapter_files import publish_folder, write_tensors
 from train.step import OptimizerState
+from train.tracking import Metrics
 
 logger = logging.getLogger(__name__)
 
-SCHEMA = 1
-KEPT_CHECKPOINTS = 2  # the newest may be damaged by the disk, never by a kill
+SCHEMA = 2
 TENSORS, COUNTERS = "state.safetensors", "state.json"
 
 Identity = Mapping[str, str | int | float]
 
 
 @dataclass(frozen=True, slots=True)
+class Best:
+    """The best validation so far: its metric, and the step after which it was measured."""
+
+    value: float
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
 class Progress:
-    """Counters of a run. step: optimizer steps taken. tokens and supervised_tokens: trained so far, padding left out."""
+    """Where a run is, and all that its next decisions depend on.
+
+    step: optimizer steps taken, skipped ones among them. tokens and supervised_tokens: trained so far. group: ranks that the rows
+    were grouped for at the first start, which later ones keep to. skipped: steps that were not applied, non_finite of them
+    because loss or gradient was no number. recent_norms: of the last steps applied. validations_without_better: since `best`.
+    """
 
     step: int = 0
     tokens: int = 0
     supervised_tokens: int = 0
     seconds: float = 0.0
     restarts: int = 0
+    group: int = 1
+    skipped: int = 0
+    non_finite: int = 0
+    recent_norms: tuple[float, ...] = ()
+    best: Best | None = None
+    validations_without_better: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
+    """unlogged: the metrics of the last step, where a stop came before its validation: they are logged together."""
+
     progress: Progress
     state: OptimizerState
+    unlogged: Metrics | None = None
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint, identity: Identity) -> Path:
-    """Writes checkpoints/step-N durably, then removes all but the newest KEPT_CHECKPOINTS. Rank 0 only."""
-    final = folder / f"step-{checkpoint.progress.step:08d}"
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, identity: Identity, *, kept: int) -> Path:
+    """Writes checkpoints/step-N durably, then removes all but the newest `kept`, and best adapters of before. Rank 0 only."""
+    final = folder / step_name(checkpoint.progress.step)
     temporary = folder / f".{final.name}.{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     state = checkpoint.state
     groups = {"parameters": state.parameters, **state.moments}
-    save_file(
-        {f"{group}/{name}": tensor for group, tensors in groups.items() for name, tensor in tensors.items()}, temporary / TENSORS
+    write_tensors(
+        temporary / TENSORS, {f"{group}/{name}": tensor for group, tensors in groups.items() for name, tensor in tensors.items()}
     )
     counters = {
         "schema": SCHEMA,
         "progress": asdict(checkpoint.progress),
+        "unlogged": checkpoint.unlogged,
         "optimizer_steps": state.steps,
         "identity": dict(identity),
         "sha256": sha256(temporary / TENSORS),
     }
-    (temporary / COUNTERS).write_text(json.dumps(counters, indent=1))
+    (temporary / COUNTERS).write_bytes(checked_json(counters, indent=1))
     publish_folder(temporary, final)
-    for old in saved_steps(folder)[:-KEPT_CHECKPOINTS]:
+    for old in saved_steps(folder)[:-kept]:
         shutil.rmtree(old)
+    remove_worse(folder, checkpoint.progress)
     return final
+
+
+def step_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def best_folder(folder: Path, step: int) -> Path:
+    """Where the adapter of the best validation, after `step` steps, lies."""
+    return folder / f"best-{step:08d}"
+
+
+def remove_worse(folder: Path, progress: Progress) -> None:
+    """Best adapters but the one that the newest checkpoint knows of. One that was written after it goes too: its steps are
+    about to be taken again, and on a GPU they may come out otherwise."""
+    kept = None if progress.best is None else best_folder(folder, progress.best.step)
+    for path in folder.glob("best-*"):
+        if path != kept:
+            shutil.rmtree(path)
 
 
 def saved_steps(folder: Path) -> list[Path]:
@@ -91,21 +134,28 @@ def load_latest(folder: Path, identity: Identity) -> Checkpoint | None:
     damaged = []
     for path in reversed(saved_steps(folder)):
         try:
-            counters = json.loads((path / COUNTERS).read_text())
+            counters = parse_checked(path / COUNTERS, (path / COUNTERS).read_bytes())
             intact = sha256(path / TENSORS) == counters["sha256"]
-        except (OSError, ValueError, KeyError):
+        except (OSError, UnusableInput, KeyError):
             intact, counters = False, {}
         if not intact:
             logger.warning("checkpoint %s is damaged; trying the one before it", path.name)
             damaged.append(path.name)
             continue
         _refuse_another_run(path, counters, identity)
-        return Checkpoint(Progress(**counters["progress"]), _read_state(path / TENSORS, counters["optimizer_steps"]))
+        state = _read_state(path / TENSORS, counters["optimizer_steps"])
+        return Checkpoint(_progress(counters["progress"]), state, counters["unlogged"])
     if damaged:
         raise UnusableInput(
             f"{folder}: every checkpoint is damaged ({', '.join(damaged)}); remove the folder to train from the start"
         )
     return None
+
+
+def _progress(stored: Mapping[str, Any]) -> Progress:
+    best = stored["best"]
+    converted = {"best": None if best is None else Best(**best), "recent_norms": tuple(stored["recent_norms"])}
+    return Progress(**{**stored, **converted})
 
 
 def _read_state(path: Path, steps: int) -> OptimizerState:

@@ -1,16 +1,14 @@
 """From the dataset folder that `data build` wrote to examples in the student's own tokens."""
 
-import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import datasets
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from configs.errors import UnusableInput
-from data.chat import encode_conversation, rendering_identity
+from data.chat import encode_conversation, ends_with_stop, rendering_identity
 from data.dataset import load_dataset
 from data.records import digest
 from data.stats import dataset_hash
@@ -22,6 +20,8 @@ COLUMNS = ("trace_id", "messages")
 SPLITS = ("train", "validation")
 READ_ROWS = 256
 """Rows whose messages are in memory at once while they are rendered."""
+UNFINISHED = "unfinished"
+"""Why a trace is dropped whose generation did not stop by itself: its end would teach a stop in mid-thought."""
 
 
 class Examples(NamedTuple):
@@ -52,9 +52,11 @@ def load_examples(
 
 
 def _encode(split: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[Example]:
-    for rows in split.select_columns(list(COLUMNS)).iter(READ_ROWS):
-        for trace_id, messages in zip(rows["trace_id"], rows["messages"], strict=True):  # type: ignore[call-overload]
-            yield encode_row(trace_id, messages, tokenizer)
+    known = "finish_reason" in split.column_names
+    for rows in split.select_columns([*COLUMNS, *(["finish_reason"] if known else [])]).iter(READ_ROWS):
+        ends = rows["finish_reason"] if known else [None] * len(rows["trace_id"])  # type: ignore[call-overload]
+        for trace_id, messages, end in zip(rows["trace_id"], rows["messages"], ends, strict=True):  # type: ignore[call-overload]
+            yield encode_row(trace_id, messages, tokenizer, end)
 
 
 def _rollup(dataset_dir: Path) -> Rollup | None:
@@ -80,20 +82,21 @@ def _open_splits(dataset_dir: Path) -> datasets.DatasetDict:
     return datasets.DatasetDict.load_from_disk(str(dataset_dir))
 
 
-def encode_row(trace_id: str, messages: Sequence[dict[str, str | None]], tokenizer: PreTrainedTokenizerBase) -> Example:
-    """Arrow gives every message every field; an absent one must be absent again, since templates ask `is defined`."""
+def encode_row(
+    trace_id: str, messages: Sequence[dict[str, str | None]], tokenizer: PreTrainedTokenizerBase, finish_reason: str | None = None
+) -> Example:
+    """The trace in the student's tokens, dropped as UNFINISHED where its generation did not stop by itself. Where that is not
+    known (no finish_reason), it did if the template itself ends the last turn; nothing is appended to one that it leaves open.
+
+    Arrow gives every message every field; an absent one must be absent again, since templates ask `is defined`.
+    """
     present = [{key: value for key, value in message.items() if value is not None} for message in messages]
     try:
-        return Example(trace_id, encode_conversation(tokenizer, present))
+        encoded = encode_conversation(tokenizer, present, finish_reason=finish_reason)
     except UnusableInput as error:
         raise UnusableInput(f"trace {trace_id}: {error}") from error
-
-
-def examples_sha256(examples: Iterable[Example]) -> str:
-    """Identity of what is trained: ids and masks in order, hence dataset, tokenizer and template at once."""
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(f"{example.trace_id}:{len(example.encoded.ids)};".encode())
-        digest.update(np.asarray(example.encoded.ids, dtype=np.int32).tobytes())
-        digest.update(np.asarray(example.encoded.mask, dtype=np.bool_).tobytes())
-    return digest.hexdigest()
+    if finish_reason is None:
+        is_finished = not present or present[-1]["role"] != "assistant" or ends_with_stop(tokenizer, encoded)
+    else:
+        is_finished = finish_reason == "stop"
+    return Example(trace_id, encoded, "" if is_finished else UNFINISHED)

@@ -4,35 +4,44 @@ Runs in every rank of torchrun, or in one plain process. Equal recipe and data g
 that was killed and resumed ends bit-equal to one that was not.
 """
 
+import logging
 import math
-import resource
-import time
-from collections.abc import Sequence
+import os
+import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal
 
 import torch
 
+from configs.draining import Drain, draining
 from configs.errors import TracestillError
 from configs.schema import Recipe
-from data.chat import Encoded
-from data.records import digest
 from data.store import RunFolder
-from student.lora import save_adapter
+from student.adapter_files import publish_folder, save_adapter
 from student.model import load_tokenizer
-from train.batches import TokenLedger, num_trained, plan_micro_batches, step_members, visiting_order
-from train.checkpoint import Checkpoint, Progress, load_latest, save_checkpoint
-from train.rendered import Rendered
+from train.batches import TokenLedger
+from train.checkpoint import Best, Checkpoint, Identity, Progress, best_folder, load_latest, remove_worse, save_checkpoint
+from train.measures import BEST_METRICS, LOSS, VALIDATION_LOSS, StepClock, Taken, finite, metrics_of
+from train.policy import is_better, norm_limit, remember
 from train.schedule import learning_rate
-from train.setup import Corpus, build_step, load_corpus, open_tracker, prepare_folders, run_identity
+from train.setup import Run, load_corpus, open_run, open_tracker, prepare_folders, run_identity
 from train.step import TrainingStep, World, joined_world
+from train.taking import StopAsked, take_step
 from train.tracking import METRICS_FILE, Metrics, Report, read_metrics
+from train.validation import validate
+
+logger = logging.getLogger(__name__)
+
+DRAIN_S = 28.0
+"""From a signal to a durable checkpoint: torchrun kills its ranks after 30 s. A micro-batch and the files are what it takes."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """What a finished training leaves. Losses are nats per supervised token; validation_loss is None without that split."""
+    """What a finished training leaves. Losses are nats per supervised token; validation_loss is None without that split. best:
+    the validation whose adapter this is, None where it is the last step's. steps: taken; an early stop takes fewer."""
 
     adapter_dir: Path
     steps: int
@@ -41,6 +50,7 @@ class TrainResult:
     loss: float
     validation_loss: float | None
     ledger: TokenLedger
+    best: Best | None = None
 
 
 def train(recipe: Recipe, *, dataset_dir: Path, run_dir: Path, report: Report | None = None) -> TrainResult:
@@ -50,144 +60,186 @@ def train(recipe: Recipe, *, dataset_dir: Path, run_dir: Path, report: Report | 
 
     Raises:
         UnusableInput: a model, dataset or setting that cannot be used, or checkpoints of another configuration.
-        TracestillError: loss or gradient is not finite; the checkpoints before it are intact.
+        Interrupted: a signal asked for a stop, and the state is saved.
+        TracestillError: too many steps with a loss or gradient that is not finite, or that spikes; what is saved is from before.
     """
-    with joined_world() as world:
-        return train_in(world, recipe, dataset_dir, run_dir, report)
+    saved = {"limit": f"the {DRAIN_S:g} s that torchrun leaves", "left": "the last checkpoint is continued by the next start",
+             "kept": "the state of training is saved: the same command continues"}  # fmt: skip
+    with draining(DRAIN_S, **saved) as drain, joined_world(recipe.train.sequence_parallel) as world:
+        return train_in(world, recipe, dataset_dir, run_dir, report, drain)
 
 
-def train_in(world: World, recipe: Recipe, dataset_dir: Path, run_dir: Path, report: Report | None) -> TrainResult:
-    config, checkpoints = recipe.train, run_dir / "checkpoints"
-    is_writer = world.rank == 0
+def train_in(world: World, recipe: Recipe, dataset_dir: Path, run_dir: Path, report: Report | None, drain: Drain) -> TrainResult:
+    config, checkpoints, is_writer = recipe.train, run_dir / "checkpoints", world.rank == 0
 
     tokenizer = load_tokenizer(recipe.student.model)
-    corpus = load_corpus(recipe, dataset_dir, tokenizer, RunFolder(run_dir).cache, is_writer=is_writer)
-    steps = step_members(visiting_order(len(corpus.train), config.epochs, config.seed), config.traces_per_step)
+    corpus = load_corpus(recipe, dataset_dir, tokenizer, RunFolder(run_dir), is_writer=is_writer)
     identity = run_identity(recipe, corpus)
     if is_writer:
         prepare_folders(run_dir, corpus.ledger)
     checkpoint = load_latest(checkpoints, identity)
-    progress = replace(checkpoint.progress, restarts=checkpoint.progress.restarts + 1) if checkpoint else Progress()
+    progress = _begun(checkpoint, world)
     resumed_from = progress.step
-    step = build_step(recipe, world, corpus, checkpoint)
-    tracker = open_tracker(recipe, world, run_dir, identity, resume_step=resumed_from, total_steps=len(steps), report=report)
-    if checkpoint is None and corpus.validation:
-        tracker.log(0, {"validation/nats_per_token": mean_loss(step, corpus, corpus.validation, config.tokens_per_micro_batch)})
-
-    for index in range(resumed_from, len(steps)):
-        lr = learning_rate(index, len(steps), config.lr, config.warmup_share)
-        members = [corpus.train[member] for member in steps[index]]
-        torch.manual_seed(dropout_seed(config.seed, index, world.rank))
-        taken = take_step(step, corpus, members, lr, config.tokens_per_micro_batch)
-        refuse_non_finite(index, taken)
-
-        progress = advance(progress, taken)
-        is_last = progress.step == len(steps)
-        metrics = metrics_of(taken, progress, lr, epoch=config.epochs * progress.step / len(steps))
-        if corpus.validation and (is_last or progress.step % config.validation_steps == 0):
-            metrics["validation/nats_per_token"] = mean_loss(step, corpus, corpus.validation, config.tokens_per_micro_batch)
-        tracker.log(progress.step, metrics)  # before the checkpoint, so that no resumed run lacks a row
-        if is_last or progress.step % config.checkpoint_steps == 0:
-            state = step.export_state()
-            if is_writer:
-                save_checkpoint(checkpoints, Checkpoint(progress, state), identity)
-
-    parameters = step.export_parameters()
     if is_writer:
-        save_adapter(checkpoints / "adapter", step.adapted, parameters, tokenizer)
+        remove_worse(checkpoints, progress)
+    run = open_run(recipe, world, corpus, tokenizer, run_dir, checkpoint, group=progress.group)
+    total = run.order.num_steps
+    tracker = open_tracker(
+        recipe, world, RunFolder(run_dir), identity, resume_step=resumed_from, total_steps=total, report=report
+    )
+    clock = StepClock()
+    last_saved = -1 if checkpoint is None else resumed_from
+    saver = Saver(checkpoints, identity, config.kept_checkpoints, run.step, clock, last=last_saved)
+
+    row: Metrics | None = {} if checkpoint is None else checkpoint.unlogged  # of the last step, until it is logged
+    try:
+        while True:
+            if row is not None:
+                if run.validates_after(progress.step, total):
+                    row |= finite(validate(run, stop=drain))
+                    progress = with_validation(progress, row, config.best_metric)
+                    keep_if_best(run, checkpoints, progress)
+                if row:
+                    tracker.log(progress.step, row)  # before the checkpoint, so that no resumed run lacks a row
+                row = None
+                if progress.step % config.checkpoint_steps == 0 and progress.step:
+                    saver.save(progress)
+            if progress.step == total or waited_enough(progress, config.early_stop_patience):
+                break
+            lr = learning_rate(progress.step, total, config.lr, config.warmup_share)
+            limit = norm_limit(progress.recent_norms, config.spike_factor)
+            taken = take_step(run, progress.step, lr, limit, clock, stop=drain)
+            progress = advance(progress, taken)
+            refuse_many_skipped(progress, taken, config.max_skipped_steps)
+            epoch = config.epochs * progress.step / total
+            row = finite(metrics_of(taken, progress, lr, clock, flops_share=run.mfu(taken), epoch=epoch))
+    except StopAsked:
+        saver.save(progress, unlogged=row)
+        tracker.close()
+        run.step.sum_over_ranks([0.0])  # nobody leaves before rank 0 has written
+        run.step.close()
+        drain.join()
+        drain.end()
+
+    saver.save(progress)
+    parameters = run.step.export_parameters()
+    if is_writer:
+        publish_adapter(run, checkpoints, progress, parameters)
+        tracker.log_adapter(checkpoints / "adapter")
     tracker.close()
-    step.sum_over_ranks([0.0])  # nobody leaves before rank 0 has written
-    step.close()
-    return summarise(run_dir, len(steps), resumed_from, progress, corpus.ledger)
+    run.step.sum_over_ranks([0.0])
+    run.step.close()
+    return summarise(run_dir, resumed_from, progress, corpus.ledger)
 
 
-class Taken(NamedTuple):
-    """One optimizer step, over all ranks. tokens leave padding out; padded_tokens are what was computed."""
-
-    loss_sum: float
-    supervised_tokens: int
-    tokens: int
-    padded_tokens: int
-    grad_norm: float
-    seconds: float
+def _begun(checkpoint: Checkpoint | None, world: World) -> Progress:
+    """Where to go on; rows stay grouped as they were at the first start, whatever ranks there are now."""
+    if checkpoint is None:
+        return Progress(group=world.data_size)
+    return replace(checkpoint.progress, restarts=checkpoint.progress.restarts + 1)
 
 
-def take_step(step: TrainingStep, corpus: Corpus, members: Sequence[Encoded], lr: float, tokens_per_micro_batch: int) -> Taken:
-    """Trains `members` as one optimizer step: this rank's micro-batches, one update, the sums over all ranks."""
-    started = time.perf_counter()
-    lengths = [len(member.ids) for member in members]
-    supervised = sum(num_trained(member) for member in members)
-    plan = plan_micro_batches(lengths, step.world.size, tokens_per_micro_batch)[step.world.rank]
-    loss_sum, padded = 0.0, 0
-    for number, rows in enumerate(plan, 1):
-        batch = corpus.micro_batch([members[row] for row in rows])
-        loss_sum += step.accumulate(*batch, tokens_in_step=supervised, is_last=number == len(plan))
-        padded += batch.ids_BT.numel()
-    grad_norm = step.apply(lr)
-    loss_sum, padded_sum = step.sum_over_ranks([loss_sum, padded])
-    return Taken(loss_sum, supervised, sum(lengths), round(padded_sum), grad_norm, time.perf_counter() - started)
+class Saver:
+    """Makes the state after a step durable, once. Every rank calls `save`; rank 0 writes."""
+
+    def __init__(
+        self, folder: Path, identity: Identity, kept: int, step: TrainingStep, clock: StepClock, *, last: int
+    ) -> None:  # fmt: skip
+        self.folder, self.identity, self.kept, self.step, self.clock, self.last = folder, identity, kept, step, clock, last
+
+    def save(self, progress: Progress, unlogged: Metrics | None = None) -> None:
+        """unlogged: the metrics of the last step, where no row has them yet."""
+        if progress.step == self.last:
+            return
+        with self.clock.saving():
+            state = self.step.export_state()
+            if self.step.world.rank == 0:
+                save_checkpoint(self.folder, Checkpoint(progress, state, unlogged), self.identity, kept=self.kept)
+        self.last = progress.step
 
 
-def mean_loss(step: TrainingStep, corpus: Corpus, rows: Rendered, tokens_per_micro_batch: int) -> float:
-    """Nats per supervised token over `rows`, shared out over the ranks."""
-    plan = plan_micro_batches(rows.lengths().tolist(), step.world.size, tokens_per_micro_batch)[step.world.rank]
-    loss_sum = sum(step.evaluate(*corpus.micro_batch([rows[row] for row in group])) for group in plan)
-    return step.sum_over_ranks([loss_sum])[0] / int(rows.trained().sum())
-
-
-def dropout_seed(seed: int, index: int, rank: int) -> int:
-    """Seeds the noise of one step on one rank, so that a resumed run needs no generator state."""
-    return int(digest(seed, index, rank, size=7), 16)
+# --- decisions after a step --------------------------------------------------------------------------------------
 
 
 def advance(progress: Progress, taken: Taken) -> Progress:
-    return Progress(
-        progress.step + 1, progress.tokens + taken.tokens, progress.supervised_tokens + taken.supervised_tokens,
-        progress.seconds + taken.seconds, progress.restarts,
-    )  # fmt: skip
+    """With the step counted; its tokens too, where it was applied."""
+    if not taken.applied:
+        non_finite = progress.non_finite + (not math.isfinite(taken.grad_norm))
+        return replace(progress, step=progress.step + 1, seconds=progress.seconds + taken.seconds, skipped=progress.skipped + 1,
+                       non_finite=non_finite)  # fmt: skip
+    return replace(
+        progress,
+        step=progress.step + 1,
+        tokens=progress.tokens + taken.tokens,
+        supervised_tokens=progress.supervised_tokens + taken.supervised_tokens,
+        seconds=progress.seconds + taken.seconds,
+        recent_norms=remember(progress.recent_norms, taken.grad_norm),
+    )
 
 
-def metrics_of(taken: Taken, progress: Progress, lr: float, epoch: float) -> Metrics:
-    return {
-        "loss/nats_per_token": taken.loss_sum / taken.supervised_tokens,
-        "loss/supervised_tokens": taken.supervised_tokens,
-        "optim/lr": lr,
-        "optim/grad_norm": taken.grad_norm,
-        "perf/tokens_per_s": taken.tokens / taken.seconds,
-        "perf/supervised_tokens_per_s": taken.supervised_tokens / taken.seconds,
-        "perf/padding_share": 1.0 - taken.tokens / taken.padded_tokens,
-        "perf/step_seconds": taken.seconds,
-        "perf/memory_peak_bytes": peak_memory_bytes(),
-        "progress/epoch": epoch,
-        "progress/tokens": progress.tokens,
-        "progress/supervised_tokens": progress.supervised_tokens,
-        "progress/seconds": progress.seconds,
-        "progress/restarts": progress.restarts,
-    }
-
-
-def peak_memory_bytes() -> int:
-    """Of this rank: device memory on a GPU, resident memory of the process otherwise."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def refuse_non_finite(index: int, taken: Taken) -> None:
-    """Stops before a poisoned adapter can be logged or saved."""
-    if not (math.isfinite(taken.loss_sum) and math.isfinite(taken.grad_norm)):
+def refuse_many_skipped(progress: Progress, taken: Taken, most: int) -> None:
+    """Says which step was not applied; gives up at the limit, before anything of it can be logged or saved."""
+    if taken.applied:
+        return
+    said = (
+        f"train step {progress.step}: loss {taken.nats_per_token:.4g}, gradient norm {taken.grad_norm:.4g} "
+        f"(limit {taken.limit:.4g})"
+    )
+    logger.warning("%s; not applied (%d of at most %d)", said, progress.skipped, most)
+    if progress.skipped > most:
         raise TracestillError(
-            f"train step {index + 1}: loss {taken.loss_sum / taken.supervised_tokens}, gradient norm {taken.grad_norm}; "
-            "expected finite numbers; lower train.lr and start in another --run-dir (earlier checkpoints are intact)"
+            f"{said}: {progress.skipped} steps were not applied, expected at most train.max_skipped_steps {most}; lower train.lr "
+            "and start in another --run-dir (earlier checkpoints are intact)"
         )
 
 
-def summarise(run_dir: Path, steps: int, resumed_from: int, progress: Progress, ledger: TokenLedger) -> TrainResult:
+def with_validation(progress: Progress, row: Metrics, metric: Literal["loss", "accuracy"] | None) -> Progress:
+    """With the validation of `row` compared with the best one. That before the first step is of the base, and no adapter's."""
+    if metric is None or not progress.step:
+        return progress
+    value = row.get(BEST_METRICS[metric], math.nan)
+    if is_better(metric, value, None if progress.best is None else progress.best.value):
+        return replace(progress, best=Best(value, progress.step), validations_without_better=0)
+    return replace(progress, validations_without_better=progress.validations_without_better + 1)
+
+
+def waited_enough(progress: Progress, patience: int | None) -> bool:
+    return patience is not None and progress.validations_without_better >= patience
+
+
+def keep_if_best(run: Run, checkpoints: Path, progress: Progress) -> None:
+    """The adapter lies in checkpoints/best-STEP when this step is the best. Every rank calls it. An older best one goes with the
+    next checkpoint: until then a kill goes back to it."""
+    if progress.best is None or progress.best.step != progress.step:
+        return
+    parameters = run.step.export_parameters()
+    if run.step.world.rank == 0:
+        save(run, best_folder(checkpoints, progress.step), progress, parameters)
+
+
+def save(run: Run, folder: Path, progress: Progress, parameters: Mapping[str, torch.Tensor]) -> None:
+    """The adapter as it is now. Layers that learnt nothing are an error unless no step has been applied at all."""
+    untrained = progress.step == progress.skipped
+    save_adapter(folder, run.step.adapted, parameters, run.tokenizer, may_be_untrained=untrained)
+
+
+def publish_adapter(run: Run, checkpoints: Path, progress: Progress, parameters: Mapping[str, torch.Tensor]) -> None:
+    """checkpoints/adapter is the best one, or the last step's where no metric says which is best."""
+    if progress.best is None:
+        save(run, checkpoints / "adapter", progress, parameters)
+        return
+    best, copy = best_folder(checkpoints, progress.best.step), checkpoints / f".adapter.{os.getpid()}"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(best, copy)
+    publish_folder(copy, checkpoints / "adapter")
+
+
+def summarise(run_dir: Path, resumed_from: int, progress: Progress, ledger: TokenLedger) -> TrainResult:
     """Reads the last losses from the metrics file, which also has them when there was nothing left to train."""
     rows = read_metrics(run_dir / "metrics" / METRICS_FILE)
-    losses = [row["loss/nats_per_token"] for row in rows if "loss/nats_per_token" in row]
-    validations = [row["validation/nats_per_token"] for row in rows if "validation/nats_per_token" in row]
-    adapter = run_dir / "checkpoints" / "adapter"
+    losses = [row[LOSS] for row in rows if LOSS in row]
+    validations = [row[VALIDATION_LOSS] for row in rows if VALIDATION_LOSS in row]
     return TrainResult(
-        adapter, steps, resumed_from, progress.seconds, losses[-1], validations[-1] if validations else None, ledger
-    )
+        run_dir / "checkpoints" / "adapter", progress.step, resumed_from, progress.seconds, losses[-1],
+        validations[-1] if validations else None, ledger, progress.best,
+    )  # fmt: skip

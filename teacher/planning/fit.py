@@ -3,13 +3,14 @@
 from math import ceil
 from typing import NamedTuple
 
+from configs.devices import device_of
 from configs.errors import UnusableInput
+from configs.lengths import Lengths
 from configs.schema import DeepSpeedEngine, HttpEngine, LocalEngine, Recipe, Teacher
 from teacher.planning.architecture import Architecture
-from teacher.planning.devices import Degrees, degrees_of, device_of
+from teacher.planning.degrees import Degrees, degrees_of
 from teacher.planning.placement import Cache, Room, admitted_bytes, cache, room
 from teacher.planning.throughput import Machine, Step, decode_step
-from teacher.planning.workload import Lengths
 
 
 class Demand(NamedTuple):
@@ -86,7 +87,7 @@ def engine_slots(teacher: Teacher) -> int:
 
 def judge(architecture: Architecture, recipe: Recipe, teacher: Teacher, demand: Demand) -> Fit:
     """teacher: the recipe's, or one with another layout."""
-    degrees, device = degrees_of(teacher), device_of(teacher.hardware)
+    degrees, device = degrees_of(teacher), device_of(teacher.hardware.gpu)
     usable = device.usable if device else None
     placed = room(architecture, teacher, degrees, usable, recipe.plan, recipe.generate.sampling)
     admitted = admitted_bytes(architecture, teacher, degrees, usable, placed.cache)

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from math import gcd
 from typing import Literal, NamedTuple
 
+from configs.devices import device_of
 from configs.schema import DeepSpeedEngine, LocalEngine, Recipe, Teacher
 from teacher.planning.architecture import Architecture
-from teacher.planning.devices import device_of
 from teacher.planning.fit import Demand, engine_slots, judge, workload_step
 from teacher.planning.throughput import machine
 
@@ -37,7 +37,7 @@ def nearest_layouts(architecture: Architecture, recipe: Recipe, demand: Demand) 
     Tensor parallelism stays inside a node, and no layout gathers expert weights. None for the local engine, which has one
     device, nor for a device of unknown size."""
     teacher = recipe.teacher
-    if isinstance(teacher.engine, LocalEngine) or device_of(teacher.hardware) is None:
+    if isinstance(teacher.engine, LocalEngine) or device_of(teacher.hardware.gpu) is None:
         return ()
     found: list[Alternative] = []
     for nodes in sorted(range(1, MAX_NODES + 1), key=lambda nodes: (abs(nodes - teacher.hardware.nodes), nodes)):
@@ -67,7 +67,7 @@ def _layouts(architecture: Architecture, teacher: Teacher, nodes: int) -> Iterat
 
 
 def _if_fits(architecture: Architecture, recipe: Recipe, demand: Demand, teacher: Teacher) -> Alternative | None:
-    device, fit = device_of(teacher.hardware), judge(architecture, recipe, teacher, demand)
+    device, fit = device_of(teacher.hardware.gpu), judge(architecture, recipe, teacher, demand)
     if not fit.fits or fit.cache_bytes_per_gpu is None or device is None:
         return None
     layout = teacher.layout

@@ -7,10 +7,11 @@ the table leaves out is counted beside it, as `Extra` (weights.py) and `Transien
 from math import ceil
 from typing import NamedTuple
 
+from configs.devices import WEIGHT_BYTES
 from configs.planning import Planning
 from configs.schema import HttpEngine, Sampling, Teacher
 from teacher.planning.architecture import Architecture, Latent, Parts
-from teacher.planning.devices import WEIGHT_BYTES, Degrees
+from teacher.planning.degrees import Degrees
 from teacher.planning.weights import Extra, cut_weights, extra_bytes
 
 TILES_BYTES = 1 << 30

@@ -1,9 +1,9 @@
 """A plan as it is read: tables for a terminal of 80 columns, and one JSON object."""
 
-from rich import box
 from rich.console import Group
 from rich.table import Table
 
+from configs.tables import short, table_of
 from teacher.plan import Plan
 from teacher.planning.architecture import Parts
 
@@ -28,8 +28,8 @@ def plan_json(plan: Plan) -> dict[str, object]:
 
 def _sizes(plan: Plan) -> Table:
     model, layout = plan.architecture, plan.fit.degrees
-    table = _table(f"{plan.name}: {model.model_type} through {plan.teacher.engine.type}", "", "")
-    table.add_row("parameters", f"{_short(model.parts.total)}, {_short(model.active)} active per token")
+    table = table_of(f"{plan.name}: {model.model_type} through {plan.teacher.engine.type}", "", "")
+    table.add_row("parameters", f"{short(model.parts.total)}, {short(model.active)} active per token")
     table.add_row(
         "launch", f"{layout.world} x {plan.teacher.hardware.gpu} on {layout.nodes} node{'s' if layout.nodes > 1 else ''}"
     )
@@ -37,9 +37,7 @@ def _sizes(plan: Plan) -> Table:
     zero = ", ZeRO-3 dense weights" if layout.zero else ""
     table.add_row("layout", f"{_experts(plan)}, {attention}{zero}, cache {plan.teacher.layout.kv_cache}")
     per_token = model.cache_values() * plan.kv_bytes_per_value
-    table.add_row(
-        "cache", f"{_short(per_token, 'B')} a token, {_short(per_token * MILLION, 'B')} per 2^20 tokens, {plan.kv_dtype}"
-    )
+    table.add_row("cache", f"{short(per_token, 'B')} a token, {short(per_token * MILLION, 'B')} per 2^20 tokens, {plan.kv_dtype}")
     return table
 
 
@@ -57,13 +55,13 @@ def _experts(plan: Plan) -> str:
 
 def _memory(plan: Plan) -> Table:
     room = plan.fit.room
-    table = _table("per GPU", "", "bytes", "")
-    table.add_row("usable", _short(room.usable, "B"), "92 % of the memory" if room.usable else "device of unknown size")
-    table.add_row(f"weights, {plan.teacher.engine.dtype}", _short(room.weights.total, "B"), _largest(room.weights._asdict()))
-    table.add_row("free", _short(room.free, "B"), "usable less weights")
-    table.add_row("beside weights", _short(sum(room.extra), "B"), _largest(room.extra._asdict()))
-    table.add_row("buffers", _short(sum(room.transients), "B"), _largest(room.transients._asdict()))
-    table.add_row("cache", _short(plan.fit.cache_bytes_per_gpu, "B"), _held(plan))
+    table = table_of("per GPU", "", "bytes", "")
+    table.add_row("usable", short(room.usable, "B"), "92 % of the memory" if room.usable else "device of unknown size")
+    table.add_row(f"weights, {plan.teacher.engine.dtype}", short(room.weights.total, "B"), _largest(room.weights._asdict()))
+    table.add_row("free", short(room.free, "B"), "usable less weights")
+    table.add_row("beside weights", short(sum(room.extra), "B"), _largest(room.extra._asdict()))
+    table.add_row("buffers", short(sum(room.transients), "B"), _largest(room.transients._asdict()))
+    table.add_row("cache", short(plan.fit.cache_bytes_per_gpu, "B"), _held(plan))
     table.add_row("fits", {None: "unknown", True: "yes", False: "no"}[plan.fit.fits], _wanted(plan))
     return table
 
@@ -71,7 +69,7 @@ def _memory(plan: Plan) -> Table:
 def _largest(parts: dict[str, int]) -> str:
     """The two that matter most, largest first."""
     shown = sorted(((size, name) for name, size in parts.items() if size), reverse=True)[:2]
-    return ", ".join(f"{name.replace('_', ' ')} {_short(size)}" for size, name in shown)
+    return ", ".join(f"{name.replace('_', ' ')} {short(size)}" for size, name in shown)
 
 
 def _held(plan: Plan) -> str:
@@ -82,7 +80,7 @@ def _held(plan: Plan) -> str:
 def _wanted(plan: Plan) -> str:
     demand = plan.demand
     if plan.fit.shortfall:
-        return f"{_short(plan.fit.shortfall, 'B')} short for {demand.longest_tokens:,} tokens"
+        return f"{short(plan.fit.shortfall, 'B')} short for {demand.longest_tokens:,} tokens"
     if plan.fit.refusal:
         return "the degrees do not divide the model"
     if demand.requests:
@@ -92,7 +90,7 @@ def _wanted(plan: Plan) -> str:
 
 
 def _contexts(plan: Plan) -> Table:
-    table = _table("by context", "tokens", "requests that fit", "expected tok/s per GPU", "first token, s")
+    table = table_of("by context", "tokens", "requests that fit", "expected tok/s per GPU", "first token, s")
     for row in plan.contexts:
         rate = "-" if row.decode_tokens_per_s_per_gpu is None else f"{row.decode_tokens_per_s_per_gpu:.1f}"
         prefill = "-" if row.prefill_seconds is None else f"{row.prefill_seconds:.3g}"
@@ -104,12 +102,12 @@ def _decode(plan: Plan) -> Table:
     step, bytes_of = plan.step, plan.step.traffic if plan.step else None
     assert step is not None and bytes_of is not None
     load = f"{step.concurrency} requests of {step.context_tokens:,} tokens"
-    table = _table(f"a decode step, {load}", "", "ms", "bytes per GPU")
+    table = table_of(f"a decode step, {load}", "", "ms", "bytes per GPU")
     table.caption, table.caption_justify = _why_so_long(plan), "left"
-    reads = f"dense {_short(bytes_of.dense_read)}, experts {_short(bytes_of.experts_read)}, cache {_short(bytes_of.cache_read)}"
+    reads = f"dense {short(bytes_of.dense_read)}, experts {short(bytes_of.experts_read)}, cache {short(bytes_of.cache_read)}"
     table.add_row("memory", f"{step.memory_s * 1e3:.2f}", reads)
     moved = ((bytes_of.gathered, "gathered"), (bytes_of.all_to_all, "all-to-all"), (bytes_of.tensor_parallel, "tensor parallel"))
-    table.add_row("links", f"{step.network_s * 1e3:.2f}", ", ".join(f"{name} {_short(size)}" for size, name in moved if size))
+    table.add_row("links", f"{step.network_s * 1e3:.2f}", ", ".join(f"{name} {short(size)}" for size, name in moved if size))
     table.add_row("arithmetic", f"{step.compute_s * 1e3:.2f}", "")
     bound = step.tokens_per_s() / plan.fit.degrees.world
     table.add_row("bound", f"{step.bound_s * 1e3:.2f}", f"{step.bound_by}: {bound:.0f} tok/s per GPU")
@@ -131,14 +129,14 @@ def _money(plan: Plan) -> Table:
     cost = plan.cost
     assert cost is not None
     price = plan.planning.price_per_gpu_hour
-    table = _table(f"{cost.traces:,} traces at ${price:g} per GPU hour", "", "")
-    table.add_row("output", f"{_short(cost.output_tokens)} tokens, after {_short(cost.prompt_tokens)} of prompts")
+    table = table_of(f"{cost.traces:,} traces at ${price:g} per GPU hour", "", "")
+    table.add_row("output", f"{short(cost.output_tokens)} tokens, after {short(cost.prompt_tokens)} of prompts")
     table.add_row("time", f"{cost.hours:,.0f} h: {cost.decode_hours:,.0f} decoding, {cost.prefill_hours:,.1f} reading prompts")
     table.add_row("cost", f"${cost.dollars:,.0f}; the same through the API ${cost.api_dollars:,.0f}")
     decoding = plan.cost_per_million_output_tokens
     table.add_row("per 1 M output", f"${decoding:,.2f} decoding, ${cost.cost_per_million_output_tokens:,.2f} with the prompts")
     verdict = "" if cost.cheaper_than_api else ", out of reach:"
-    even, most = _short(cost.break_even_tokens_per_month), _short(cost.capacity_tokens_per_month)
+    even, most = short(cost.break_even_tokens_per_month), short(cost.capacity_tokens_per_month)
     table.add_row("break-even", f"{even} output tokens a month{verdict or ';'} the launch writes {most}")
     return table
 
@@ -222,26 +220,3 @@ def _json_rates(plan: Plan) -> dict[str, object]:
 
 def _nonzero(parts: Parts) -> dict[str, int]:
     return {name: size for name, size in parts._asdict().items() if size}
-
-
-def _table(title: str, *columns: str) -> Table:
-    """At most 80 columns: figures are short, and words fold."""
-    table = Table(
-        *columns, title=f"\n{title}", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False,
-        show_header=any(columns), pad_edge=False,
-    )  # fmt: skip
-    table.columns[0].min_width = 14
-    for column in table.columns[1:] if len(columns) > 3 else ():
-        column.justify = "right"
-    return table
-
-
-def _short(value: float | None, unit: str = "") -> str:
-    """Four figures with a decimal prefix: 743.4 G."""
-    if value is None:
-        return "unknown"
-    for prefix in ("", "k", "M", "G"):
-        if abs(value) < 1000:
-            return f"{value:.4g} {prefix}{unit}".rstrip()
-        value /= 1000
-    return f"{value:.4g} T{unit}"

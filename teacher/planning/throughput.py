@@ -18,10 +18,11 @@ experts):
 
 from typing import NamedTuple
 
+from configs.devices import WEIGHT_BYTES, Device, Links
 from configs.planning import Planning
 from configs.schema import Teacher
 from teacher.planning.architecture import Architecture, Parts
-from teacher.planning.devices import WEIGHT_BYTES, Degrees, Device, Links
+from teacher.planning.degrees import Degrees
 from teacher.planning.placement import cache_dtype
 from teacher.planning.weights import RankWeights, gathered_weights, rank_weights
 

@@ -4,8 +4,9 @@ products and gathers (throughput.py) are taken from this one account."""
 from math import ceil
 from typing import NamedTuple
 
+from configs.devices import WEIGHT_BYTES
 from teacher.planning.architecture import Architecture, Parts
-from teacher.planning.devices import WEIGHT_BYTES, Degrees
+from teacher.planning.degrees import Degrees
 
 SCALE_BYTES = {"fp8": 4 / 128**2, "int4": 2 / 128}
 """Per weight: one float32 a block of 128 x 128 (fp8), one bf16 a group of 128 (int4)."""

@@ -2,13 +2,17 @@
 
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 FOLDER = Path(__file__).parents[2] / ".bench"
+# What TRL stands on is what the product stands on, so that nothing but the trainer differs.
+SHARED = [f"{name}=={version(name).partition('+')[0]}" for name in ("torch", "transformers", "peft", "accelerate", "datasets")]
 # Name -> requirements. datatrove's inference extra wants vllm and sglang too; these are what its runner itself imports.
 PEERS: dict[str, list[str]] = {
     "datatrove": ["datatrove[io]", "aiohttp", "aiofiles", "aiosqlite", "httpx"],
     "dedup": ["rensa==0.5.0", "datasketch==2.0.0"],
+    "trl": [*SHARED, "trl==1.16.0"],
 }
 
 

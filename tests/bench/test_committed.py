@@ -42,6 +42,13 @@ def committed(benchmark: str) -> dict:
         ("leaks", "precision", 0.95, None),
         ("corruption", "undetected", None, 0),
         ("corruption", "false_alarms", None, 0),
+        ("packing", "waste", None, 0.001),
+        ("packing", "skew", None, 1.05),
+        ("packing", "ratio", 5.0, None),
+        ("train_vs_trl", "ratio", 5.0, None),
+        ("train_vs_trl", "rss_ratio", None, 0.2),
+        ("train_vs_trl", "ratio_labels", 2.0, None),
+        ("train_vs_trl", "rss_ratio_labels", None, 0.2),
     ],
 )
 def test_a_committed_figure_keeps_its_bound(benchmark: str, key: str, least: float | None, most: float | None) -> None:

@@ -1,3 +1,4 @@
+import itertools
 from pathlib import Path
 
 import pytest
@@ -6,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from configs.errors import UnusableInput
 from data.byte_tokenizer import build_byte_tokenizer
-from data.chat import IGNORE_INDEX, Encoded, dialect_of, encode_conversation, encode_prompt, pad_batch, render
+from data.chat import IGNORE_INDEX, Encoded, Reason, dialect_of, encode_conversation, encode_prompt, pad_batch, render
 
 ROOT = Path(__file__).parents[2]
 GLM_MARKERS = [
@@ -51,8 +52,9 @@ TWO = [*ONE, user("And 4?"), assistant("4", "4 again.")]
 
 
 def trained(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
-    ids, mask = encode_conversation(tokenizer, messages)
-    text = tokenizer.decode([id for id, own in zip(ids, mask, strict=True) if own], skip_special_tokens=False)
+    encoded = encode_conversation(tokenizer, messages)
+    own = [token for token, is_trained in zip(encoded.ids, encoded.mask, strict=True) if is_trained]
+    text = tokenizer.decode(own, skip_special_tokens=False)
     assert isinstance(text, str)
     return text
 
@@ -97,22 +99,51 @@ def test_the_marker_of_a_tool_is_a_stop_that_is_learnt(glm: PreTrainedTokenizerB
     )
 
 
+def reasons(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[tuple[str, str]]:
+    """(reason, text) of each run of tokens."""
+    encoded = encode_conversation(tokenizer, messages)
+    runs = itertools.groupby(zip(encoded.reasons, encoded.ids, strict=True), key=lambda pair: pair[0])
+    return [(Reason(reason).name.lower(), str(tokenizer.decode([token for _, token in run]))) for reason, run in runs]
+
+
+def test_every_token_has_its_reason(glm: PreTrainedTokenizerBase, chatml: PreTrainedTokenizerBase) -> None:
+    tool, system = {"role": "tool", "content": "18"}, {"role": "system", "content": "Be brief."}
+    assert reasons(glm, [system, user("Warm?"), assistant("look", "ask"), tool, tool, assistant("no", "")]) == [
+        ("first_token", "[gMASK]"), ("system", "<sop><|system|>Be brief."), ("user", "<|user|>Warm?"),
+        ("generation_prompt", "<|assistant|><think>"), ("trained", "ask</think>look<|observation|>"),
+        ("tool", "18<|observation|>18"), ("generation_prompt", "<|assistant|><think>"), ("trained", "</think>no<|user|>"),
+    ]  # fmt: skip
+    assert reasons(chatml, [system, *ONE, {"role": "developer", "content": "!"}]) == [
+        ("first_token", "<|im_start|>"), ("system", "system\nBe brief.<|im_end|>\n"),
+        ("user", "<|im_start|>user\n2+2?<|im_end|>\n"), ("generation_prompt", "<|im_start|>assistant\n"),
+        ("trained", "<think>2+2=4.</think>4<|im_end|>"), ("after_stop", "\n"), ("other", "<|im_start|>developer\n!<|im_end|>\n"),
+    ]  # fmt: skip
+
+
+def test_a_template_that_refuses_a_system_turn_alone_gives_it_to_the_turn_that_follows() -> None:
+    refusing = "{%- if messages | length == 1 and messages[0].role == 'system' -%}{{ raise_exception('no user') }}{%- endif -%}"
+    tokenizer = tokenizer_of("student", CHATML_MARKERS)
+    tokenizer.chat_template = refusing + str(tokenizer.chat_template)
+    found = reasons(tokenizer, [{"role": "system", "content": "Be brief."}, *ONE])
+    assert found[1] == ("user", "system\nBe brief.<|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n")
+
+
 @pytest.mark.parametrize("name", ["glm", "chatml"])
 def test_training_ids_continue_serving_ids(name: str, request: pytest.FixtureRequest) -> None:
     """A stray newline between the two costs 18 nats at the first token; the ids must be equal, not the text alike."""
     tokenizer = request.getfixturevalue(name)
     for messages in (ONE, TWO, [{"role": "system", "content": "Be brief."}, *ONE]):
-        ids, mask = encode_conversation(tokenizer, messages)
+        encoded = encode_conversation(tokenizer, messages)
         prompt = encode_prompt(tokenizer, messages[:-1])
-        assert ids[: len(prompt)] == prompt
-        assert mask[len(prompt)] and not mask[len(prompt) - 1]
+        assert encoded.ids[: len(prompt)] == prompt
+        assert encoded.mask[len(prompt)] and not encoded.mask[len(prompt) - 1]
 
 
 def test_an_answer_that_also_stands_in_the_question_is_not_confused_with_it(glm: PreTrainedTokenizerBase) -> None:
     said = "4</think>4"
-    ids, mask = encode_conversation(glm, [user("Is 4 the answer 4?"), assistant("4", "4")])
+    encoded = encode_conversation(glm, [user("Is 4 the answer 4?"), assistant("4", "4")])
     assert trained(glm, [user("Is 4 the answer 4?"), assistant("4", "4")]) == f"{said}<|user|>"
-    assert sum(mask) == 4 and len(ids) > 20
+    assert sum(encoded.mask) == 4 and len(encoded.ids) > 20
 
 
 def test_text_of_several_bytes_a_letter_is_masked_whole(glm: PreTrainedTokenizerBase) -> None:

@@ -27,7 +27,7 @@ SMALL = (
     "evaluate.batch_size=8",
     "evaluate.gates={}",
     "train.epochs=3",
-    "train.traces_per_step=16",
+    "train.max_tokens_per_row=768",
     "train.checkpoint_steps=5",
     "train.validation_steps=10",
 )

@@ -4,9 +4,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from configs.errors import UnusableInput
 from configs.schema import Gate, Recipe
-from data.store import sha256_file
+from data.checksum import checked_json
+from data.store import RunFolder, sha256_file
 from student.card import CardFacts, PromptSource, cell, gather, render_card
+from student.certificate import read_certificate
 from student.gates import judge
 from student.parity import Parity
 from student.results import read_metrics
@@ -75,3 +78,16 @@ def test_a_source_name_cannot_break_its_table() -> None:
     assert cell("a | b\nc") == "a \\| b c"
     source = PromptSource("x|y", "MIT", 1)
     assert cell(source.source) == "x\\|y"
+
+
+def test_the_card_states_the_gradient_certificate(facts: CardFacts, tmp_path: Path) -> None:
+    assert "none (`tracestill train RECIPE --certify` makes one)" in render_card(facts, FINDINGS)
+    run = RunFolder(tmp_path)
+    run.metrics.mkdir()
+    path = run.metrics / "certificate.json"
+    path.write_bytes(checked_json({"holds": True, "largest_difference": 4e-7, "bound": 1e-5}))
+    card = render_card(dataclasses.replace(facts, certificate=read_certificate(run)), FINDINGS)
+    assert f"gradients hold: within 4.0e-07 of a float64 reference, bound 1e-05; sha256 `{sha256_file(path)}`" in card
+    path.write_bytes(path.read_bytes().replace(b"true", b"null"))
+    with pytest.raises(UnusableInput, match="not the bytes that were written"):
+        read_certificate(run)

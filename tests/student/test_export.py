@@ -10,14 +10,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from configs.errors import UnusableInput
 from configs.schema import Export
+from configs.training import Lora
 from data.byte_tokenizer import build_byte_tokenizer
 from data.chat import dialect_of, encode_prompt
 from data.records import Message
 from data.store import RunFolder
 from student import parity
+from student.adapter_files import save_adapter, trainable
 from student.export import Exported, export_merged, exported_files, load_adapted
+from student.lora import attach
+from student.model import load_base
 from tests.student.test_evaluate import CHATML, embedded_template
 
+PAIR = ("embed_tokens", "lm_head")
 PROMPTS: list[list[Message]] = [
     [{"role": "user", "content": text}] for text in ("12 + 30?", "Spell abc backwards.", "Which metal?")
 ]
@@ -127,6 +132,31 @@ def test_an_adapter_on_a_tied_head_is_kept_and_the_embedding_is_not_touched(tmp_
     assert torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
     assert not torch.equal(after["lm_head.weight"], after["model.embed_tokens.weight"])
     assert json.loads((exported.folder / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        *(pytest.param(one, marks=pytest.mark.long) for one in (Lora(rslora=True), Lora(dora=True), Lora(modules_to_save=PAIR))),
+        Lora(dora=True, rslora=True, modules_to_save=PAIR),
+    ],
+    ids=["rslora", "dora", "whole pair", "all of them"],
+)
+def test_every_kind_of_adapter_keeps_its_logits_and_its_ties_in_the_export(base: Path, tmp_path: Path, lora: Lora) -> None:
+    model = attach(load_base(str(base), "fp32"), lora.model_copy(update={"rank": 4, "alpha": 8}), seed=0).eval()
+    generator = torch.Generator().manual_seed(1)
+    for parameter in trainable(model).values():
+        parameter.data += torch.randn(parameter.shape, generator=generator) * 0.05
+    save_adapter(tmp_path / "adapter", model, trainable(model))
+    exported = export(base, tmp_path / "adapter", RunFolder(tmp_path))
+    reloaded = AutoModelForCausalLM.from_pretrained(exported.folder, dtype=torch.float32)
+    ids = torch.arange(24).reshape(2, 12)
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        assert torch.allclose(reloaded(ids).logits, expected, rtol=0.0, atol=1e-5 * float(expected.abs().max()))
+    is_tied = json.loads((base / "config.json").read_text())["tie_word_embeddings"]
+    assert json.loads((exported.folder / "config.json").read_text())["tie_word_embeddings"] is is_tied
+    assert ("lm_head.weight" in load_file(exported.folder / "model.safetensors")) is not is_tied
 
 
 def test_an_adapter_that_never_learnt_is_refused(base: Path, tmp_path: Path) -> None:

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from configs.devices import DEVICES, WEIGHT_BYTES
 from configs.errors import UnusableInput
 from configs.load import load_recipe
 from configs.planning import Planning
 from configs.schema import Recipe
 from teacher.plan import Plan, architecture_of, kv_budget_bytes, plan_recipe
 from teacher.planning.architecture import read_architecture
-from teacher.planning.devices import DEVICES, WEIGHT_BYTES, Degrees
+from teacher.planning.degrees import Degrees
 from teacher.planning.fit import needed_bytes
 from teacher.planning.placement import ANY_SAMPLING, TILES_BYTES, sampling_bytes
 from teacher.planning.weights import cut_weights, extra_bytes, rank_weights, whole_parameters

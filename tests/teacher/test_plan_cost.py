@@ -6,10 +6,11 @@ import random
 import pytest
 from pydantic import ValidationError
 
+from configs.lengths import output_lengths
 from configs.load import load_recipe
 from configs.planning import ApiPrices, Workload
 from teacher.plan import plan_recipe
-from teacher.planning.workload import api_dollars_a_trace, cost, output_lengths
+from teacher.planning.workload import api_dollars_a_trace, cost
 
 WORKLOAD = Workload(traces=1000, prompt_tokens=2000, output_tokens_median=4000, output_tokens_p99=32000)
 

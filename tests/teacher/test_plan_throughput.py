@@ -4,11 +4,12 @@ import random
 
 import pytest
 
+from configs.devices import Links, device_of
 from configs.load import load_recipe
 from configs.planning import Planning
 from configs.schema import Teacher
 from teacher.plan import architecture_of, plan_recipe
-from teacher.planning.devices import Links, degrees_of, device_of
+from teacher.planning.degrees import degrees_of
 from teacher.planning.throughput import Machine, decode_step, gather_s, gathered_bytes, machine, prefill_seconds, touched_share
 from teacher.planning.weights import cut_weights, whole_parameters
 
@@ -17,7 +18,7 @@ GLM = architecture_of("configs/architectures/glm-5.2")
 
 def machine_of(name: str, *overrides: str) -> Machine:
     teacher: Teacher = load_recipe(name, overrides).recipe.teacher
-    device = device_of(teacher.hardware)
+    device = device_of(teacher.hardware.gpu)
     assert device is not None
     return machine(architecture_of(teacher.model), teacher, degrees_of(teacher), device)
 

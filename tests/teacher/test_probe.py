@@ -15,11 +15,11 @@ import torch.distributed as dist
 from rich.console import Console
 
 import teacher.probe
+from configs.devices import DEVICES, Links
 from configs.errors import UnusableInput
 from configs.load import load_recipe
 from configs.schema import Recipe
 from teacher.plan import plan_recipe
-from teacher.planning.devices import DEVICES, Links
 from teacher.probe import Load, calculate, load_of, machine_as_measured, probe, probe_from_json, probe_json, probe_table
 
 REPOSITORY = Path(__file__).parents[2]

@@ -44,7 +44,7 @@ def conversation(question: str, reasoning: str, answer: str) -> list[dict[str, s
     ]
 
 
-def save_dataset(folder: Path, num_train: int = 22, num_validation: int = 3, long_traces: int = 0) -> Path:
+def save_dataset(folder: Path, num_train: int = 34, num_validation: int = 3, long_traces: int = 0) -> Path:
     """Sums with traces of unequal length; `long_traces` of them are over 200 tokens."""
 
     def rows(start: int, count: int) -> datasets.Dataset:
@@ -69,8 +69,8 @@ def save_dataset(folder: Path, num_train: int = 22, num_validation: int = 3, lon
 
 def tiny_recipe(base: Path, lora: Mapping[str, Any] | None = None, **train: Any) -> Recipe:
     settings = {
-        "dtype": "fp32", "zero_stage": 2, "lr": 3e-3, "epochs": 1.0, "traces_per_step": 4, "tokens_per_micro_batch": 128,
-        "max_tokens_per_row": 128, "checkpoint_steps": 2, "validation_steps": 3, "wandb": "disabled",
+        "dtype": "fp32", "zero_stage": 2, "lr": 3e-3, "epochs": 1.0, "rows_per_step": 2, "max_tokens_per_row": 100,
+        "checkpoint_steps": 2, "validation_steps": 3, "wandb": "disabled",
     }  # fmt: skip
     return Recipe.model_validate(
         {

@@ -2,6 +2,7 @@ import json
 import os
 import random
 import signal
+import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,22 +11,25 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from configs.errors import TracestillError, UnusableInput
+from configs.draining import Drain
+from configs.errors import Interrupted, TracestillError, UnusableInput
 from configs.schema import Recipe
+from configs.training import CrossEntropy
 from data import chat
-from data.chat import pad_batch
-from student.lora import ADAPTER_WEIGHTS, load_adapter
+from student.adapter_files import ADAPTER_WEIGHTS, load_adapter
 from student.model import load_base
 from tests.train.fixtures import run_worker, save_dataset, save_tiny_base, start_worker, tiny_recipe, tiny_tokenizer
-from train.batches import num_trained
-from train.checkpoint import Checkpoint, Progress, load_latest, save_checkpoint, saved_steps
+from train.batches import to_batch
+from train.checkpoint import Best, Checkpoint, Progress, load_latest, save_checkpoint, saved_steps
 from train.dataset import load_examples
 from train.loop import TrainResult, train
 from train.losses import SupervisedLoss
+from train.setup import Run
 from train.step import OptimizerState
+from train.taking import agree_on_stopping
 from train.tracking import read_metrics
 
-NUM_STEPS = 6  # 22 traces, 4 a step; the last step is short
+NUM_STEPS = 6  # 34 traces in 12 rows, 2 a step
 
 
 class Stopped(RuntimeError):
@@ -101,8 +105,9 @@ def test_saved_adapter_on_the_base_has_the_reported_validation_loss(
     run, result = whole
     student = load_adapter(load_base(str(base), "fp32"), run / "checkpoints" / "adapter")
     rows = load_examples(dataset, tiny_tokenizer(), run / "cache" / "rendered").validation
-    loss_sum = SupervisedLoss(student)(*pad_batch(rows, 0)).item()
-    assert loss_sum / sum(num_trained(row) for row in rows) == pytest.approx(result.validation_loss, rel=1e-5)
+    loss = SupervisedLoss(student, CrossEntropy())
+    loss_sum = sum(loss(*to_batch([row])).item() for row in rows)  # one document a row: nothing that packing could spoil
+    assert loss_sum / int(rows.trained().sum()) == pytest.approx(result.validation_loss, rel=1e-5)
 
 
 def test_killed_run_resumes_bit_equal_with_complete_metrics(
@@ -136,7 +141,7 @@ def test_killed_run_resumes_bit_equal_with_complete_metrics(
 def test_resume_is_bit_equal_in_every_layout_with_dropout(
     base: Path, dataset: Path, tmp_path: Path, zero_stage: int, dtype: str
 ) -> None:
-    recipe = tiny_recipe(base, lora={"dropout": 0.2}, zero_stage=zero_stage, dtype=dtype, weight_decay=0.01, traces_per_step=6)
+    recipe = tiny_recipe(base, lora={"dropout": 0.2}, zero_stage=zero_stage, dtype=dtype, weight_decay=0.01, rows_per_step=3)
     train(recipe, dataset_dir=dataset, run_dir=tmp_path / "whole")
     train_until(3, recipe, dataset, tmp_path / "stopped")
     assert train(recipe, dataset_dir=dataset, run_dir=tmp_path / "stopped").resumed_from == 2
@@ -147,11 +152,11 @@ def test_checkpoint_of_one_layout_continues_in_another(
     whole: tuple[Path, TrainResult], base: Path, dataset: Path, tmp_path: Path
 ) -> None:
     train_until(3, tiny_recipe(base), dataset, tmp_path)
-    result = train(tiny_recipe(base, zero_stage=3, tokens_per_micro_batch=256), dataset_dir=dataset, run_dir=tmp_path)
+    result = train(tiny_recipe(base, zero_stage=3), dataset_dir=dataset, run_dir=tmp_path)
     assert result.resumed_from == 2
     expected = adapter(whole[0])
     for name, tensor in adapter(tmp_path).items():
-        # other micro-batches add in another order, and AdamW divides small gradients by themselves
+        # sums in another order, and AdamW divides small gradients by themselves
         torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-4)
 
 
@@ -170,7 +175,7 @@ def test_another_configuration_is_refused_by_name(whole: tuple[Path, TrainResult
 
 
 def test_another_dataset_is_refused(whole: tuple[Path, TrainResult], base: Path, tmp_path: Path) -> None:
-    other = save_dataset(tmp_path / "dataset", num_train=21)
+    other = save_dataset(tmp_path / "dataset", num_train=33)
     with pytest.raises(UnusableInput, match="dataset sha256 was"):
         train(tiny_recipe(base), dataset_dir=other, run_dir=whole[0])
 
@@ -179,13 +184,16 @@ def test_over_length_traces_are_counted_and_left_out(base: Path, tmp_path: Path)
     dataset = save_dataset(tmp_path / "dataset", num_train=7, num_validation=0, long_traces=2)
     result = train(tiny_recipe(base), dataset_dir=dataset, run_dir=tmp_path / "run")
     assert result.ledger.dropped_traces == {"over_length": 2} and result.ledger.balances
-    assert result.steps == 2 and result.validation_loss is None
+    assert result.steps == 1 and result.validation_loss is None
     rows = read_metrics(tmp_path / "run" / "metrics" / "train.jsonl")
     assert rows[-1]["progress/tokens"] == result.ledger.total - result.ledger.dropped["over_length"]
 
 
 def test_a_limit_below_every_trace_is_one_line_and_trains_nothing(base: Path, dataset: Path, tmp_path: Path) -> None:
-    with pytest.raises(UnusableInput, match=r"all 22 traces are longer than train\.max_tokens_per_row 8"):
+    with pytest.raises(
+        UnusableInput,
+        match=r"none of its 34 traces can be trained \(34 over_length\); a row holds 8 tokens: raise train\.max_tokens_per_row",
+    ):
         train(tiny_recipe(base, max_tokens_per_row=8), dataset_dir=dataset, run_dir=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
 
@@ -203,15 +211,128 @@ def test_run_directory_that_is_a_file_is_refused(base: Path, dataset: Path, tmp_
         train(tiny_recipe(base), dataset_dir=dataset, run_dir=tmp_path / "run")
 
 
-def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(base: Path, dataset: Path, tmp_path: Path) -> None:
-    with pytest.raises(TracestillError, match="expected finite numbers"):
-        train(
-            tiny_recipe(base, lr=1e30, max_grad_norm=1e30, warmup_share=0.0, checkpoint_steps=1),
-            dataset_dir=dataset,
-            run_dir=tmp_path,
-        )
-    for path in saved_steps(tmp_path / "checkpoints"):
-        assert all(torch.isfinite(tensor).all() for tensor in load_file(path / "state.safetensors").values())
+def test_steps_that_are_not_finite_are_skipped_counted_and_end_the_training(base: Path, dataset: Path, tmp_path: Path) -> None:
+    """The first step at such a rate is sound, and makes weights whose loss is no number."""
+    recipe = tiny_recipe(base, lr=1e30, max_grad_norm=1e30, warmup_share=0.0, checkpoint_steps=1, max_skipped_steps=2)
+    with pytest.raises(
+        TracestillError, match=r"train step 4: .*: 3 steps were not applied, expected at most train.max_skipped_steps 2"
+    ):
+        train(recipe, dataset_dir=dataset, run_dir=tmp_path)
+    rows = read_metrics(tmp_path / "metrics" / "train.jsonl")
+    assert [row.get("optim/non_finite_steps") for row in rows] == [None, 0, 1, 2]
+    assert "NaN" not in (tmp_path / "metrics" / "train.jsonl").read_text()
+    states = [load_file(path / "state.safetensors") for path in saved_steps(tmp_path / "checkpoints")]
+    assert all(torch.isfinite(tensor).all() for state in states for tensor in state.values())
+    assert_bit_equal(states[0], states[1])  # a step that is not applied changes no weight and no moment
+
+
+def test_a_spike_is_not_applied_and_training_goes_on(
+    base: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("train.policy.LEAST_HISTORY", 3)
+    recipe = tiny_recipe(base, spike_factor=1.0001)
+    result = train(recipe, dataset_dir=dataset, run_dir=tmp_path)
+    rows = read_metrics(tmp_path / "metrics" / "train.jsonl")
+    norms = [row["optim/grad_norm"] for row in rows[1:]]
+    assert result.steps == NUM_STEPS and rows[-1]["optim/skipped_steps"] == sum(
+        norm > 1.0001 * statistics.median(norms[:index]) for index, norm in enumerate(norms) if index >= 3
+    ), norms  # holds while at most one step is skipped: a skipped norm is not remembered
+    assert rows[-1]["progress/supervised_tokens"] <= result.ledger.trained
+
+
+# --- stopping ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["SIGUSR2", "SIGTERM"])
+def test_a_signal_saves_the_state_exits_resumable_and_the_resume_is_bit_equal(
+    whole: tuple[Path, TrainResult], base: Path, dataset: Path, tmp_path: Path, name: str
+) -> None:
+    recipe = tiny_recipe(base, checkpoint_steps=1000)
+    process = start_worker({"do": "train", "recipe": recipe.model_dump(), "dataset": str(dataset), "run": str(tmp_path)})
+    assert process.stdout is not None
+    asked, lines = 0.0, []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("step 2/"):
+            process.send_signal(signal.Signals[name])
+            asked = time.monotonic()
+    assert process.wait() == 75, "".join(lines)
+    assert time.monotonic() - asked < 10.0
+    assert f"stopped by {name}; the state of training is saved" in "".join(lines)
+    [saved] = saved_steps(tmp_path / "checkpoints")
+    assert int(saved.name.removeprefix("step-")) >= 2
+    result = train(tiny_recipe(base), dataset_dir=dataset, run_dir=tmp_path)
+    assert result.resumed_from == int(saved.name.removeprefix("step-"))
+    assert_bit_equal(adapter(tmp_path), adapter(whole[0]))
+
+
+def test_a_stop_during_validation_measures_it_after_the_resume(
+    whole: tuple[Path, TrainResult], base: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step is taken, its row is not logged yet: the checkpoint keeps the row."""
+    with monkeypatch.context() as patch:
+        asked: list[int] = []
+
+        def ask(run: Run, stop: Drain) -> float:
+            asked.append(1)
+            if len(asked) == 2:  # the first is before any step
+                stop.requested = "SIGUSR2"
+            agree_on_stopping(run.step, stop)
+            return 1.0
+
+        patch.setattr("train.validation.mean_loss", ask)
+        with pytest.raises(Interrupted):
+            train(tiny_recipe(base), dataset_dir=dataset, run_dir=tmp_path)
+    assert [path.name for path in saved_steps(tmp_path / "checkpoints")] == ["step-00000002", "step-00000003"]
+    assert len(read_metrics(tmp_path / "metrics" / "train.jsonl")) == 3
+    train(tiny_recipe(base), dataset_dir=dataset, run_dir=tmp_path)
+    rows, expected = (read_metrics(run / "metrics" / "train.jsonl") for run in (tmp_path, whole[0]))
+    assert [row["step"] for row in rows] == list(range(NUM_STEPS + 1))
+    assert rows[3]["validation/nats_per_token"] == expected[3]["validation/nats_per_token"]
+    assert_bit_equal(adapter(tmp_path), adapter(whole[0]))
+
+
+@pytest.mark.long
+def test_ten_random_kills_end_bit_equal(base: Path, dataset: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(base, epochs=8.0, checkpoint_steps=3, lora={"dropout": 0.1})
+    expected = train(recipe, dataset_dir=dataset, run_dir=tmp_path / "whole")
+    task = {"do": "train", "recipe": recipe.model_dump(), "dataset": str(dataset), "run": str(tmp_path / "killed")}
+    rng = random.Random(0)
+    for _ in range(10):
+        process = start_worker(task)
+        assert process.stdout is not None
+        steps = rng.randint(1, 6)
+        for line in process.stdout:
+            if line.startswith("step ") and (steps := steps - 1) == 0:
+                time.sleep(rng.uniform(0.0, 0.05))  # anywhere in a step or a checkpoint
+                process.kill()
+        process.wait()
+    result = train(recipe, dataset_dir=dataset, run_dir=tmp_path / "killed")
+    assert result.steps == expected.steps
+    assert_bit_equal(adapter(tmp_path / "killed"), adapter(tmp_path / "whole"))
+    rows, whole_rows = (read_metrics(tmp_path / name / "metrics" / "train.jsonl") for name in ("killed", "whole"))
+    for key in ("step", "loss/nats_per_token", "optim/grad_norm", "validation/nats_per_token"):
+        assert [row.get(key) for row in rows] == [row.get(key) for row in whole_rows], key
+
+
+# --- the best validation -----------------------------------------------------------------------------------------
+
+
+def test_the_adapter_is_the_best_validations_and_training_stops_early(
+    base: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([5.0, 4.0, 3.0, 3.0, 3.5, 3.2, 1.0])  # of steps 0, 2, 4, ...: three in a row are no better than that of step 4
+    monkeypatch.setattr("train.validation.mean_loss", lambda run, stop: next(losses))
+    watched = {"validation_steps": 2, "best_metric": "loss", "early_stop_patience": 3}
+    recipe = tiny_recipe(base, epochs=4.0, checkpoint_steps=1, kept_checkpoints=99, **watched)
+    result = train(recipe, dataset_dir=dataset, run_dir=tmp_path)
+    assert (result.best, result.steps) == (Best(3.0, 4), 10)
+    state = load_file(tmp_path / "checkpoints" / "step-00000004" / "state.safetensors")
+    kept = {name.removeprefix("parameters/").replace(".default", ""): tensor for name, tensor in state.items()}
+    assert all(torch.equal(kept[name], tensor) for name, tensor in adapter(tmp_path).items())
+    assert [path.name for path in (tmp_path / "checkpoints").glob("best-*")] == ["best-00000004"]
+    again = train(recipe, dataset_dir=dataset, run_dir=tmp_path)
+    assert (again.steps, again.best, again.resumed_from) == (10, result.best, 10)
 
 
 def test_training_leaves_no_launcher_variable_behind(whole: tuple[Path, TrainResult]) -> None:
@@ -221,12 +342,12 @@ def test_training_leaves_no_launcher_variable_behind(whole: tuple[Path, TrainRes
 def test_a_kill_at_any_moment_leaves_a_loadable_checkpoint(tmp_path: Path) -> None:
     tensors = {"lora_A": torch.zeros(64, 64)}
     rng = random.Random(0)
-    save_checkpoint(tmp_path, Checkpoint(Progress(1), OptimizerState(tensors, {}, 0)), {})
+    save_checkpoint(tmp_path, Checkpoint(Progress(1), OptimizerState(tensors, {}, 0)), {}, kept=2)
     for _ in range(12):
         child = os.fork()
         if child == 0:
             for step in range(2, 10_000):
-                save_checkpoint(tmp_path, Checkpoint(Progress(step), OptimizerState(tensors, {}, step)), {})
+                save_checkpoint(tmp_path, Checkpoint(Progress(step), OptimizerState(tensors, {}, step)), {}, kept=2)
             os._exit(0)
         time.sleep(rng.uniform(0.005, 0.08))
         os.kill(child, signal.SIGKILL)
@@ -247,20 +368,28 @@ def test_the_template_is_called_once_a_trace_over_trainings_and_resumes(
     monkeypatch.setattr(chat, "render", render)
     train_until(3, tiny_recipe(base), dataset, tmp_path)
     once = len(calls)
-    assert once >= 3 * 25  # a conversation is rendered whole, up to its answer, and with it
+    assert once >= 3 * 37  # a conversation is rendered whole, up to its answer, and with it
     assert train(tiny_recipe(base), dataset_dir=dataset, run_dir=tmp_path).resumed_from == 2
     train(tiny_recipe(base), dataset_dir=dataset, run_dir=tmp_path)
     assert len(calls) == once
 
 
-def test_two_ranks_end_where_one_process_does(whole: tuple[Path, TrainResult], base: Path, dataset: Path, tmp_path: Path) -> None:
-    """Up to the order of float32 sums; validation and the short last step included."""
-    output = run_worker(
-        {"do": "train", "recipe": tiny_recipe(base, processes=2).model_dump(), "dataset": str(dataset), "run": str(tmp_path)},
-        ranks=2,
-    )
-    assert output.count("rendered 25 traces") == 1, "by one rank, for both"
-    rows, expected = read_metrics(tmp_path / "metrics" / "train.jsonl"), read_metrics(whole[0] / "metrics" / "train.jsonl")
+def test_two_ranks_end_where_one_process_does(base: Path, dataset: Path, tmp_path: Path) -> None:
+    """Up to the order of float32 sums; validation included. One process continues what was grouped for two ranks: the steps hold
+    the same rows."""
+    recipe = tiny_recipe(base, processes=2, checkpoint_steps=1)
+    task = {"do": "train", "recipe": recipe.model_dump(), "dataset": str(dataset)}
+    output = run_worker(task | {"run": str(tmp_path / "two")}, ranks=2)
+    assert output.count("rendered 37 traces") == 1, "by one rank, for both"
+    process = start_worker(task | {"run": str(tmp_path / "one")}, ranks=2)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 1/"):
+            process.send_signal(signal.SIGTERM)
+    process.wait()
+    result = train(tiny_recipe(base), dataset_dir=dataset, run_dir=tmp_path / "one")
+    assert 1 <= result.resumed_from < NUM_STEPS
+    rows, expected = (read_metrics(tmp_path / name / "metrics" / "train.jsonl") for name in ("one", "two"))
     assert [row["step"] for row in rows] == list(range(NUM_STEPS + 1))
     for row, other in zip(rows[1:], expected[1:], strict=True):
         assert row["loss/nats_per_token"] == pytest.approx(other["loss/nats_per_token"], rel=1e-4)

@@ -1,5 +1,6 @@
 """Rendered once, whatever is resumed, killed or damaged; and equal to encoding every row by hand."""
 
+import hashlib
 import json
 import logging
 import multiprocessing
@@ -7,24 +8,33 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from configs.errors import UnusableInput
 from data import chat
-from data.chat import Encoded, rendering_identity
+from data.byte_tokenizer import build_byte_tokenizer
+from data.chat import Encoded, Reason, rendering_identity
 from tests.train.fixtures import conversation, save_dataset, tiny_tokenizer
-from train.batches import Example, num_trained
-from train.dataset import Examples, encode_row, examples_sha256, load_examples
-from train.rendered import KEPT, Rendered, read_or_render
+from train.batches import Example, admit, num_trained
+from train.cached_table import KEPT
+from train.dataset import Examples, encode_row, load_examples
+from train.rendered import Rendered, read_or_render
 
 ROWS = [
-    Example(f"t{number}", Encoded([number, 7, 8 + number][: 1 + number % 3], [True, False, True][: 1 + number % 3]))
+    Example(
+        f"t{number}",
+        Encoded(
+            [number, 7, 8 + number][: 1 + number % 3], bytes([Reason.TRAINED, Reason.USER, Reason.TRAINED][: 1 + number % 3])
+        ),
+        "unfinished" if number % 7 == 0 else "",
+    )
     for number in range(40)
 ]
 SPLITS = {"train": ROWS[:33], "validation": ROWS[33:]}
@@ -84,7 +94,36 @@ def test_what_is_read_is_what_encoding_every_row_gives(dataset: Path, tmp_path: 
             assert list(rows.examples()) == expected and list(rows) == [example.encoded for example in expected]
             assert rows.lengths().tolist() == [len(example.encoded.ids) for example in expected]
             assert rows.trained().tolist() == [num_trained(example.encoded) for example in expected]
-            assert examples_sha256(rows.examples()) == examples_sha256(expected)
+            assert rows.sha256() == sha256_of(expected)
+
+
+def sha256_of(examples: Sequence[Example]) -> str:
+    """What Rendered.sha256 says it is, an example at a time."""
+    columns = (
+        "".join(f"{example.trace_id}\n" for example in examples).encode(),
+        np.array([len(example.encoded.ids) for example in examples], np.int64).tobytes(),
+        np.array([token for example in examples for token in example.encoded.ids], np.int32).tobytes(),
+        np.array([trained for example in examples for trained in example.encoded.mask], np.bool_).tobytes(),
+    )
+    return hashlib.sha256(b"".join(hashlib.sha256(column).digest() for column in columns)).hexdigest()
+
+
+def test_identity_is_of_the_chosen_rows_and_changes_with_each_of_their_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("train.rendered.BATCH_TOKENS", 8)  # several batches in the file
+    rows = [Example(f"t{number}", Encoded([number, 5, 6, 7], b"\2\1\1\6")) for number in range(9)]
+    found = read_or_render(tmp_path, IDENTITY, {"validation": rows[:2], "train": rows[2:]}, is_writer=True)["train"]
+    assert found.sha256() == sha256_of(rows[2:])
+    chosen = [0, 3, 4, 6]
+    assert found.select(np.array(chosen)).sha256() == sha256_of([rows[2 + row] for row in chosen])
+    trace_id, encoded, _ = rows[2]
+    others = [
+        Example("x", encoded),
+        Example(trace_id, Encoded([9, 5, 6, 7], encoded.reasons)),
+        Example(trace_id, Encoded(encoded.ids, b"\2\2\1\6")),
+    ]
+    assert len({sha256_of([other, *rows[3:]]) for other in (rows[2], *others)}) == 4
 
 
 def test_rows_of_every_shape_come_back_and_can_be_chosen(rendered: Path) -> None:
@@ -101,7 +140,7 @@ def test_rows_of_every_shape_come_back_and_can_be_chosen(rendered: Path) -> None
 
 
 def test_rows_stay_on_disk(tmp_path: Path) -> None:
-    rows = [Example(str(number), Encoded(list(range(10_000)), [True] * 10_000)) for number in range(300)]  # 12 MB of ids
+    rows = [Example(str(number), Encoded(list(range(10_000)), b"\1" * 10_000)) for number in range(300)]  # 12 MB of ids
     read_or_render(tmp_path, IDENTITY, {"train": rows}, is_writer=True)
     before = pa.total_allocated_bytes()
     found = read_or_render(tmp_path, IDENTITY, {}, is_writer=False)["train"]
@@ -130,7 +169,7 @@ def test_a_change_of_template_tokenizer_code_or_rows_renders_again_and_what_is_k
     changed.pad_token = "<think>"
     assert renders(changed)
     assert renders(tiny_tokenizer(), save_dataset(tmp_path / "other", num_train=23))
-    monkeypatch.setattr(chat, "RENDERER_VERSION", 2)
+    monkeypatch.setattr(chat, "RENDERER_VERSION", 0)
     assert renders(changed)
     assert names(tmp_path / "rendered") == [".arrow"] * KEPT + [".json"] * KEPT
 
@@ -278,3 +317,60 @@ def test_a_trace_that_the_template_cannot_render_is_named_and_nothing_is_kept(tm
     with pytest.raises(UnusableInput, match=r"^trace t3: chat template: turn 1 is rendered differently"):
         load_examples(tmp_path / "dataset", forgetful, tmp_path / "rendered")
     assert list((tmp_path / "rendered").iterdir()) == []
+
+
+# --- where every token goes --------------------------------------------------------------------------------------
+
+
+def test_counts_by_reason_are_those_of_the_rows(rendered: Path) -> None:
+    for split, rows in read(rendered).items():
+        chosen = rows.select(np.arange(len(rows))[::-2])
+        counts = chosen.counts()
+        assert counts.dropped_N.tolist() == [row.dropped for row in SPLITS[split][::-2]]
+        for found, row in zip(counts.by_reason_NR.tolist(), SPLITS[split][::-2], strict=True):
+            assert found == [[Reason.FIRST_TOKEN, *row.encoded.reasons[1:]].count(reason) for reason in Reason]
+
+
+def test_what_was_cut_is_dropped_as_unfinished_and_never_given_a_stop(tmp_path: Path) -> None:
+    """finish_reason of every kind, against a dataset that does not say; of the same conversations, for two dialects."""
+    messages = conversation("1+1?", "two", "2")
+    rows = [{"trace_id": end, "messages": messages, "finish_reason": end} for end in ("stop", "length", "loop", "", "tool_calls")]
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)}).save_to_disk(str(tmp_path / "known"))
+    bare = [{"trace_id": row["trace_id"], "messages": messages} for row in rows]
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(bare)}).save_to_disk(str(tmp_path / "unknown"))
+    chatml, glm = tiny_tokenizer(), open_ended_tokenizer()
+    for tokenizer in (chatml, glm):
+        train = load_examples(tmp_path / "known", tokenizer, tmp_path / "rendered").train
+        assert [example.dropped for example in train.examples()] == ["", *["unfinished"] * 4]
+        kept, ledger = admit(train.counts(), 1000)
+        assert kept.tolist() == [0] and ledger.balances and ledger.dropped_traces == {"unfinished": 4}
+        assert ledger.dropped["unfinished"] == int(train.lengths()[1:].sum()) and ledger.truncated == 0
+    unknown = [list(load_examples(tmp_path / "unknown", one, tmp_path / "rendered").train.examples()) for one in (chatml, glm)]
+    assert {row.dropped for row in unknown[0]} == {""} and {row.dropped for row in unknown[1]} == {"unfinished"}
+    assert glm.convert_tokens_to_ids("<|user|>") not in unknown[1][0].encoded.trained
+
+
+def test_over_length_trace_is_dropped_whole_never_cut(tmp_path: Path) -> None:
+    train = load_examples(save_dataset(tmp_path / "dataset", long_traces=4), tiny_tokenizer(), tmp_path / "rendered").train
+    kept_R, ledger = admit(train.counts(), 100)
+    assert ledger.dropped_traces == {"over_length": 4} and ledger.truncated == 0
+    assert ledger.dropped["over_length"] == int(np.sort(train.lengths())[-4:].sum())
+    stop = tiny_tokenizer().eos_token_id
+    assert all(document.trained[-1] == stop for document in train.select(kept_R)), "every trained trace ends as it ended"
+
+
+def open_ended_tokenizer() -> PreTrainedTokenizerBase:
+    """GLM's dialect: an assistant turn has no stop of its own."""
+    markers = [
+        "<|endoftext|>",
+        "[gMASK]",
+        "<sop>",
+        "<|system|>",
+        "<|user|>",
+        "<|assistant|>",
+        "<|observation|>",
+        "<think>",
+        "</think>",
+    ]
+    template = (Path(chat.__file__).parents[1] / "teacher" / "embedded" / "chat_template.jinja").read_text()
+    return build_byte_tokenizer(markers, eos="<|endoftext|>", pad="<|endoftext|>", chat_template=template)
