@@ -1,5 +1,7 @@
-"""Properties are drawn the same way every time, and never fail because the machine is busy; signals are left as found."""
+"""Properties are drawn the same way every time, and never fail because the machine is busy; signals and logging are left as
+found."""
 
+import logging
 import signal
 from collections.abc import Iterator
 
@@ -17,3 +19,14 @@ def signals_as_before() -> Iterator[None]:
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """configure_logging() puts a handler on what is stderr at that moment, which pytest closes with the test, and lets every
+    module say its INFO lines to the caplog of the tests that follow."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.setLevel(level)
+    root.handlers[:] = handlers
