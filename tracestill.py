@@ -3,7 +3,7 @@ gates, an export. Try it: tracestill run embedded"""
 
 # The front door. It parses the command line, puts the stages in order, and brings together what no package may import of
 # another: engines from teacher/, judgements from student/. Whatever is heavy is imported by the command that needs it, so that
-# `--help` answers without torch. The commands of generate/ and data/ lie there, in a commands.py.
+# `--help` answers without torch. A command that needs one package alone lies there, in its commands.py.
 
 import errno
 import json
@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -21,17 +21,17 @@ from configs.options import AsJson, Config, DryRun, Overrides, RunDir, RunFolder
 from data.commands import data_app
 from data.invocation import Invocation, existing_run, print_plan, run_one
 from generate.commands import generate, generate_stage, prompts, prompts_stage
+from teacher.commands import Planned, plan_teacher, prepare
+from train.commands import mask_pages, train, train_stage
 
 if TYPE_CHECKING:
     from configs.judging import Judging
     from configs.schema import Recipe
     from data.asking import ControlWords, Model, Models
-    from data.commands import Pages
     from data.engine import Engine
     from data.row_check import TrainedIds
     from data.stage import Context, Stage
     from teacher.judge import JudgeEngine
-    from teacher.plan import Plan
 
 DISK_ERRORS = {
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ESTALE, errno.EIO, errno.ENOTCONN, errno.EREMOTEIO,
@@ -49,7 +49,7 @@ def application() -> typer.Typer:
     }  # fmt: skip
     for name, command in commands.items():
         app.command(name)(command)
-    app.add_typer(data_app(_data_stage, _models, _mask_pages), name="data")
+    app.add_typer(data_app(_data_stage, _models, mask_pages), name="data")
     return app
 
 
@@ -148,7 +148,7 @@ def _all_stages() -> list["Stage"]:
         prompts_stage(),
         generate_stage(),
         _data_stage(),
-        _train_stage(),
+        train_stage(),
         _evaluate_stage(),
         _export_stage(),
         _report_stage(),
@@ -167,37 +167,6 @@ def _print_result(context: "Context", as_json: bool) -> None:
 
 
 # --- one stage at a time -----------------------------------------------------------------------------------------
-
-
-def train(
-    config: Config,
-    overrides: Overrides = None,
-    run_dir: RunDir = None,
-    dry_run: DryRun = False,
-    certify: Annotated[
-        bool, typer.Option("--certify", help="Train nothing: prove the gradients of this recipe against a float64 reference.")
-    ] = False,
-) -> None:
-    """LoRA on the kept traces; resumes from the last checkpoint."""
-    named = Invocation(config, overrides, run_dir)
-    if dry_run:
-        run_one(_train_stage, named, dry_run=True)
-        return
-    from configs.launch import die_with_parent
-    from train.stages import certify_rank, certify_training, join_training, nodes_of, train_rank
-
-    context = named.open()
-    if "RANK" in os.environ:
-        die_with_parent()
-        certify_rank(context) if certify else train_rank(context)
-    elif certify:
-        certify_training(context)
-    elif (nodes := nodes_of(context)) is not None and nodes.rank > 0:
-        join_training(context)
-    else:
-        from data.stage import run_stage
-
-        run_stage(_train_stage(), context)
 
 
 def evaluate(
@@ -278,7 +247,7 @@ def plan(
         return
     if probe and only == "student":
         raise UnusableInput("--probe measures the teacher; leave out --only student")
-    teacher = None if only == "student" else _plan_teacher(named, probe=probe)
+    teacher = None if only == "student" else plan_teacher(named, probe=probe)
     student = None if only == "teacher" else _plan_student(recipe, is_asked_for=only == "student")
     planned = [one for one in (teacher, student) if one is not None]
     if as_json:
@@ -288,24 +257,7 @@ def plan(
         raise Refused("; ".join(refusals))
 
 
-class _Planned(NamedTuple):
-    """One model's plan, printed. values: what --json says of it."""
-
-    values: dict[str, object]
-    refusal: str | None
-
-
-def _plan_teacher(named: Invocation, *, probe: bool) -> _Planned:
-    from teacher.plan import plan_recipe
-    from teacher.planning.table import plan_json, plan_tables
-
-    result = plan_recipe(named.load().recipe)
-    Console(highlight=False).print(plan_tables(result))
-    measured = _probe(result, named) if probe and result.refusal is None else {}
-    return _Planned(plan_json(result) | measured, result.refusal)
-
-
-def _plan_student(recipe: "Recipe", *, is_asked_for: bool) -> _Planned | None:
+def _plan_student(recipe: "Recipe", *, is_asked_for: bool) -> Planned | None:
     """None: it cannot be planned, which is said, and is no error while the teacher can: many a recipe is planned before there
     is a base."""
     from student.plan import plan_student
@@ -319,52 +271,7 @@ def _plan_student(recipe: "Recipe", *, is_asked_for: bool) -> _Planned | None:
         print(f"\nstudent not planned: {error}")
         return None
     Console(highlight=False).print(student_tables(result))
-    return _Planned(student_json(result), result.refusal)
-
-
-def _probe(result: "Plan", named: Invocation) -> dict[str, object]:
-    from configs.devices import device_of
-    from teacher.probe import probe_json, probe_table
-    from teacher.probe_launch import probe_recipe
-
-    loaded = named.load()
-    words = [word for override in named.overrides or () for word in ("-s", override)]
-    found = probe_recipe(loaded.recipe, ["plan", str(loaded.path), *words, "--probe"], dict(os.environ))
-    if found is None:
-        print("probe: the first rank runs on another node, which prints what was measured")
-        return {}
-    Console(highlight=False).print(probe_table(found, device_of(result.teacher.hardware.gpu)))
-    return {"probe": probe_json(found)}
-
-
-def prepare(
-    config: Config,
-    overrides: Overrides = None,
-    output: Annotated[Path | None, typer.Option("--output", help="Folder of the shards. [default: beside the model]")] = None,
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
-) -> None:
-    """Once: cut the teacher's checkpoint into what each rank of the recipe's layout loads; a killed one continues."""
-    from configs.logging import configure_logging
-    from configs.progress import Display
-
-    configure_logging()
-    teacher = Invocation(config, overrides).load().recipe.teacher
-    from teacher import prepare as preparation
-    from teacher.checkpoint import shard_plan
-    from teacher.checkpoint.source import checkpoint_folder
-
-    layout, dtype = shard_plan.layout_of(teacher)
-    folder = checkpoint_folder(teacher.model)
-    output = output or shard_plan.default_output(teacher, layout, dtype)
-    if dry_run:
-        said = preparation.describe_plan(shard_plan.plan_shards(folder, layout, dtype), output)
-    else:
-        with Display("prepare", "MB", Console(stderr=True)) as display:
-            said = preparation.describe_prepared(preparation.prepare(folder, output, layout, dtype, display.show))
-    print(said.text)
-    if as_json:
-        print(json.dumps(said.values))
+    return Planned(student_json(result), result.refusal)
 
 
 # --- stages that need both sides: the engine comes from teacher/, the judgement from student/ ---------------------
@@ -449,18 +356,6 @@ def _judge(settings: "Judging") -> "Model":
         return JudgeEngine(settings)
 
     return Model(lambda: identity_of(settings), lambda: engine().codec, engine)
-
-
-def _mask_pages() -> "Pages":
-    from train.mask_view import mask_views
-
-    return lambda run, wanted, limit, coloured: mask_views(run, wanted, limit, coloured=coloured)
-
-
-def _train_stage() -> "Stage":
-    from train.stages import TRAIN
-
-    return TRAIN
 
 
 def _target(context: "Context", name: str) -> Any:
