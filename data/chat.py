@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 import jinja2
 import numpy as np
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from configs.errors import UnusableInput
@@ -319,18 +318,3 @@ def ends_with_stop(tokenizer: PreTrainedTokenizerBase, encoded: Encoded) -> bool
     """Whether the last trained token ends a generation."""
     last = bytes(encoded.reasons).rfind(Reason.TRAINED)
     return last >= 0 and encoded.ids[last] in dialect_of(tokenizer).stop_ids(tokenizer)
-
-
-def pad_batch(batch: Sequence[Encoded], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Right-padded ids_BT and labels_BT (int64); labels are IGNORE_INDEX where the mask is False or the row is padding.
-
-    Labels are not shifted: labels[b, t] is the id at t, to be predicted from t - 1.
-    """
-    length = max(len(row.ids) for row in batch)
-    ids_BT = torch.full((len(batch), length), pad_id, dtype=torch.long)
-    labels_BT = torch.full((len(batch), length), IGNORE_INDEX, dtype=torch.long)
-    for index, row in enumerate(batch):
-        ids = torch.tensor(row.ids)
-        ids_BT[index, : len(row.ids)] = ids
-        labels_BT[index, : len(row.ids)] = torch.where(torch.tensor(row.mask), ids, IGNORE_INDEX)
-    return ids_BT, labels_BT

@@ -11,6 +11,7 @@ else follows from the step number, because the order of traces, the learning rat
 """
 
 import hashlib
+import json
 import logging
 import os
 import shutil
@@ -137,6 +138,7 @@ def load_latest(folder: Path, identity: Identity) -> Checkpoint | None:
             counters = parse_checked(path / COUNTERS, (path / COUNTERS).read_bytes())
             intact = sha256(path / TENSORS) == counters["sha256"]
         except (OSError, UnusableInput, KeyError):
+            _refuse_first_schema(path)
             intact, counters = False, {}
         if not intact:
             logger.warning("checkpoint %s is damaged; trying the one before it", path.name)
@@ -166,11 +168,26 @@ def _read_state(path: Path, steps: int) -> OptimizerState:
     return OptimizerState(groups.pop("parameters"), groups, steps)
 
 
+def _refuse_first_schema(path: Path) -> None:
+    """Schema 1 had no checksum to hold: it is old, not damaged."""
+    try:
+        schema = json.loads((path / COUNTERS).read_bytes()).get("schema")
+    except (OSError, ValueError, AttributeError):
+        return
+    if schema == 1:
+        raise _of_another_schema(path, schema)
+
+
+def _of_another_schema(path: Path, schema: object) -> UnusableInput:
+    return UnusableInput(
+        f"checkpoint {path.name}: schema {schema}, expected {SCHEMA}; finish the training with the release that began it, or "
+        f"remove {path.parent} to train afresh"
+    )
+
+
 def _refuse_another_run(path: Path, counters: Mapping[str, Any], identity: Identity) -> None:
     if counters.get("schema") != SCHEMA:
-        raise UnusableInput(
-            f"checkpoint {path.name}: schema {counters.get('schema')}, expected {SCHEMA}; remove the folder to train afresh"
-        )
+        raise _of_another_schema(path, counters.get("schema"))
     stored = counters["identity"]
     if stored == dict(identity):
         return

@@ -9,17 +9,25 @@ from configs.training import Train
 ADAM_BETAS = (0.9, 0.95)
 # Parameters below this many elements stay whole on every rank under ZeRO-3 (DeepSpeed's default).
 ZERO3_PERSISTENCE_THRESHOLD = 100_000
+# DeepSpeed's default of gradients reduced at once. It allocates as many elements as it is told: 1 GB in bf16.
+REDUCE_BUCKET = 500_000_000
 
 
-def deepspeed_config(config: Train, world_size: int) -> dict[str, object]:
-    """Stage 0 in bf16 runs as stage 2: DeepSpeed's stage-0 bf16 optimizer keeps float32 masters that cannot be read whole,
+def deepspeed_config(config: Train, world_size: int, trained: int) -> dict[str, object]:
+    """trained: elements of all parameters that are.
+
+    Stage 0 in bf16 runs as stage 2: DeepSpeed's stage-0 bf16 optimizer keeps float32 masters that cannot be read whole,
     and without grad_accum_dtype its third gradient norm was 20 % away from everyone else's.
 
     Gradients of micro-batches are added in float32 whatever the dtype.
     """
     stage = 2 if config.zero_stage == 0 and config.dtype == "bf16" else config.zero_stage
     host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    zero: dict[str, object] = {"stage": stage, "stage3_param_persistence_threshold": ZERO3_PERSISTENCE_THRESHOLD}
+    zero: dict[str, object] = {
+        "stage": stage,
+        "stage3_param_persistence_threshold": ZERO3_PERSISTENCE_THRESHOLD,
+        "reduce_bucket_size": min(REDUCE_BUCKET, trained),
+    }
     if config.offload != "none":
         zero["offload_optimizer"] = host
     if config.offload == "parameters":

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from data import curriculum
 from data.byte_tokenizer import build_byte_tokenizer
-from data.chat import IGNORE_INDEX, Encoded, dialect_of, encode_conversation, pad_batch
+from data.chat import IGNORE_INDEX, Encoded, dialect_of, encode_conversation
 
 LESSONS = {"teacher": curriculum.teacher_lessons, "base": curriculum.base_lessons}
 MICRO_BATCHES = 4
@@ -33,6 +33,21 @@ def to_messages(lesson: curriculum.Lesson) -> list[dict[str, str]]:
         {"role": "user", "content": lesson.question},
         {"role": "assistant", "reasoning_content": lesson.reasoning, "content": lesson.answer},
     ]
+
+
+def pad_batch(batch: Sequence[Encoded], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right-padded ids_BT and labels_BT (int64); labels are IGNORE_INDEX where the mask is False or the row is padding.
+
+    Labels are not shifted: labels[b, t] is the id at t, to be predicted from t - 1.
+    """
+    length = max(len(row.ids) for row in batch)
+    ids_BT = torch.full((len(batch), length), pad_id, dtype=torch.long)
+    labels_BT = torch.full((len(batch), length), IGNORE_INDEX, dtype=torch.long)
+    for index, row in enumerate(batch):
+        ids = torch.tensor(row.ids)
+        ids_BT[index, : len(row.ids)] = ids
+        labels_BT[index, : len(row.ids)] = torch.where(torch.tensor(row.mask), ids, IGNORE_INDEX)
+    return ids_BT, labels_BT
 
 
 def steps(lessons: Iterator[curriculum.Lesson], tokenizer: PreTrainedTokenizerBase, rows: int) -> Iterator[list[list[Encoded]]]:

@@ -163,12 +163,14 @@ class TrainingStep:
         self.adapted = loss.model
         prepare_model(loss.causal_lm, config)
         self.row_group = share_rows(loss, world)
+        self.parameters = trainable(loss.model)
+        elements = sum(parameter.numel() for parameter in self.parameters.values())
+        settings = deepspeed_config(config, world.size, elements)
         accelerator = accelerate.Accelerator(
-            deepspeed_plugin=accelerate.DeepSpeedPlugin(hf_ds_config=deepspeed_config(config, world.size), zero3_init_flag=False)
+            deepspeed_plugin=accelerate.DeepSpeedPlugin(hf_ds_config=settings, zero3_init_flag=False)
         )
         assert accelerator.distributed_type is accelerate.DistributedType.DEEPSPEED, accelerator.distributed_type
         self.device = accelerator.device
-        self.parameters = trainable(loss.model)
         # fused on the CPU too: one pass over a flat partition instead of a dozen
         self.optimizer = GatedAdamW(
             self.parameters.values(), lr=config.lr, betas=ADAM_BETAS, weight_decay=config.weight_decay, fused=True

@@ -36,6 +36,8 @@ WANDB_TIMEOUT_S = 20.0
 """For W&B to begin, and for `close` to wait."""
 ABANDON_S = 2.0
 """What the exit of a training that failed waits."""
+SLOW_UPLOAD = 20e6
+"""Bytes per second: what a server must take of the adapter for `close` not to give up on it."""
 MAX_SAMPLES = 200
 
 PASSED = ("LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR", "TZ")
@@ -101,14 +103,17 @@ def open_mirror(
     except OSError as error:
         logger.warning("W&B stopped: its process did not start (%s); metrics/%s is complete", error, metrics_file)
         return None
-    return WandbMirror(process, folder, metrics_file, timeout_s)
+    return WandbMirror(process, folder, metrics_file, timeout_s, uploads=mode == "online")
 
 
 class WandbMirror:
     """The process, from the training's side. Nothing here waits for W&B but `close`."""
 
-    def __init__(self, process: subprocess.Popen[bytes], folder: Path, metrics_file: str, timeout_s: float) -> None:
+    def __init__(
+        self, process: subprocess.Popen[bytes], folder: Path, metrics_file: str, timeout_s: float, *, uploads: bool
+    ) -> None:  # fmt: skip
         self._process, self._folder, self._file, self._timeout_s = process, folder, metrics_file, timeout_s
+        self._uploads = uploads
         self._listener = threading.Thread(target=self._listen, name="W&B", daemon=True)
         self._listener.start()
         atexit.register(self._abandon)
@@ -131,7 +136,10 @@ class WandbMirror:
         self._say({"do": "samples"})
 
     def log_adapter(self, adapter: Path) -> None:
-        """The adapter's weights and configuration become an artifact that names its lineage."""
+        """The adapter's weights and configuration become an artifact that names its lineage. Online, `close` waits longer for
+        it, by its size."""
+        if self._uploads:
+            self._timeout_s += sum(path.stat().st_size for path in adapter.glob("*.safetensors")) / SLOW_UPLOAD
         self._say({"do": "adapter", "folder": str(adapter.resolve())})
 
     def close(self, *, exit_code: int = 0, timeout_s: float | None = None) -> None:

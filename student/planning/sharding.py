@@ -22,7 +22,7 @@ ALIGNMENT = 2
 """Elements: the start of every rank's part is a multiple of it (nccl_start_alignment_factor)."""
 PERSISTENCE_THRESHOLD = 100_000
 BUCKET_ELEMENTS = 500_000_000
-"""Of gradients that are reduced at once (reduce_bucket_size)."""
+"""Of gradients that are reduced at once, at most (train.engine_config.REDUCE_BUCKET)."""
 LIVE_ELEMENTS = 1_000_000_000
 """That stage 3 keeps gathered at a time (stage3_max_live_parameters)."""
 MASTER_BYTES, MOMENT_BYTES, GRADIENT_BYTES = 4, 8, 4
@@ -109,9 +109,10 @@ class Buffers(NamedTuple):
 def buffers(frozen: Counter[int], trained: Counter[int], train: Train, *, largest: int) -> Buffers:
     """largest: elements of the head and one layer."""
     stage, value_bytes = effective_stage(train), int(WEIGHT_BYTES[train.dtype])
+    bucket = min(BUCKET_ELEMENTS, _elements(trained))
     if stage == 0:
-        return Buffers(min(BUCKET_ELEMENTS, _elements(trained)) * GRADIENT_BYTES, 0)
+        return Buffers(bucket * GRADIENT_BYTES, 0)
     if stage == 2 or (train.ranks == 1 and train.offload != "parameters"):
-        return Buffers(BUCKET_ELEMENTS * value_bytes, 0)
+        return Buffers(bucket * value_bytes, 0)
     total = _elements(frozen) + _elements(trained) - _small(frozen) - _small(trained)
-    return Buffers(BUCKET_ELEMENTS * value_bytes, min(total, max(LIVE_ELEMENTS, largest, *frozen, *trained)) * value_bytes)
+    return Buffers(bucket * value_bytes, min(total, max(LIVE_ELEMENTS, largest, *frozen, *trained)) * value_bytes)

@@ -2,12 +2,11 @@ import itertools
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from configs.errors import UnusableInput
 from data.byte_tokenizer import build_byte_tokenizer
-from data.chat import IGNORE_INDEX, Encoded, Reason, dialect_of, encode_conversation, encode_prompt, pad_batch, render
+from data.chat import Reason, dialect_of, encode_conversation, encode_prompt, render
 
 ROOT = Path(__file__).parents[2]
 GLM_MARKERS = [
@@ -173,10 +172,3 @@ def test_a_tokenizer_without_any_end_is_refused(glm: PreTrainedTokenizerBase) ->
     tokenizer.eos_token = None
     with pytest.raises(UnusableInput, match="no end-of-turn marker"):
         dialect_of(tokenizer)
-
-
-def test_padding_is_never_a_label() -> None:
-    ids, labels = pad_batch([Encoded([5, 6, 7], [False, True, True]), Encoded([8], [True])], pad_id=0)
-    assert ids.tolist() == [[5, 6, 7], [8, 0, 0]]
-    assert labels.tolist() == [[IGNORE_INDEX, 6, 7], [8, IGNORE_INDEX, IGNORE_INDEX]]
-    assert ids.dtype == labels.dtype == torch.int64

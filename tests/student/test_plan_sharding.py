@@ -72,11 +72,13 @@ def test_the_plan_knows_what_deepspeed_is_configured_with() -> None:
     assert sharding.PERSISTENCE_THRESHOLD == engine_config.ZERO3_PERSISTENCE_THRESHOLD
     for stage, dtype in ((0, "fp32"), (0, "bf16"), (2, "bf16"), (3, "fp32")):
         train = Train.model_validate({"zero_stage": stage, "dtype": dtype})
-        zero = engine_config.deepspeed_config(train, 1)["zero_optimization"]
-        assert isinstance(zero, dict)
-        found = DeepSpeedZeroConfig(**zero)
-        assert found.stage == sharding.effective_stage(train)
-        assert (found.reduce_bucket_size, found.max_live_parameters) == (sharding.BUCKET_ELEMENTS, sharding.LIVE_ELEMENTS)
+        for trained in (10**6, 10**10):
+            zero = engine_config.deepspeed_config(train, 1, trained)["zero_optimization"]
+            assert isinstance(zero, dict)
+            found = DeepSpeedZeroConfig(**zero)
+            assert found.stage == sharding.effective_stage(train) and found.max_live_parameters == sharding.LIVE_ELEMENTS
+            reduced = buffers(TENSORS, Counter({trained: 1}), train.model_copy(update={"processes": 2}), largest=0).reduced
+            assert reduced == found.reduce_bucket_size * (4 if dtype == "fp32" else 2)
 
 
 TENSORS = Counter({10: 3, 7: 1, 200_000: 1})

@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 from collections.abc import Iterator
@@ -80,6 +81,13 @@ def test_checkpoint_of_another_schema_is_refused(tmp_path: Path) -> None:
     counters = tmp_path / "step-00000002" / COUNTERS
     counters.write_bytes(checked_json(parse_checked(counters, counters.read_bytes()) | {"schema": 99}))
     with pytest.raises(UnusableInput, match="schema 99, expected 2"):
+        load_latest(tmp_path, IDENTITY)
+
+
+def test_checkpoint_of_the_first_schema_is_old_and_not_damaged(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, checkpoint_at(2), IDENTITY, kept=2)
+    (tmp_path / "step-00000002" / COUNTERS).write_text(json.dumps({"schema": 1, "progress": {"step": 2}}))
+    with pytest.raises(UnusableInput, match="schema 1, expected 2; finish the training with the release that began it"):
         load_latest(tmp_path, IDENTITY)
 
 

@@ -217,5 +217,5 @@ def test_key_heads_fewer_than_ranks_are_accepted(queries: int, keys: int, degree
 
 
 def test_bf16_at_stage_0_runs_as_stage_2() -> None:
-    config = deepspeed_config(Case("", {"dtype": "bf16", "zero_stage": 0}, {}).settings, 1)
+    config = deepspeed_config(Case("", {"dtype": "bf16", "zero_stage": 0}, {}).settings, 1, 1000)
     assert isinstance(config["zero_optimization"], dict) and config["zero_optimization"]["stage"] == 2
