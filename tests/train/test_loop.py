@@ -137,7 +137,10 @@ def test_killed_run_resumes_bit_equal_with_complete_metrics(
     assert [row.get("loss/nats_per_token") for row in rows] == [row.get("loss/nats_per_token") for row in expected]
 
 
-@pytest.mark.parametrize(("zero_stage", "dtype"), [(0, "fp32"), (3, "fp32"), (2, "bf16"), (3, "bf16")])
+@pytest.mark.parametrize(
+    ("zero_stage", "dtype"),
+    [(0, "fp32"), (2, "bf16"), pytest.param(3, "fp32", marks=pytest.mark.long), pytest.param(3, "bf16", marks=pytest.mark.long)],
+)
 def test_resume_is_bit_equal_in_every_layout_with_dropout(
     base: Path, dataset: Path, tmp_path: Path, zero_stage: int, dtype: str
 ) -> None:
@@ -243,7 +246,7 @@ def test_a_spike_is_not_applied_and_training_goes_on(
 # --- stopping ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["SIGUSR2", "SIGTERM"])
+@pytest.mark.parametrize("name", ["SIGUSR2", pytest.param("SIGTERM", marks=pytest.mark.long)])
 def test_a_signal_saves_the_state_exits_resumable_and_the_resume_is_bit_equal(
     whole: tuple[Path, TrainResult], base: Path, dataset: Path, tmp_path: Path, name: str
 ) -> None:
@@ -374,6 +377,7 @@ def test_the_template_is_called_once_a_trace_over_trainings_and_resumes(
     assert len(calls) == once
 
 
+@pytest.mark.long
 def test_two_ranks_end_where_one_process_does(base: Path, dataset: Path, tmp_path: Path) -> None:
     """Up to the order of float32 sums; validation included. One process continues what was grouped for two ranks: the steps hold
     the same rows."""
