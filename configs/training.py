@@ -20,7 +20,8 @@ class Lora(Section):
     rslora: bool = False
     """Scale by alpha / sqrt(rank): the update's size then does not shrink with the rank (Kalajdzievski 2023)."""
     dora: bool = False
-    """A trained magnitude beside each direction (Liu et al. 2024): somewhat better at small ranks, about half as fast."""
+    """A trained magnitude beside each direction (Liu et al. 2024): somewhat better at small ranks, about half as fast. Not on the
+    head."""
     targets: Literal["all-linear"] | Annotated[tuple[ModuleName, ...], Field(min_length=1)] = "all-linear"
     """Last name components of the layers to adapt. all-linear: every nn.Linear but the head and the router of an MoE."""
     modules_to_save: tuple[ModuleName, ...] = ()
@@ -110,8 +111,10 @@ class Train(Section):
     own (nodes x processes / sequence_parallel)."""
     epochs: PositiveFloat = 2.0
     lr: PositiveFloat = 2.0e-4
-    """Peak. Ten times what full fine-tuning of the same model wants: LoRA's best rate hardly depends on the rank or the model's
-    size (Schulman et al. 2025, "LoRA without regret"), so 7B and 13B share it; double it for runs under a thousand steps."""
+    """Peak, for alpha 128: ten times what full fine-tuning of the same model wants. LoRA's best rate hardly depends on the rank
+    or the model's size (Schulman et al. 2025, "LoRA without regret"), so 7B and 13B share it; runs under a thousand steps take
+    twice as much. What counts is rate x alpha: at their alpha of 32 the same is 8e-4. With rslora divide it by sqrt(rank), 8 at
+    rank 64. modules_to_save learn at it too, which is high for them."""
     warmup_share: Share = 0.03
     weight_decay: NonNegativeFloat = 0.0
     max_grad_norm: PositiveFloat = 1.0

@@ -30,7 +30,17 @@ def _loads(statement: str) -> set[str]:
 
 @pytest.mark.parametrize(
     "module",
-    ["tracestill", "configs.load", "configs.launch", "data.store", "data.ledger", "data.stage", "slurm.submit", "teacher.plan"],
+    [
+        "tracestill",
+        "configs.load",
+        "configs.launch",
+        "data.store",
+        "data.ledger",
+        "data.stage",
+        "slurm.submit",
+        "teacher.plan",
+        "student.plan",
+    ],
 )
 def test_planning_and_status_need_no_torch(module: str) -> None:
     assert _loads(f"import {module}") == set()
