@@ -18,7 +18,7 @@ from configs.training import CrossEntropy
 from data import chat
 from student.adapter_files import ADAPTER_WEIGHTS, load_adapter
 from student.model import load_base
-from tests.train.fixtures import run_worker, save_dataset, save_tiny_base, start_worker, tiny_recipe, tiny_tokenizer
+from tests.train.fixtures import save_dataset, save_tiny_base, start_worker, tiny_recipe, tiny_tokenizer
 from train.batches import to_batch
 from train.checkpoint import Best, Checkpoint, Progress, load_latest, save_checkpoint, saved_steps
 from train.dataset import load_examples
@@ -137,14 +137,18 @@ def test_killed_run_resumes_bit_equal_with_complete_metrics(
     assert [row.get("loss/nats_per_token") for row in rows] == [row.get("loss/nats_per_token") for row in expected]
 
 
+LAYOUTS = [(0, "fp32", "none"), (2, "bf16", "none"), (3, "fp32", "none"), (3, "bf16", "none"), (2, "fp32", "optimizer"),
+           (3, "bf16", "parameters")]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("zero_stage", "dtype"),
-    [(0, "fp32"), (2, "bf16"), pytest.param(3, "fp32", marks=pytest.mark.long), pytest.param(3, "bf16", marks=pytest.mark.long)],
+    ("zero_stage", "dtype", "offload"), [*LAYOUTS[:2], *(pytest.param(*layout, marks=pytest.mark.long) for layout in LAYOUTS[2:])]
 )
 def test_resume_is_bit_equal_in_every_layout_with_dropout(
-    base: Path, dataset: Path, tmp_path: Path, zero_stage: int, dtype: str
+    base: Path, dataset: Path, tmp_path: Path, zero_stage: int, dtype: str, offload: str
 ) -> None:
-    recipe = tiny_recipe(base, lora={"dropout": 0.2}, zero_stage=zero_stage, dtype=dtype, weight_decay=0.01, rows_per_step=3)
+    settings = {"zero_stage": zero_stage, "dtype": dtype, "offload": offload, "weight_decay": 0.01, "rows_per_step": 3}
+    recipe = tiny_recipe(base, lora={"dropout": 0.2}, **settings)
     train(recipe, dataset_dir=dataset, run_dir=tmp_path / "whole")
     train_until(3, recipe, dataset, tmp_path / "stopped")
     assert train(recipe, dataset_dir=dataset, run_dir=tmp_path / "stopped").resumed_from == 2
@@ -375,26 +379,3 @@ def test_the_template_is_called_once_a_trace_over_trainings_and_resumes(
     assert train(tiny_recipe(base), dataset_dir=dataset, run_dir=tmp_path).resumed_from == 2
     train(tiny_recipe(base), dataset_dir=dataset, run_dir=tmp_path)
     assert len(calls) == once
-
-
-@pytest.mark.long
-def test_two_ranks_end_where_one_process_does(base: Path, dataset: Path, tmp_path: Path) -> None:
-    """Up to the order of float32 sums; validation included. One process continues what was grouped for two ranks: the steps hold
-    the same rows."""
-    recipe = tiny_recipe(base, processes=2, checkpoint_steps=1)
-    task = {"do": "train", "recipe": recipe.model_dump(), "dataset": str(dataset)}
-    output = run_worker(task | {"run": str(tmp_path / "two")}, ranks=2)
-    assert output.count("rendered 37 traces") == 1, "by one rank, for both"
-    process = start_worker(task | {"run": str(tmp_path / "one")}, ranks=2)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("step 1/"):
-            process.send_signal(signal.SIGTERM)
-    process.wait()
-    result = train(tiny_recipe(base), dataset_dir=dataset, run_dir=tmp_path / "one")
-    assert 1 <= result.resumed_from < NUM_STEPS
-    rows, expected = (read_metrics(tmp_path / name / "metrics" / "train.jsonl") for name in ("one", "two"))
-    assert [row["step"] for row in rows] == list(range(NUM_STEPS + 1))
-    for row, other in zip(rows[1:], expected[1:], strict=True):
-        assert row["loss/nats_per_token"] == pytest.approx(other["loss/nats_per_token"], rel=1e-4)
-        assert row["loss/supervised_tokens"] == other["loss/supervised_tokens"]
