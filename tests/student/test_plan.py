@@ -86,7 +86,7 @@ def test_a_run_of_a_folder_without_weights_is_refused_with_one_line(tmp_path: Pa
 def test_what_does_not_fit_is_refused_with_settings_that_do() -> None:
     found = plan("student-7b", "train.gpu=h100", "train.sequence_parallel=1")
     assert found.room.fits is False and found.rate is None and found.refusal is not None
-    assert "of a row of 131,072 tokens do not fit 73.6 GB of each h100: 18.9 GB short per GPU" in found.refusal
+    assert "of a row of 131,072 tokens do not fit 73.6 GB of each h100: 18.3 GB short per GPU" in found.refusal
     assert found.alternatives[0].overrides == "-s train.sequence_parallel=2"
 
 
