@@ -58,6 +58,8 @@ SMALL_PARAMETERS = 5_000_000
 MAX_RANK = 8
 LORA_B_STD = 0.05
 """lora_B starts at zero, where lora_A has no gradient to compare."""
+CHUNK = 32
+"""Positions: what a vocabulary of 131,072 has. With a small one a whole row of the sample would be one chunk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +168,7 @@ def scaled_loss(recipe: Recipe, config: Train, lora: Lora) -> SupervisedLoss:
     use_documents(student)
     model = attach(student, lora, seed=config.seed)
     raise_lora_b(model, config.seed)
-    return SupervisedLoss(model.to(DTYPES[config.dtype]), config.objective)
+    return SupervisedLoss(model.to(DTYPES[config.dtype]), config.objective, chunk=CHUNK)
 
 
 def scaled_student(recipe: Recipe) -> PreTrainedModel:

@@ -179,7 +179,7 @@ def chunked_loss(
     """Loss in nats, SUMMED over the N positions; a float32 scalar (float64 for float64 input). Every input and weight that
     requires a gradient gets one. teacher None is cross-entropy, whatever the loss.
 
-    chunk: positions whose logits exist at once.
+    chunk: positions whose logits exist at once; None: as many as CHUNK_ELEMENTS allows.
     """
     assert teacher is None or len(teacher.has_N) == len(targets_N), f"{len(teacher.has_N)} targets of {len(targets_N)} positions"
     chunk = chunk or max(1, CHUNK_ELEMENTS // len(products[0].weight_VD))
@@ -242,12 +242,13 @@ class SupervisedLoss(nn.Module):
     """Body, then head and loss over the supervised positions. What the optimizer's engine wraps.
 
     `model` is the causal LM, plain or inside PEFT. Rows are packed: position_ids that start again at 0 are all that keeps a
-    document from its neighbours, so there is no mask and no cache (train/attention.py).
+    document from its neighbours, so there is no mask and no cache (train/attention.py). chunk: as of chunked_loss.
     """
 
-    def __init__(self, model: nn.Module, objective: Objective) -> None:
+    def __init__(self, model: nn.Module, objective: Objective, *, chunk: int | None = None) -> None:
         super().__init__()
         self.model = model
+        self.chunk = chunk
         self.chunk_loss = chunk_loss(objective)
 
     @property
@@ -272,7 +273,7 @@ class SupervisedLoss(nn.Module):
         body = self.causal_lm.get_decoder()
         hidden_1TD = body(input_ids=ids_1T, position_ids=position_ids_1T, use_cache=False).last_hidden_state
         hidden_ND, targets_N = select_supervised(hidden_1TD, targets_1T)
-        return chunked_loss(head_products(self.head, hidden_ND), targets_N, self.chunk_loss, teacher)
+        return chunked_loss(head_products(self.head, hidden_ND), targets_N, self.chunk_loss, teacher, self.chunk)
 
 
 @torch.no_grad()

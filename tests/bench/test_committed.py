@@ -45,6 +45,10 @@ def committed(benchmark: str) -> dict:
         ("packing", "waste", None, 0.001),
         ("packing", "skew", None, 1.05),
         ("packing", "ratio", 5.0, None),
+        ("gradients", "error", None, 1e-5),
+        ("gradients", "planted", 0.5, None),
+        ("sparse_kd", "forward_kl", None, 1.2),
+        ("sparse_kd", "reverse_kl", None, 1.2),
         ("train_vs_trl", "ratio", 5.0, None),
         ("train_vs_trl", "rss_ratio", None, 0.2),
         ("train_vs_trl", "ratio_labels", 2.0, None),
@@ -72,6 +76,13 @@ def test_requests_per_second_of_the_whole_worker_stand_beside_those_that_put_rea
 def test_kills_cost_no_more_tokens_than_were_in_flight_since_their_checkpoints(part: str) -> None:
     found = committed("kill_storm")[part]
     assert 0 <= found["redone"] <= found["redone_bound"]
+
+
+def test_no_state_of_wandbs_server_costs_a_step_one_percent() -> None:
+    found = committed("wandb_overhead")
+    assert {"answers well", "refuses connections", "never answers", "answers 500"} <= found["share"].keys()
+    for server, share in (found["share"] | found["thread_share"]).items():
+        assert share < 0.01, server
 
 
 def test_near_copies_are_found_at_least_as_well_as_by_the_peers() -> None:

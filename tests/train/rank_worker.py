@@ -18,7 +18,7 @@ from configs.training import Lora, Train
 from data.chat import IGNORE_INDEX, Encoded
 from student.adapter_files import save_adapter, trainable
 from student.lora import attach
-from train import engine_config
+from train import engine_config, losses
 from train.attention import use_documents
 from train.batches import Batch, to_batch
 from train.losses import SupervisedLoss
@@ -157,6 +157,7 @@ def leaks(case: Case, folder: Path) -> None:
 def main(job: Mapping[str, Any]) -> None:
     torch.set_num_threads(1)
     engine_config.ZERO3_PERSISTENCE_THRESHOLD = 0  # so that even tiny parameters are partitioned
+    losses.CHUNK_ELEMENTS = 4 * VOCABULARY  # so that even tiny rows have many chunks
     for case in (Case(*case) for case in job["cases"]):
         (leaks if case.name == "leaking" else run_case)(case, Path(job["folder"]))
         print(f"done {case.name}", flush=True)
