@@ -154,3 +154,13 @@ def test_killed_in_every_stage_it_continues_to_the_same_ledger(finished: RunFold
     assert read_ledger(run) == read_ledger(finished)
     assert summary(run)["ledger"] == summary(finished)["ledger"]
     assert tracestill("data", "verify", str(run.root), cwd=tmp_path).code == 0
+
+
+def test_every_token_of_a_trace_is_shown_with_its_fate(finished: RunFolder) -> None:
+    """Piped: lines of `reason | text`, which put together are the trace, and its line of the ledger."""
+    ended = tracestill("data", "show", str(finished.root), "--mask", cwd=finished.root)
+    assert ended.code == 0, ended.err
+    trained = [line.split(" | ", 1)[1] for line in ended.out.splitlines() if line.startswith("trained | ")]
+    assert trained and all(text.startswith("<think>") and text.endswith("<|im_end|>") for text in trained)
+    ledgers = [line for line in ended.out.splitlines() if " tokens = " in line]
+    assert len(ledgers) == len(trained) and all(line.endswith("+ 0 truncated + 0 dropped") for line in ledgers)
