@@ -1,6 +1,7 @@
 """The whole product, small: every stage, then nothing to do, then killed everywhere and none the worse."""
 
 import json
+import re
 import shutil
 import signal
 import socket
@@ -162,5 +163,13 @@ def test_every_token_of_a_trace_is_shown_with_its_fate(finished: RunFolder) -> N
     assert ended.code == 0, ended.err
     trained = [line.split(" | ", 1)[1] for line in ended.out.splitlines() if line.startswith("trained | ")]
     assert trained and all(text.startswith("<think>") and text.endswith("<|im_end|>") for text in trained)
-    ledgers = [line for line in ended.out.splitlines() if " tokens = " in line]
-    assert len(ledgers) == len(trained) and all(line.endswith("+ 0 truncated + 0 dropped") for line in ledgers)
+    ledgers = [
+        re.findall(r"(\d+) (tokens|trained|masked|truncated|dropped)", line)
+        for line in ended.out.splitlines()
+        if " tokens = " in line
+    ]
+    for ledger in ledgers:
+        counts = {name: int(number) for number, name in ledger[:5]}
+        assert counts["tokens"] == sum(counts.values()) - counts["tokens"] and not counts["truncated"]
+    assert len(ledgers) > len(trained)  # those of duplicates are dropped, and say so
+    assert "tokens = 0 trained + 0 masked + 0 truncated" in ended.out
