@@ -29,11 +29,11 @@ from train.dataset import load_examples
 from train.flops import Arithmetic, Work, arithmetic_of, peak_flops
 from train.losses import SupervisedLoss, check_head
 from train.measures import Taken
+from train.mirror.mirror import Lineage, Sample, open_mirror
 from train.rendered import Rendered
 from train.step import TrainingStep, World, load_parameters
 from train.teacher_targets import TargetStore, load_teacher_targets
 from train.tracking import METRICS_FILE, MetricsFile, Report, Tracker
-from train.wandb_mirror import Lineage, Sample, open_mirror
 
 if TYPE_CHECKING:
     from train.answers import ValidationAnswers

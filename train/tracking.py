@@ -1,4 +1,4 @@
-"""What training measured: metrics/train.jsonl is the truth, and W&B a mirror of it (train/wandb_mirror.py).
+"""What training measured: metrics/train.jsonl is the truth, and W&B a mirror of it (train/mirror/mirror.py).
 
 A row is on disk before its step's checkpoint is, so a resumed run finds every row up to its checkpoint. Rows after it
 are cut off at resume: the file never has a step twice.
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from train.wandb_mirror import Sample, WandbMirror
+    from train.mirror.mirror import Sample, WandbMirror
 
 Metrics = dict[str, float]
 Report = Callable[[int, int, Metrics], None]

@@ -23,9 +23,9 @@ from typing import NamedTuple
 import torch
 
 from tests.bench.frame import machine
-from tests.train.wandb_server import HOSTILE, serving
+from tests.train.mirror.server import HOSTILE, serving
+from train.mirror.mirror import Lineage, children_of, open_mirror
 from train.tracking import METRICS_FILE, MetricsFile
-from train.wandb_mirror import Lineage, children_of, open_mirror
 
 WIDTH, BATCH = 256, 128
 STARTED_S, TIMEOUT_S = 30.0, 20.0

@@ -1,4 +1,4 @@
-"""`python -m train.wandb_sync RUN_DIR`: W&B's own `wandb sync` of a run's offline fragments, where and how it has to be called.
+"""`python -m train.mirror.sync RUN_DIR`: W&B's own `wandb sync` of a run's offline fragments, where and how it has to be called.
 
 It must run in the folder of the metrics: artifacts name their files relative to it, and from elsewhere wandb 0.31 commits an
 artifact without its files and exits 0. It must see little of this machine: it sends the path of its own program.
@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 from configs.errors import UnusableInput
-from train.wandb_fragments import fragments_of, mend
-from train.wandb_mirror import process_environment
-from train.wandb_spec import ID_FILE, run_id
+from train.mirror.fragments import fragments_of, mend
+from train.mirror.mirror import process_environment
+from train.mirror.spec import ID_FILE, run_id
 
 SYNC_TIMEOUT_S = 3600.0
 

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.train.mirror.server import WandbServer, serving
 from tests.train.test_tracking import offline_rows, wandb_records
-from tests.train.wandb_server import WandbServer, serving
-from train.tracking import METRICS_FILE, Metrics, MetricsFile, read_metrics
-from train.wandb_fragments import cut_after, fragments_of, last_step, mend, read_fragment
-from train.wandb_mirror import (
+from train.mirror.fragments import cut_after, fragments_of, last_step, mend, read_fragment
+from train.mirror.mirror import (
     MAX_SAMPLES,
     Lineage,
     Mode,
@@ -18,11 +17,12 @@ from train.wandb_mirror import (
     end_with_children,
     open_mirror,
 )
-from train.wandb_process import Follower, artifact_name
-from train.wandb_spec import run_id
-from train.wandb_sync import sync
+from train.mirror.process import Follower, artifact_name
+from train.mirror.spec import run_id
+from train.mirror.sync import sync
+from train.tracking import METRICS_FILE, Metrics, MetricsFile, read_metrics
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 LINEAGE = Lineage("d" * 64, "b" * 64, "f" * 16, "c" * 40, dataset_files={"dataset/train/data-0.arrow": "e" * 64})
 TIMEOUT_S = 120.0
 """A crowded machine may need longer than a training should wait."""

@@ -1,11 +1,11 @@
 """W&B as a mirror of metrics/train.jsonl that may lag, fail or be missing, kept by a process of its own.
 
-That process (train/wandb_process.py) follows the file that training writes anyway, so a step does nothing for W&B at all: no
+That process (train/mirror/process.py) follows the file that training writes anyway, so a step does nothing for W&B at all: no
 call, no queue, no lock. A server that is dead, slow or hostile can hold up that process only, and `close` waits for it for
 a limited time. Rows that a kill kept from W&B are read from the file again by the next start.
 
 Privacy: the process gets a working folder, an argument vector and an environment that say nothing; what it is given to send has
-been redacted (train/redact.py). It is the same process that W&B would inspect, so there is nothing for it to find.
+been redacted (train/mirror/redact.py). It is the same process that W&B would inspect, so there is nothing for it to find.
 """
 
 import atexit
@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from data.store import write_json
-from train.redact import machine_words, redact, redact_cell, redact_config
+from train.mirror.redact import machine_words, redact, redact_cell, redact_config
+from train.mirror.spec import SAMPLES_FILE, SPEC_FILE, MirrorSpec
 from train.tracking import METRICS_FILE
-from train.wandb_spec import SAMPLES_FILE, SPEC_FILE, MirrorSpec
 
 logger = logging.getLogger(__name__)
 
@@ -197,7 +197,7 @@ def _start(folder: Path, mode: Mode) -> subprocess.Popen[bytes]:
     """A session of its own, so that Ctrl-C and a scheduler's signals to the group of the ranks end the training, not its mirror.
     No buffer on our side of the pipe: it would be written at exit, when nobody reads any more."""
     process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "train.wandb_process", SPEC_FILE],
+        [sys.executable, "-P", "-m", "train.mirror.process", SPEC_FILE],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0,
         cwd=folder, env=process_environment(folder, mode), start_new_session=True,
     )  # fmt: skip
@@ -212,7 +212,7 @@ def process_environment(folder: Path, mode: Mode, environment: Mapping[str, str]
     kept = {name: environment[name] for name in names if name in environment}
     files = folder.resolve() / "wandb-files"
     own = {
-        "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
+        "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
         "WANDB_ERROR_REPORTING": "false",
         # Tables and artifacts wait here for `wandb sync`, which may come days later.
         "WANDB_DATA_DIR": str(files),

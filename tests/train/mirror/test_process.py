@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.test_wandb import LINEAGE, ROOT, TIMEOUT_S, Attempt, logged_rows, mirrored, wait_for
-from tests.train.wandb_server import HOSTILE, refusing, serving
+from tests.train.mirror.server import HOSTILE, refusing, serving
+from tests.train.mirror.test_runs import LINEAGE, ROOT, TIMEOUT_S, Attempt, logged_rows, mirrored, wait_for
+from train.mirror.mirror import WandbMirror, children_of, open_mirror
+from train.mirror.sync import sync
 from train.tracking import METRICS_FILE, Tracker, read_metrics
-from train.wandb_mirror import WandbMirror, children_of, open_mirror
-from train.wandb_sync import sync
 
 # --- servers that are dead, slow or hostile ----------------------------------------------------------------------
 
@@ -93,7 +93,7 @@ def test_a_disabled_mirror_starts_nothing(tmp_path: Path) -> None:
 ABANDONED = """
 import sys
 from pathlib import Path
-from tests.train.test_wandb import Attempt
+from tests.train.mirror.test_runs import Attempt
 attempt = Attempt(Path(sys.argv[1]), resume_step=0)
 attempt.take(range(1, 4))
 print(attempt.mirror.pid, flush=True)

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.train.mirror.canaries import ENVIRONMENT, NEEDLES, STEPS, command, furnish
+from tests.train.mirror.server import serving
+from tests.train.mirror.test_runs import ROOT, logged_rows, mirrored
 from tests.train.test_tracking import wandb_records
-from tests.train.test_wandb import ROOT, logged_rows, mirrored
-from tests.train.wandb_canaries import ENVIRONMENT, NEEDLES, STEPS, command, furnish
-from tests.train.wandb_server import serving
-from train.wandb_mirror import process_environment, without_credentials
-from train.wandb_sync import sync
+from train.mirror.mirror import process_environment, without_credentials
+from train.mirror.sync import sync
 
 
 def found(content: bytes) -> list[str]:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.redact import CELL, PATTERNS, TEXT_PATTERNS, WINDOW, machine_words, redact, redact_cell, redact_config
+from train.mirror.redact import CELL, PATTERNS, TEXT_PATTERNS, WINDOW, machine_words, redact, redact_cell, redact_config
 
 SECRETS = {
     "sk-proj-AbCdEfGhIjKlMnOpQrStUv": "key",

@@ -1,4 +1,4 @@
-"""A training in little that mirrors to W&B from a place full of secrets: `python -m tests.train.wandb_canaries FOLDER MODE`.
+"""A training in little that mirrors to W&B from a place full of secrets: `python -m tests.train.mirror.canaries FOLDER MODE`.
 
 Each secret carries a word of its own, CANARY and a number, where its format leaves room for one.
 """
@@ -10,8 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from train.mirror.mirror import Lineage, Sample, open_mirror
 from train.tracking import METRICS_FILE, MetricsFile
-from train.wandb_mirror import Lineage, Sample, open_mirror
 
 ENVIRONMENT = {
     "OPENAI_API_KEY": "sk-CANARY01aaaaaaaaaaaaaaaa",
@@ -97,7 +97,7 @@ def main(mode: str) -> None:
 
 def command(mode: str) -> list[str]:
     """Under another host name where this user may give one."""
-    program = [sys.executable, "-m", "tests.train.wandb_canaries", mode, ARGUMENT]
+    program = [sys.executable, "-m", "tests.train.mirror.canaries", mode, ARGUMENT]
     named = ["unshare", "--uts", "sh", "-c", f'hostname {HOST_NAME} && exec "$@"', "sh"]
     may = os.geteuid() == 0 and subprocess.run([*named, "true"], capture_output=True).returncode == 0
     return [*named, *program] if may else program

@@ -1,4 +1,4 @@
-"""The process that keeps W&B up to date with a metrics file: `python -m train.wandb_process SPEC`, started by wandb_mirror.py.
+"""The process that keeps W&B up to date with a metrics file: `python -m train.mirror.process SPEC`, started by mirror.py.
 
 Every row of the file is in W&B once, under its train step (`_step` is the train step too: by it W&B's server says at a resume how
 far it is). Commands come as lines on standard input; a problem goes back as one line on standard output, and ends
@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from configs.launch import die_with_parent
 from configs.wandb_privacy import PRIVATE
-from train.redact import redact, redact_config
-from train.wandb_fragments import STEP_KEY, fragments_of, last_step, mark_sent, mend
-from train.wandb_spec import SAMPLES_FILE, SPEC_FILE, MirrorSpec, run_id
+from train.mirror.fragments import STEP_KEY, fragments_of, last_step, mark_sent, mend
+from train.mirror.redact import redact, redact_config
+from train.mirror.spec import SAMPLES_FILE, SPEC_FILE, MirrorSpec, run_id
 
 if TYPE_CHECKING:
     import wandb
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 POLL_S = 0.5
 SAMPLES_KEY = "samples/traces"
 ADAPTER_WEIGHTS, ADAPTER_CONFIG, SENT_CONFIG = "adapter_model.safetensors", "adapter_config.json", "wandb-adapter-config.json"
-"""Of PEFT's layout; student.lora has the names too, and torch with them."""
+"""Of PEFT's layout; student.adapter_files has the names too, and torch with them."""
 NOTHING = -1
 """The last step of a run without rows."""
 
@@ -138,7 +138,7 @@ def begin(spec: MirrorSpec, training: Training) -> "tuple[wandb.Run, int]":
         try:
             return begin_online(spec)
         except Exception as error:  # wandb raises CommError, UsageError, TimeoutError and more, by the way a server fails
-            training.tell("does not answer, so this attempt is kept offline for train.wandb_sync", error)
+            training.tell("does not answer, so this attempt is kept offline for train.mirror.sync", error)
             import wandb
 
             wandb.teardown()  # or wandb-core calls the id taken
