@@ -13,7 +13,7 @@ import hashlib
 import importlib.metadata
 import json
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ from configs.errors import UnusableInput
 from data.twin import Tokens, Turn, check_turn, first_difference
 
 IGNORE_INDEX = -100
-RENDERER_VERSION = 2
+RENDERER_VERSION = 3
 """Of what encode_conversation makes of the same messages, tokenizer and template: raised with every change of it, so that what
 was rendered before is rendered again."""
 _RENDERING_LIBRARIES = ("transformers", "tokenizers", "jinja2")
@@ -167,8 +167,12 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping
     text = render(tokenizer, messages, add_generation_prompt=True, tools=tools)
     _require_earlier_reasoning(tokenizer, messages, tools, text)
     if tools and text == render(tokenizer, messages, add_generation_prompt=True):
-        raise UnusableInput("chat template: the prompt's tool schemas do not appear in it; use a template that renders tools")
+        raise _tools_left_out()
     return tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[return-value]
+
+
+def _tools_left_out() -> UnusableInput:
+    return UnusableInput("chat template: the prompt's tool schemas do not appear in it; use a template that renders tools")
 
 
 def _require_earlier_reasoning(
@@ -194,21 +198,25 @@ def _require_earlier_reasoning(
 
 
 def encode_conversation(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, object]], *, finish_reason: str | None = "stop"
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, object]],
+    *,
+    finish_reason: str | None = "stop",
+    tools: str = "",
 ) -> Encoded:
     """Ids of the whole conversation, and every token's reason: every assistant turn is trained, with its reasoning and its stop.
 
     finish_reason: of the last turn. "stop": it has a stop, appended where the template leaves that to the next turn (GLM). None:
     nobody knows; it has one only if the template writes it. Anything else: it was cut; what it has may end anywhere, and none
-    is appended.
+    is appended. tools: JSON text of the schemas that stood in the prompt, or "".
 
     Raises:
         UnusableInput: the ids of a turn do not continue those it was or would be prompted with; reasoning, content or stop of
-            one are not whole among the trained tokens; BOS stands there twice; or nothing at all would be trained. Turn and
-            token are named.
+            one are not whole among the trained tokens; BOS stands there twice; tool schemas are not in the text; or nothing at
+            all would be trained. Turn and token are named.
     """
     dialect = dialect_of(tokenizer)
-    layout = _layout(tokenizer, messages, dialect, append_stop=finish_reason == "stop")
+    layout = _layout(tokenizer, messages, dialect, append_stop=finish_reason == "stop", tools=tools)
     encoded = tokenizer(layout.text, add_special_tokens=False, return_offsets_mapping=True)
     ids: list[int] = encoded["input_ids"]  # type: ignore[assignment]
     offsets_T2 = np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2)
@@ -241,20 +249,28 @@ class Layout(NamedTuple):
 
 
 def _layout(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, object]], dialect: Dialect, *, append_stop: bool
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, object]],
+    dialect: Dialect,
+    *,
+    append_stop: bool,
+    tools: str,
 ) -> Layout:
     """append_stop: to a last turn that the template leaves without one."""
-    text, parts, turns = render(tokenizer, messages), list[Part](), list[Turn]()
+    rendered = functools.partial(render, tokenizer, tools=tools)
+    text, parts, turns = rendered(messages), list[Part](), list[Turn]()
+    if tools and text == render(tokenizer, messages):
+        raise _tools_left_out()
     for index, message in enumerate(messages):
         is_last = index == len(messages) - 1
         if message["role"] != "assistant":
-            end = len(text) if is_last else _end_of_given(tokenizer, messages[: index + 1], text)
+            end = len(text) if is_last else _end_of_given(rendered, messages[: index + 1], text)
             parts.append(Part(end, _ROLES.get(str(message["role"]), Reason.OTHER)))
             continue
         if index == 0:
             raise UnusableInput("turn 0 is an assistant's: nothing prompts it; begin the conversation with a system or user turn")
-        prompt = render(tokenizer, messages[:index], add_generation_prompt=True)
-        until = text if is_last else render(tokenizer, messages[: index + 1])
+        prompt = rendered(messages[:index], add_generation_prompt=True)
+        until = text if is_last else rendered(messages[: index + 1])
         for served in (prompt, until):
             if not text.startswith(served):
                 raise _rendered_differently(tokenizer, index, text, served)
@@ -271,11 +287,11 @@ def _layout(
     return Layout(text, parts, turns)
 
 
-def _end_of_given(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, object]], text: str) -> int:
+def _end_of_given(rendered: Callable[..., str], messages: Sequence[Mapping[str, object]], text: str) -> int:
     """Where the last of these turns ends in the text, as far as the template tells: some refuse a system turn alone, or close
     behind a tool's what they leave open before another's. Only the reason of masked tokens hangs on it."""
     try:
-        given = render(tokenizer, messages)
+        given = rendered(messages)
     except jinja2.TemplateError:
         return 0
     if text.startswith(given):

@@ -1,6 +1,6 @@
 """A tokenizer as data/asking.py wants it. Apart from it, because transformers takes a second to import."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
@@ -31,4 +31,7 @@ def codec_of(tokenizer: PreTrainedTokenizerBase) -> Codec:
 
 
 def trained_ids_of(tokenizer: PreTrainedTokenizerBase) -> TrainedIds:
-    return lambda messages, finish_reason: encode_conversation(tokenizer, messages, finish_reason=finish_reason).trained
+    def trained_ids(messages: Sequence[Mapping[str, object]], finish_reason: str, tools: str) -> Sequence[int]:
+        return encode_conversation(tokenizer, messages, finish_reason=finish_reason, tools=tools).trained
+
+    return trained_ids

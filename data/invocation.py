@@ -35,7 +35,7 @@ class Invocation(NamedTuple):
     def open(self) -> "Context":
         """The run folder is there, made if need be, and is this recipe's."""
         from configs.logging import configure_logging
-        from data.stage import open_run
+        from data.run_config import open_run
 
         configure_logging()
         loaded = self.load()

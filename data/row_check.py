@@ -26,9 +26,11 @@ log = logging.getLogger(__name__)
 CHECKED_ROWS = 500
 """A row of 2 KB takes 2 to 5 ms to render and check, and to judge and write 0.2: all rows would take ten times the build."""
 _HASHES = 1 << 30
+COLUMNS = ["trace_id", "messages", "finish_reason", "tools"]
 
-TrainedIds = Callable[[Sequence[Mapping[str, object]], str], Sequence[int]]
-"""(messages, finish_reason) to the ids that a student is trained on. Raises UnusableInput where they are not as it is served."""
+TrainedIds = Callable[[Sequence[Mapping[str, object]], str, str], Sequence[int]]
+"""(messages, finish_reason, tools) to the ids that a student is trained on. Raises UnusableInput where they are not as it is
+served."""
 
 
 class RowCheck(NamedTuple):
@@ -67,7 +69,7 @@ def check_rows(
         if not chosen_L.any():
             continue
         traces = completed(read_segment(segment)).filter(pa.array(chosen_L))
-        rows = with_relabelled(rows_of(traces), codes_L[chosen_L], relabelling).select(["trace_id", "messages", "finish_reason"])
+        rows = with_relabelled(rows_of(traces), codes_L[chosen_L], relabelling).select(COLUMNS)
         for row, turns, code in zip(rows.to_pylist(), traces["turns"], codes_L[chosen_L], strict=True):
             ids = _ids_of(trained_ids, row)
             said = [token for turn in turns.as_py() if turn["origin"] == "generated" for token in turn["token_ids"]]
@@ -89,6 +91,6 @@ def _chosen(trace_ids: pa.Array, kept_N: np.ndarray) -> np.ndarray:
 def _ids_of(trained_ids: TrainedIds, row: Mapping) -> Sequence[int]:
     messages = [{key: text for key, text in message.items() if text is not None} for message in row["messages"]]
     try:
-        return trained_ids(messages, row["finish_reason"])
+        return trained_ids(messages, row["finish_reason"], row["tools"])
     except UnusableInput as error:
         raise UnusableInput(f"trace {row['trace_id']}: {error}") from error

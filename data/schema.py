@@ -36,6 +36,7 @@ CHANGES: Mapping[int, Change] = {
         added={"Verdict": {"detail": ""}, "Row": {"provenance": ""}},
         rebuilt=("data",),
     ),
+    4: Change("rows of the dataset say what tools they were prompted with", added={"Row": {"tools": ""}}, rebuilt=("data",)),
 }
 """Every version that this release reads, and what came with it."""
 OLDEST_VERSION, SCHEMA_VERSION = min(CHANGES), max(CHANGES)

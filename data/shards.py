@@ -24,14 +24,15 @@ ROW = pa.schema(
     [
         TRACE.field(name)
         for name in (
-            "trace_id", "prompt_id", "task", "messages", "finish_reason", "prompt_tokens", "reasoning_tokens", "answer_tokens",
-            "teacher_licence", "source_licence",
+            "trace_id", "prompt_id", "task", "messages", "tools", "finish_reason", "prompt_tokens", "reasoning_tokens",
+            "answer_tokens", "teacher_licence", "source_licence",
         )
     ]
     + [("provenance", pa.string())]
 )  # fmt: skip
-"""One row a kept trace. messages: the whole conversation, the assistant last, its reasoning in reasoning_content. provenance:
-"" for the trace as it came, else JSON text that says what was made of it and why."""
+"""One row a kept trace. messages: the whole conversation, the assistant last, its reasoning in reasoning_content. tools: JSON
+text of the schemas that it was prompted with, or "". provenance: "" for the trace as it came, else JSON text that says what was
+made of it and why."""
 
 SHARD_BYTES = 32 << 20
 LARGEST_SHARD_BYTES = 1 << 30

@@ -7,27 +7,23 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-import yaml
-from pydantic import ValidationError
 from rich.console import Console
 
 from configs.errors import UnusableInput
-from configs.load import Loaded, describe, fingerprint
+from configs.load import Loaded, fingerprint
 from configs.progress import Count, Display
 from configs.schema import Recipe
-from configs.training import FREE_WHILE_TRAINING
-from data.checksum import checked_text
+from data.run_config import settle
 from data.store import (
     ROLLUP,
     Rollup,
     RunFolder,
-    code_revision,
     input_hashes,
     is_complete,
     read_rollup,
@@ -41,21 +37,6 @@ log = logging.getLogger(__name__)
 # What a stage made or reads is hashed again before it is trusted, up to this size (1.5 GB/s); above it, whoever reads a
 # file does.
 VERIFIED_AT_ONCE_BYTES = 4 << 30
-# What may change under a run folder without making another run of it: where and how fast, not what. No layout changes a
-# token's identity: a run that began on two nodes goes on with four, from shards or from the checkpoint. A dataset is a view
-# of the traces, which may be taken again; its own manifest says with what settings.
-FREE = (
-    "data", "slurm", "plan", "teacher.hardware", "teacher.layout", "teacher.experts", "teacher.engine.processes",
-    "teacher.engine.batch_size", "teacher.engine.cache_bytes", "teacher.engine.prepared", "teacher.engine.timeout_s",
-    "teacher.engine.concurrency", "teacher.engine.base_urls", "teacher.engine.servers_file", "teacher.engine.stream",
-    "teacher.engine.deadline_s", "teacher.engine.attempts", "teacher.engine.health_s", "teacher.engine.drain_s",
-    "teacher.engine.price_input_per_million", "teacher.engine.price_output_per_million", "teacher.engine.api_key_env",
-    "teacher.engine.ca_file", "generate.segment_traces", "generate.segment_seconds", "generate.checkpoint_tokens",
-    "generate.lease_ttl_s", "generate.drain_seconds", "generate.budget", "generate.canary", "generate.retry_failed",
-    "generate.accept_code_change", *(f"train.{name}" for name in FREE_WHILE_TRAINING),
-)  # fmt: skip
-RETIRED = ("train.traces_per_step", "train.tokens_per_micro_batch")
-"""Settings of releases before rows were packed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +118,7 @@ def run_stage(stage: Stage, context: Context) -> Rollup:
                 if stage.together and is_complete(run, folder, fingerprint=identity, inputs=inputs):
                     outcome = None  # somebody who was at it with us was quicker
                 else:
+                    settle(context.loaded, run, stage.name)
                     outcome = stage.act(context, display.show)
                     rollup = seal(
                         run, folder, stage=stage.name, fingerprint=identity, inputs=inputs, files=outcome.files,
@@ -250,102 +232,3 @@ def exclusive(run: RunFolder, stage: str, *, waits: bool = False) -> Iterator[No
 def _open_lock(path: Path) -> IO[str]:
     path.touch()
     return path.open("r+")
-
-
-# --- the run folder ----------------------------------------------------------------------------------------------
-
-
-def open_run(loaded: Loaded, run_dir: Path | None) -> RunFolder:
-    """The run folder, made if need be, with config.yaml written first. A folder that holds anything made by another
-    configuration is refused; one in which nothing was made yet (a typo in the first try) takes the new one.
-
-    Raises:
-        UnusableInput: unwritable folder, or the first difference between its configuration and this one.
-    """
-    if run_dir is not None and str(run_dir) in ("", "."):
-        raise UnusableInput("--run-dir is empty or the working directory itself; name a folder of its own, for example runs/mine")
-    run = RunFolder((run_dir or Path("runs") / loaded.recipe.name).resolve())
-    wanted = loaded.recipe.model_dump(mode="json")
-    # Looked at again: somebody who starts with us may have written it in between.
-    if not run.config.is_file() and _holds_something(run.root) and not run.config.is_file():
-        raise UnusableInput(
-            f"run directory {run.root}: not empty, and without the config.yaml of a run; "
-            "choose an empty or new --run-dir, or restore config.yaml"
-        )
-    if run.config.is_file():
-        if not os.access(run.root, os.W_OK):
-            raise UnusableInput(f"run directory {run.root}: not writable; choose another --run-dir or change its permissions")
-        difference = _difference(run, wanted)
-        if difference is None:
-            return run
-        if any(run.root.glob("*/*.arrow")) or any(run.root.glob("*/manifest.json")):
-            key, was, now = difference
-            raise UnusableInput(
-                f"run directory {run.root}: was made with {key} = {was!r}, this recipe says {now!r}; "
-                f"use another --run-dir, or -s {key}={was}"
-            )
-        log.warning("%s holds nothing made with its old configuration yet; it is replaced", run.config)
-    header = {"code_revision": code_revision(), "fingerprint": fingerprint(wanted)}
-    text = f"# Resolved configuration of this run; written once.\n{yaml.safe_dump(header | {'recipe': wanted}, sort_keys=False)}"
-    try:
-        write_bytes(run.config, checked_text(text))
-    except OSError as error:
-        raise UnusableInput(
-            f"run directory {run.root}: cannot be written ({error.strerror}); choose another --run-dir"
-        ) from error
-    return run
-
-
-def _holds_something(folder: Path) -> bool:
-    """Whether anything but a killed attempt's half-written config.yaml lies there."""
-    return folder.is_dir() and any(not path.name.startswith(".config.yaml.") for path in folder.iterdir())
-
-
-def _difference(run: RunFolder, wanted: dict[str, Any]) -> tuple[str, Any, Any] | None:
-    try:
-        stored = dict(yaml.safe_load(run.config.read_text())["recipe"])
-    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
-        raise UnusableInput(f"{run.config}: not a configuration written by tracestill; use another --run-dir") from error
-    return first_difference(without_free(_as_today(stored)), without_free(wanted))
-
-
-def _as_today(stored: dict[str, Any]) -> dict[str, Any]:
-    """What is free left out, and settings that came after it was written at their defaults: they are how the run was made.
-    RETIRED ones are left out; whoever trains that run anew is told by its checkpoint what differs.
-
-    Raises UnusableInput for one that this release does not know."""
-    try:
-        return Recipe.model_validate(without(without_free(stored), RETIRED)).model_dump(mode="json")
-    except ValidationError as error:
-        raise UnusableInput(
-            f"config.yaml of the run, as another release wrote it: {describe(error)}; use that release, or another --run-dir"
-        ) from error
-
-
-def without_free(value: Any) -> Any:
-    """The configuration without what is free to change."""
-    return without(value, FREE)
-
-
-def without(value: Any, left_out: Collection[str], path: str = "") -> Any:
-    """The configuration without the settings of these dotted names."""
-    if not isinstance(value, dict):
-        return value
-    inside = {key: f"{path}.{key}" if path else str(key) for key in value}
-    return {key: without(value[key], left_out, dotted) for key, dotted in inside.items() if dotted not in left_out}
-
-
-def first_difference(left: Any, right: Any, path: str = "") -> tuple[str, Any, Any] | None:
-    """The first leaf that differs, as (dotted key, left value, right value); None when equal."""
-    if isinstance(left, dict) and isinstance(right, dict):
-        for key in [*left, *(key for key in right if key not in left)]:
-            found = first_difference(left.get(key), right.get(key), f"{path}.{key}" if path else str(key))
-            if found is not None:
-                return found
-        return None
-    if isinstance(left, list) and isinstance(right, list) and len(left) == len(right):
-        for index, (one, other) in enumerate(zip(left, right, strict=True)):
-            if (found := first_difference(one, other, f"{path}.{index}")) is not None:
-                return found
-        return None
-    return None if left == right else (path, left, right)

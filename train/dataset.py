@@ -17,6 +17,8 @@ from train.batches import Example
 from train.rendered import Rendered, read_or_render
 
 COLUMNS = ("trace_id", "messages")
+OPTIONAL_COLUMNS = ("finish_reason", "tools")
+"""Of a dataset from elsewhere."""
 SPLITS = ("train", "validation")
 READ_ROWS = 256
 """Rows whose messages are in memory at once while they are rendered."""
@@ -52,11 +54,13 @@ def load_examples(
 
 
 def _encode(split: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[Example]:
-    known = "finish_reason" in split.column_names
-    for rows in split.select_columns([*COLUMNS, *(["finish_reason"] if known else [])]).iter(READ_ROWS):
-        ends = rows["finish_reason"] if known else [None] * len(rows["trace_id"])  # type: ignore[call-overload]
-        for trace_id, messages, end in zip(rows["trace_id"], rows["messages"], ends, strict=True):  # type: ignore[call-overload]
-            yield encode_row(trace_id, messages, tokenizer, end)
+    known = [name for name in OPTIONAL_COLUMNS if name in split.column_names]
+    for rows in split.select_columns([*COLUMNS, *known]).iter(READ_ROWS):
+        assert isinstance(rows, dict)
+        none = [None] * len(rows["trace_id"])
+        columns = [rows.get(name, none) for name in (*COLUMNS, *OPTIONAL_COLUMNS)]
+        for trace_id, messages, finish_reason, tools in zip(*columns, strict=True):
+            yield encode_row(trace_id, messages, tokenizer, finish_reason, tools or "")
 
 
 def _rollup(dataset_dir: Path) -> Rollup | None:
@@ -83,7 +87,11 @@ def _open_splits(dataset_dir: Path) -> datasets.DatasetDict:
 
 
 def encode_row(
-    trace_id: str, messages: Sequence[dict[str, str | None]], tokenizer: PreTrainedTokenizerBase, finish_reason: str | None = None
+    trace_id: str,
+    messages: Sequence[dict[str, str | None]],
+    tokenizer: PreTrainedTokenizerBase,
+    finish_reason: str | None = None,
+    tools: str = "",
 ) -> Example:
     """The trace in the student's tokens, dropped as UNFINISHED where its generation did not stop by itself. Where that is not
     known (no finish_reason), it did if the template itself ends the last turn; nothing is appended to one that it leaves open.
@@ -92,7 +100,7 @@ def encode_row(
     """
     present = [{key: value for key, value in message.items() if value is not None} for message in messages]
     try:
-        encoded = encode_conversation(tokenizer, present, finish_reason=finish_reason)
+        encoded = encode_conversation(tokenizer, present, finish_reason=finish_reason, tools=tools)
     except UnusableInput as error:
         raise UnusableInput(f"trace {trace_id}: {error}") from error
     if finish_reason is None:

@@ -20,7 +20,7 @@ from configs.load import describe
 from configs.schema import Recipe
 from data.chat import Reason
 from data.dataset import SPLITS, load_dataset
-from data.stage import RETIRED, without
+from data.run_config import RETIRED, without
 from data.store import RunFolder, read_rollup
 from data.viewer import Shown, Wanted, printable, show
 from student.model import load_tokenizer
@@ -110,7 +110,7 @@ def mask_view(
     split, messages = ("", list(trace.messages)) if row is None else (row[0], row[1]["messages"])
     why = "" if row is not None else _why(shown)
     try:
-        example = encode_row(trace.trace_id, messages, tokenizer, trace.finish_reason)  # type: ignore[arg-type]
+        example = encode_row(trace.trace_id, messages, tokenizer, trace.finish_reason, trace.tools)  # type: ignore[arg-type]
     except UnusableInput as error:
         return MaskView(trace.trace_id, trace.task, split, [], TokenLedger(), why, str(error))
     example = example._replace(dropped=why or example.dropped)

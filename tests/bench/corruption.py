@@ -18,7 +18,7 @@ from pathlib import Path
 from configs.errors import TracestillError
 from configs.load import load_recipe
 from data.build import build
-from data.stage import open_run
+from data.run_config import open_run
 from data.store import RunFolder, seal
 from data.verification import verify_run
 from tests.bench.frame import machine

@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 from configs.errors import UnusableInput
 from configs.load import load_recipe
 from data.rebuild import compare_with_built
-from data.stage import Context, open_run, run_stage
+from data.run_config import open_run
+from data.stage import Context, run_stage
 from data.stages import DATA
 from data.store import RunFolder, read_rollup, seal
 from tests.data.make_run import commit_traces, make_prompt, make_trace, seal_prompts, snapshot

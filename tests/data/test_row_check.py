@@ -35,7 +35,7 @@ class Student:
     def __init__(self, refused: str = "") -> None:
         self.refused, self.seen = refused, list[tuple[str, str]]()
 
-    def __call__(self, messages: Sequence[Mapping[str, object]], finish_reason: str) -> Sequence[int]:
+    def __call__(self, messages: Sequence[Mapping[str, object]], finish_reason: str, tools: str) -> Sequence[int]:
         question = str(messages[0]["content"])
         if question == self.refused:
             raise UnusableInput("turn 1: token 7 is trained as 1 'a', served as 2 'b'")

@@ -85,7 +85,7 @@ def test_a_build_makes_verdicts_and_dataset_anew_and_leaves_what_was_paid_for(ol
     assert rollup is not None and rollup.schema_version == SCHEMA_VERSION
     rows = load_dataset(old)["train"]
     assert rows.column_names == ROW.names
-    added = CHANGES[3].added["Row"]
+    added = {column: value for change in CHANGES.values() for column, value in change.added.get("Row", {}).items()}
     assert rows.to_list() == [row | added for row in rows_before]
     assert {path: path.read_bytes() for folder in (old.prompts, old.traces) for path in folder.iterdir()} == paid
     assert dataset_stats(old).total["rejected_by_reason"] == {"wrong": 1}

@@ -23,7 +23,8 @@ from data.asking import Models
 from data.build import Built, build
 from data.dataset import load_dataset
 from data.engine import Completion, Handout, Request
-from data.stage import Context, open_run
+from data.run_config import open_run
+from data.stage import Context
 from data.stages import DATA, VERSIONED
 from data.store import RunFolder, seal
 from data.verification import verify_run

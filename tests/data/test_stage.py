@@ -10,8 +10,9 @@ from rich.console import Console
 
 from configs.errors import UnusableInput
 from configs.load import Loaded, load_recipe
-from data.checksum import checked_text
-from data.stage import Context, Outcome, Stage, exclusive, first_difference, open_run, run_stage, without_free
+from data.checksum import check_text, checked_text
+from data.run_config import first_difference, open_run, settle, without_free
+from data.stage import Context, Outcome, Stage, exclusive, run_stage
 from data.store import ROLLUP, RunFolder, commit_segment, read_rollup, seal, segments
 
 
@@ -102,6 +103,7 @@ def test_a_setting_that_came_after_a_run_was_made_is_at_its_default(tmp_path: Pa
     run.config.write_bytes(checked_text(yaml.safe_dump(said)))
     (run.root / "prompts").mkdir()
     (run.root / "prompts" / "manifest.json").write_text("{}")  # made something, so that it may not be replaced
+    (run.checkpoints / "adapter").mkdir(parents=True)
     assert open_run(loaded, run.root) == run
     with pytest.raises(UnusableInput, match=r"train\.seed = 0, this recipe says 5"):
         open_run(load_recipe("embedded", ["train.seed=5"]), run.root)
@@ -143,8 +145,31 @@ def test_opening_twice_keeps_the_first_configuration(tmp_path: Path) -> None:
     (first.root / "prompts" / "manifest.json").write_text("{}")
     text = first.config.read_text()
     assert open_run(load_recipe("embedded"), tmp_path / "run") == RunFolder(tmp_path / "run") and first.config.read_text() == text
-    with pytest.raises(UnusableInput, match=r"train\.lr = 0\.003, this recipe says 0\.1"):
-        open_run(load_recipe("embedded", ["train.lr=0.1"]), tmp_path / "run")
+    with pytest.raises(UnusableInput, match=r"temperature = 0\.8, this recipe says 0\.1; use another --run-dir, or -s gen"):
+        open_run(load_recipe("embedded", ["generate.sampling.temperature=0.1"]), tmp_path / "run")
+
+
+def test_what_trains_is_decided_when_training_begins(tmp_path: Path) -> None:
+    """Traces of a week wait for a learning rate that nobody had thought of."""
+    first = open_run(load_recipe("embedded"), tmp_path / "run")
+    (first.root / "dataset").mkdir()
+    (first.root / "dataset" / "manifest.json").write_text("{}")
+    text = first.config.read_text()
+    other = load_recipe("embedded", ["train.lr=0.1", "student.lora.rank=8", "export.dtype=fp16"])
+    run = open_run(other, tmp_path / "run")
+    assert run.config.read_text() == text, "nothing has begun"
+    settle(other, run, "train")
+    said = yaml.safe_load(run.config.read_text())["recipe"]
+    assert (said["train"]["lr"], said["student"]["lora"]["rank"], said["export"]["dtype"]) == (0.1, 8, "fp32")
+    check_text(run.config, run.config.read_bytes())
+
+    (run.checkpoints / "step-00000005").mkdir(parents=True)
+    assert open_run(other, tmp_path / "run") == run
+    with pytest.raises(UnusableInput, match=r"lora\.rank = 8, this recipe says 64; .* to train anew, move"):
+        open_run(load_recipe("embedded"), tmp_path / "run")
+    text = run.config.read_text()
+    settle(load_recipe("embedded"), run, "train")
+    assert run.config.read_text() == text
 
 
 def test_a_folder_that_holds_something_else_is_refused_and_left_alone(tmp_path: Path) -> None:

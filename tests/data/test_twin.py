@@ -1,5 +1,6 @@
 """What teaches a student something else than what it is served: each fault in a template or a tokenizer that has it."""
 
+import json
 import random
 import re
 from collections.abc import Sequence
@@ -77,6 +78,26 @@ def trained(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str
     encoded = encode_conversation(tokenizer, messages, finish_reason=finish_reason)
     own = [token for token, reason in zip(encoded.ids, encoded.reasons, strict=True) if reason == Reason.TRAINED]
     return str(tokenizer.decode(own, skip_special_tokens=False))
+
+
+# --- tools -------------------------------------------------------------------------------------------------------
+
+TOOLS = json.dumps([{"type": "function", "function": {"name": "thermometer", "parameters": {}}}])
+WITH_TOOLS = "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}" + CHATML
+
+
+def test_tools_that_were_served_are_trained_with() -> None:
+    tokenizer, messages = byte_tokenizer(WITH_TOOLS), talk(("two", "four"), ("two", "four"))
+    encoded = encode_conversation(tokenizer, messages, tools=TOOLS)
+    for index in (1, 3):
+        served = encode_prompt(tokenizer, messages[:index], TOOLS)
+        assert encoded.ids[: len(served)] == served
+    assert "thermometer" in str(tokenizer.decode(encoded.ids)) and trained(tokenizer, messages).count("four") == 2
+
+
+def test_a_template_that_leaves_tools_out_is_refused() -> None:
+    with pytest.raises(UnusableInput, match="tool schemas do not appear in it; use a template that renders tools"):
+        encode_conversation(byte_tokenizer(), talk(("two", "four")), tools=TOOLS)
 
 
 # --- the prompt --------------------------------------------------------------------------------------------------

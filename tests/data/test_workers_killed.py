@@ -16,7 +16,7 @@ import pytest
 
 from configs.load import load_recipe
 from data.build import build
-from data.stage import open_run
+from data.run_config import open_run
 from data.store import RunFolder, seal, segments
 from tests.data.make_run import commit_traces, make_prompt, make_trace, seal_prompts, snapshot
 

@@ -20,7 +20,8 @@ from configs.progress import Count, file_reporter, read_counts
 from data.engine import Completion, Handout, Request
 from data.ledger import read_ledger
 from data.prompt_set import write_prompts
-from data.stage import Context, exclusive, open_run, run_stage
+from data.run_config import open_run
+from data.stage import Context, exclusive, run_stage
 from data.store import ROLLUP, Rollup, RunFolder, read_rollup, seal, segments
 from data.work import WorkFolder
 from generate.launch import join_generation, launch, teacher_fingerprint, unseal_for_retry, unseal_if_grown

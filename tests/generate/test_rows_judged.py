@@ -17,7 +17,8 @@ from configs.load import load_recipe
 from configs.prompt_sources import DatasetsSource, JsonlSource, ParquetSource, PromptSource
 from data.prompt_set import read_prompts, write_prompts
 from data.records import Prompt
-from data.stage import Context, open_run, run_stage
+from data.run_config import open_run
+from data.stage import Context, run_stage
 from data.store import RunFolder
 from data.verify import VERIFIERS, sandbox, self_check
 from data.verify.runner import Item, judge
