@@ -88,7 +88,7 @@ class Models(NamedTuple):
     student: Model | None = None
     judge: Model | None = None
     control_words: ControlWords | None = None
-    trained_ids: Callable[[], Callable[[Sequence[Mapping[str, object]], str], Sequence[int]]] | None = None
+    trained_ids: Callable[[], Callable[[Sequence[Mapping[str, object]], str, str], Sequence[int]]] | None = None
 
 
 NOBODY = Models()

@@ -111,7 +111,7 @@ def _made_otherwise(run: RunFolder, key: str, was: object, now: object) -> Unusa
 
 
 def _write(run: RunFolder, recipe: Mapping[str, Any]) -> None:
-    header = {"code_revision": code_revision(), "fingerprint": fingerprint(recipe)}
+    header = {"code_revision": code_revision(), "fingerprint": fingerprint(dict(recipe))}
     text = f"# Resolved configuration of this run.\n{yaml.safe_dump(header | {'recipe': recipe}, sort_keys=False)}"
     write_bytes(run.config, checked_text(text))
 

@@ -54,7 +54,7 @@ def gather(run: RunFolder, recipe: Recipe, metrics: Mapping[str, Metrics], gates
         metrics=metrics,
         gates=gates,
         revision=code_revision(),
-        certificate=read_certificate(run),
+        certificate=read_certificate(run, recipe),
     )
 
 
@@ -64,7 +64,7 @@ def certificate_text(certificate: Certified | None) -> str:
     verdict = "hold" if certificate.holds else "do NOT hold"
     return (
         f"gradients {verdict}: within {certificate.largest_difference:.1e} of a float64 reference, bound {certificate.bound:g}; "
-        f"sha256 `{certificate.sha256}`"
+        f"sha256 `{certificate.sha256}`" + (f"; made with other {', '.join(certificate.others)}" if certificate.others else "")
     )
 
 

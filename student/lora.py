@@ -84,6 +84,18 @@ def refuse_unknown(setting: str, wanted: tuple[str, ...], there: list[str], mode
             )
 
 
+def refuse_namesakes(wanted: tuple[str, ...], there: list[str]) -> None:
+    """PEFT 0.21 trains every module whole whose name ends in the letters of one in modules_to_save: `norm` is input_layernorm
+    too."""
+    for name in wanted:
+        others = {module.rpartition(".")[2] for module in there if module.endswith(name) and not is_named(module, wanted)}
+        if others:
+            raise UnusableInput(
+                f"student.lora.modules_to_save: {name} would train {', '.join(sorted(others))} too, whose names end so; name "
+                f"them all, or leave {name} out"
+            )
+
+
 def is_named(module: str, names: Sequence[str]) -> bool:
     """Whether any of the names means this module, by PEFT's rule."""
     return any(module == name or module.endswith(f".{name}") for name in names)
@@ -124,6 +136,7 @@ def attach(model: PreTrainedModel, lora: Lora, *, seed: int) -> PeftModel:
     targets = targets_of(model, lora)
     leaves = [name for name, module in model.named_modules() if is_leaf(module)]
     refuse_unknown("modules_to_save", lora.modules_to_save, leaves, model)
+    refuse_namesakes(lora.modules_to_save, leaves)
     config = LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, use_rslora=lora.rslora, use_dora=lora.dora,
         target_modules=targets.names, exclude_modules=targets.excluded or None,

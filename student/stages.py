@@ -149,8 +149,8 @@ def export_stage(open_target: OpenTarget) -> Stage:
 
     def identity(context: Context) -> dict[str, Any]:
         settings = context.recipe.model_dump(mode="json", include={"export": True, "evaluate": {"gates"}})
-        certificate = read_certificate(context.run)
-        return settings if certificate is None else settings | {"certificate": certificate.sha256}
+        certificate = read_certificate(context.run, context.recipe)
+        return settings if certificate is None else settings | {"certificate": certificate.sha256, "others": certificate.others}
 
     def plan(context: Context) -> str:
         settings = context.recipe.export

@@ -28,6 +28,7 @@ from data.checksum import checked_json
 from data.records import digest
 from data.store import RunFolder, code_revision, write_bytes
 from student.adapter_files import trainable
+from student.certificate import certified_settings
 from student.folders import resolve, weights_sha256
 from student.lora import attach
 from student.model import DTYPES, load_base, load_tokenizer
@@ -65,7 +66,8 @@ CHUNK = 32
 @dataclass(frozen=True, slots=True)
 class Certificate:
     """largest_difference: over parameters, the gradient's distance from the reference as a share of the reference's norm.
-    loss_difference: relative. settings: of train and LoRA as they were run. student: what was trained, scaled."""
+    loss_difference: relative. settings: of train and LoRA as they were run.
+    certified: what of the recipe it stands for. student: what was trained, scaled."""
 
     recipe: str
     holds: bool
@@ -81,6 +83,7 @@ class Certificate:
     ranks: int
     device: str
     settings: Mapping[str, object]
+    certified: Mapping[str, object]
     student: Mapping[str, object]
     student_sha256: str
     dataset_sha256: str
@@ -137,7 +140,7 @@ def certify(world: World, recipe: Recipe, corpus: Corpus, run_dir: Path) -> Cert
         tokens=sum(len(document.ids) for document in sample.documents), supervised_tokens=supervised, rows=len(filled),
         micro_steps=len(rows), ranks=world.size,
         settings={"train": config.model_dump(mode="json"), "lora": lora.model_dump(mode="json")},
-        student=facts, student_sha256=weights_sha256(resolve(recipe.student.model)),
+        certified=certified_settings(recipe), student=facts, student_sha256=weights_sha256(resolve(recipe.student.model)),
         dataset_sha256=corpus.sha256, sample_sha256=sample.sha256,
         code_revision=code_revision(), versions={name: version(name) for name in LIBRARIES}, device=_device(),
     )  # fmt: skip
@@ -156,9 +159,13 @@ def certify(world: World, recipe: Recipe, corpus: Corpus, run_dir: Path) -> Cert
 
 
 def scaled_settings(recipe: Recipe) -> tuple[Train, Lora]:
+    """What is certified: at most MAX_RANK, the adapter's scale as it is; without dropout; in float32 where there is no GPU."""
     dtype = recipe.train.dtype if torch.cuda.is_available() else "fp32"
     lora = recipe.student.lora
-    scaled = lora.model_copy(update={"rank": min(lora.rank, MAX_RANK), "dropout": 0.0})
+    rank = min(lora.rank, MAX_RANK)
+    share = rank / lora.rank
+    alpha = max(1, round(lora.alpha * (math.sqrt(share) if lora.rslora else share)))
+    scaled = lora.model_copy(update={"rank": rank, "alpha": alpha, "dropout": 0.0})
     return recipe.train.model_copy(update={"dtype": dtype}), scaled
 
 

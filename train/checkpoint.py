@@ -77,7 +77,8 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, identity: Identity, *, kept: int) -> Path:
-    """Writes checkpoints/step-N durably, then removes all but the newest `kept`, and best adapters of before. Rank 0 only."""
+    """Writes checkpoints/step-N durably, then removes all but the newest `kept`, and best adapters that none of them knows of.
+    Rank 0 only."""
     final = folder / step_name(checkpoint.progress.step)
     temporary = folder / f".{final.name}.{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -97,9 +98,9 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, identity: Identity, *,
     }
     (temporary / COUNTERS).write_bytes(checked_json(counters, indent=1))
     publish_folder(temporary, final)
-    for old in saved_steps(folder)[:-kept]:
+    for old in [path for path in saved_steps(folder) if path <= final][:-kept]:
         shutil.rmtree(old)
-    remove_worse(folder, checkpoint.progress)
+    remove_worse(folder)
     return final
 
 
@@ -112,13 +113,33 @@ def best_folder(folder: Path, step: int) -> Path:
     return folder / f"best-{step:08d}"
 
 
-def remove_worse(folder: Path, progress: Progress) -> None:
-    """Best adapters but the one that the newest checkpoint knows of. One that was written after it goes too: its steps are
-    about to be taken again, and on a GPU they may come out otherwise."""
-    kept = None if progress.best is None else best_folder(folder, progress.best.step)
+def remove_worse(folder: Path) -> None:
+    """Best adapters but those that a checkpoint knows of: each may be the one to go back to. One that was written after the
+    newest goes too: its steps are about to be taken again, and on a GPU they may come out otherwise."""
+    kept = {best_folder(folder, step) for path in saved_steps(folder) if (step := _best_step(path)) is not None}
     for path in folder.glob("best-*"):
-        if path != kept:
+        if path not in kept:
             shutil.rmtree(path)
+
+
+def _best_step(path: Path) -> int | None:
+    """What a checkpoint says of the best adapter, without a look at its tensors; None too where it cannot be read."""
+    try:
+        best = json.loads((path / COUNTERS).read_bytes())["progress"]["best"]
+        return None if best is None else int(best["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def set_aside(folder: Path, progress: Progress) -> None:
+    """Checkpoints after `progress`, from which a start went back: they are damaged. Not removed, because a disk that could not
+    be read may be well tomorrow; and not counted any more, or the next ones would be taken for old."""
+    for path in saved_steps(folder):
+        if path.name > step_name(progress.step):
+            damaged = path.with_name(f"damaged-{path.name}")
+            shutil.rmtree(damaged, ignore_errors=True)
+            path.rename(damaged)
+            logger.warning("%s is now %s, and may be removed", path.name, damaged.name)
 
 
 def saved_steps(folder: Path) -> list[Path]:

@@ -16,13 +16,23 @@ from typing import Literal
 import torch
 
 from configs.draining import Drain, draining
-from configs.errors import TracestillError
+from configs.errors import TracestillError, UnusableInput
 from configs.schema import Recipe
 from data.store import RunFolder
 from student.adapter_files import publish_folder, save_adapter
 from student.model import load_tokenizer
 from train.batches import TokenLedger
-from train.checkpoint import Best, Checkpoint, Identity, Progress, best_folder, load_latest, remove_worse, save_checkpoint
+from train.checkpoint import (
+    Best,
+    Checkpoint,
+    Identity,
+    Progress,
+    best_folder,
+    load_latest,
+    remove_worse,
+    save_checkpoint,
+    set_aside,
+)
 from train.measures import BEST_METRICS, LOSS, VALIDATION_LOSS, StepClock, Taken, finite, metrics_of
 from train.policy import is_better, norm_limit, remember
 from train.schedule import learning_rate
@@ -78,15 +88,17 @@ def train_in(world: World, recipe: Recipe, dataset_dir: Path, run_dir: Path, rep
     if is_writer:
         prepare_folders(run_dir, corpus.ledger)
     checkpoint = load_latest(checkpoints, identity)
-    progress = _begun(checkpoint, world)
+    progress = _agreed(_begun(checkpoint, world, checkpoints), identity, world)
     resumed_from = progress.step
+    if is_writer and checkpoint is not None:
+        set_aside(checkpoints, progress)
     if is_writer:
-        remove_worse(checkpoints, progress)
+        remove_worse(checkpoints)
     run = open_run(recipe, world, corpus, tokenizer, run_dir, checkpoint, group=progress.group)
     total = run.order.num_steps
-    tracker = open_tracker(
-        recipe, world, RunFolder(run_dir), identity, resume_step=resumed_from, total_steps=total, report=report
-    )
+    # a row that waits for its validation may be in the file already, if a start after that stop was killed
+    logged = resumed_from if checkpoint is None or checkpoint.unlogged is None else max(0, resumed_from - 1)
+    tracker = open_tracker(recipe, world, RunFolder(run_dir), identity, resume_step=logged, total_steps=total, report=report)
     clock = StepClock()
     last_saved = -1 if checkpoint is None else resumed_from
     saver = Saver(checkpoints, identity, config.kept_checkpoints, run.step, clock, last=last_saved)
@@ -132,11 +144,35 @@ def train_in(world: World, recipe: Recipe, dataset_dir: Path, run_dir: Path, rep
     return summarise(run_dir, resumed_from, progress, corpus.ledger)
 
 
-def _begun(checkpoint: Checkpoint | None, world: World) -> Progress:
+def _begun(checkpoint: Checkpoint | None, world: World, checkpoints: Path) -> Progress:
     """Where to go on; rows stay grouped as they were at the first start, whatever ranks there are now."""
     if checkpoint is None:
         return Progress(group=world.data_size)
-    return replace(checkpoint.progress, restarts=checkpoint.progress.restarts + 1)
+    progress = replace(checkpoint.progress, restarts=checkpoint.progress.restarts + 1)
+    if progress.best is not None and not best_folder(checkpoints, progress.best.step).is_dir():
+        logger.warning("the best adapter, of step %d, has gone; the next validation is the best so far", progress.best.step)
+        return replace(progress, best=None, validations_without_better=0)
+    return progress
+
+
+def _agreed(progress: Progress, identity: Identity, world: World) -> Progress:
+    """Rank 0's. Every rank reads by itself, and a disk may show one of them yesterday's files: it would take other steps than the
+    others, who would wait for it in the end.
+
+    Raises UnusableInput where ranks found different checkpoints, or different things to train.
+    """
+    found: list[tuple[Progress, Identity]] = [(progress, identity)] * world.size
+    torch.distributed.all_gather_object(found, (progress, dict(identity)))
+    for rank, (other, its_identity) in enumerate(found):
+        differing = sorted(key for key in identity if found[0][1].get(key) != its_identity.get(key))
+        if other.step != found[0][0].step:
+            differing.append(f"checkpoint of step {other.step} where the other has {found[0][0].step}")
+        if differing:
+            raise UnusableInput(
+                f"rank {rank} found another run folder than rank 0: {', '.join(differing)}; give the same command again when the "
+                "disk shows the same files to all nodes"
+            )
+    return found[0][0]
 
 
 class Saver:

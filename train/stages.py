@@ -51,11 +51,12 @@ def certify_training(context: Context) -> None:
     nodes = nodes_of(context)
     name = "certify" if nodes is None or nodes.rank == 0 else f"certify.n{nodes.rank}"
     _run_ranks_here(context, context.run.logs / f"{name}.log", lambda: None, "--certify")
-    found = json.loads((context.run.metrics / CERTIFICATE_FILE).read_text())
+    found, dtype = json.loads((context.run.metrics / CERTIFICATE_FILE).read_text()), context.recipe.train.dtype
     context.console.print(
         f"[bold]certificate[/bold] holds: gradients of {found['parameters']} parameters within {found['largest_difference']:.1e} "
         f"of a float64 reference (bound {found['bound']:g}), {found['traces']} traces in {found['rows']} packed rows on "
-        f"{found['ranks']} ranks, ZeRO-{context.recipe.train.zero_stage}",
+        f"{found['ranks']} ranks, ZeRO-{context.recipe.train.zero_stage}, in {found['settings']['train']['dtype']}"
+        + (f" for want of a GPU, where the recipe says {dtype}" if found["settings"]["train"]["dtype"] != dtype else ""),
         highlight=False, soft_wrap=True,
     )  # fmt: skip
 

@@ -8,8 +8,8 @@ from configs.errors import UnusableInput
 from configs.schema import Gate, Recipe
 from data.checksum import checked_json
 from data.store import RunFolder, sha256_file
-from student.card import CardFacts, PromptSource, cell, gather, render_card
-from student.certificate import read_certificate
+from student.card import CardFacts, PromptSource, cell, certificate_text, gather, render_card
+from student.certificate import certified_settings, read_certificate
 from student.gates import judge
 from student.parity import Parity
 from student.results import read_metrics
@@ -85,9 +85,14 @@ def test_the_card_states_the_gradient_certificate(facts: CardFacts, tmp_path: Pa
     run = RunFolder(tmp_path)
     run.metrics.mkdir()
     path = run.metrics / "certificate.json"
-    path.write_bytes(checked_json({"holds": True, "largest_difference": 4e-7, "bound": 1e-5}))
-    card = render_card(dataclasses.replace(facts, certificate=read_certificate(run)), FINDINGS)
+    said = {"holds": True, "largest_difference": 4e-7, "bound": 1e-5, "certified": certified_settings(facts.recipe)}
+    path.write_bytes(checked_json(said))
+    card = render_card(dataclasses.replace(facts, certificate=read_certificate(run, facts.recipe)), FINDINGS)
     assert f"gradients hold: within 4.0e-07 of a float64 reference, bound 1e-05; sha256 `{sha256_file(path)}`" in card
+    assert "made with other" not in card
+    settings = facts.recipe.train.model_copy(update={"zero_stage": 3, "sequence_parallel": 2})
+    other = read_certificate(run, facts.recipe.model_copy(update={"train": settings}))
+    assert certificate_text(other).endswith("; made with other train.zero_stage, train.sequence_parallel")
     path.write_bytes(path.read_bytes().replace(b"true", b"null"))
     with pytest.raises(UnusableInput, match="not the bytes that were written"):
-        read_certificate(run)
+        read_certificate(run, facts.recipe)

@@ -1,6 +1,7 @@
 """The certificate holds for what training does, and not for a fault in any of the things it vouches for."""
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,6 +54,16 @@ def test_it_holds_within_its_bound_and_says_what_was_compared(
     path = tmp_path / "metrics" / CERTIFICATE_FILE
     stored = parse_checked(path, path.read_bytes())
     assert stored["largest_difference"] == found.largest_difference and stored["settings"]["train"]["zero_stage"] in (2, 3)
+
+
+@pytest.mark.parametrize(("rslora", "rank", "alpha"), [(False, 64, 128), (True, 64, 128), (True, 256, 16), (False, 4, 8)])
+def test_a_smaller_rank_keeps_the_scale_of_the_adapter(base: Path, rslora: bool, rank: int, alpha: int) -> None:
+    """Otherwise the certificate of rsLoRA at rank 64 was one of an adapter three times as large, beyond the bound."""
+    recipe = tiny_recipe(base, lora={"rank": rank, "alpha": alpha, "rslora": rslora})
+    _, scaled = certifying.scaled_settings(recipe)
+    assert scaled.rank == min(rank, certifying.MAX_RANK)
+    scales = [one.alpha / (math.sqrt(one.rank) if rslora else one.rank) for one in (scaled, recipe.student.lora)]
+    assert scales[0] == pytest.approx(scales[1], rel=0.15)  # alpha is a whole number
 
 
 @pytest.mark.long

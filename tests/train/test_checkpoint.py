@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from train.checkpoint import (
     remove_worse,
     save_checkpoint,
     saved_steps,
+    set_aside,
 )
 from train.step import OptimizerState
 
@@ -104,16 +106,34 @@ def test_more_checkpoints_are_kept_when_asked(tmp_path: Path) -> None:
     assert [path.name for path in saved_steps(tmp_path)] == ["step-00000004", "step-00000006", "step-00000008"]
 
 
-def test_the_best_adapter_stays_until_a_checkpoint_knows_a_better_one(tmp_path: Path) -> None:
+def test_a_best_adapter_stays_while_a_checkpoint_knows_of_it(tmp_path: Path) -> None:
+    """The newest may turn out to be damaged: then the one before it is gone back to, and its best."""
     for step in (3, 5):
         best_folder(tmp_path, step).mkdir(parents=True)
     save_checkpoint(tmp_path, checkpoint_at(4), IDENTITY, kept=2)  # best: step 3; that of step 5 is of steps to be taken again
     assert [path.name for path in tmp_path.glob("best-*")] == ["best-00000003"]
-    best_folder(tmp_path, 5).mkdir()
-    save_checkpoint(tmp_path, checkpoint_at(6), IDENTITY, kept=2)
-    assert [path.name for path in tmp_path.glob("best-*")] == ["best-00000005"]
-    remove_worse(tmp_path, Progress())
+    for step in (5, 7):
+        best_folder(tmp_path, step).mkdir()
+        save_checkpoint(tmp_path, checkpoint_at(step + 1), IDENTITY, kept=2)
+        expected = [f"best-{one:08d}" for one in (step - 2, step)]
+        assert sorted(path.name for path in tmp_path.glob("best-*")) == expected
+    for path in saved_steps(tmp_path):
+        shutil.rmtree(path)
+    remove_worse(tmp_path)
     assert not list(tmp_path.glob("best-*"))
+
+
+def test_damaged_checkpoints_do_not_count_among_those_that_are_kept(tmp_path: Path) -> None:
+    for step in (100, 110, 120):
+        save_checkpoint(tmp_path, checkpoint_at(step), IDENTITY, kept=3)
+    for path in saved_steps(tmp_path)[1:]:
+        (path / TENSORS).write_bytes(b"damaged")
+    loaded = load_latest(tmp_path, IDENTITY)
+    assert loaded is not None and loaded.progress.step == 100
+    set_aside(tmp_path, loaded.progress)
+    assert sorted(path.name for path in tmp_path.glob("damaged-*")) == ["damaged-step-00000110", "damaged-step-00000120"]
+    save_checkpoint(tmp_path, checkpoint_at(105), IDENTITY, kept=2)
+    assert [path.name for path in saved_steps(tmp_path)] == ["step-00000100", "step-00000105"]
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import random
 import signal
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -273,21 +273,26 @@ def test_a_signal_saves_the_state_exits_resumable_and_the_resume_is_bit_equal(
     assert_bit_equal(adapter(tmp_path), adapter(whole[0]))
 
 
+def stopping_at(number: int) -> Callable[[Run, Drain], float]:
+    """A validation's loss, during which a signal comes the number-th time."""
+    asked: list[int] = []
+
+    def ask(run: Run, stop: Drain) -> float:
+        asked.append(1)
+        if len(asked) == number:
+            stop.requested = "SIGUSR2"
+        agree_on_stopping(run.step, stop)
+        return 1.0
+
+    return ask
+
+
 def test_a_stop_during_validation_measures_it_after_the_resume(
     whole: tuple[Path, TrainResult], base: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The step is taken, its row is not logged yet: the checkpoint keeps the row."""
     with monkeypatch.context() as patch:
-        asked: list[int] = []
-
-        def ask(run: Run, stop: Drain) -> float:
-            asked.append(1)
-            if len(asked) == 2:  # the first is before any step
-                stop.requested = "SIGUSR2"
-            agree_on_stopping(run.step, stop)
-            return 1.0
-
-        patch.setattr("train.validation.mean_loss", ask)
+        patch.setattr("train.validation.mean_loss", stopping_at(2))  # the first is before any step
         with pytest.raises(Interrupted):
             train(tiny_recipe(base), dataset_dir=dataset, run_dir=tmp_path)
     assert [path.name for path in saved_steps(tmp_path / "checkpoints")] == ["step-00000002", "step-00000003"]
@@ -297,6 +302,21 @@ def test_a_stop_during_validation_measures_it_after_the_resume(
     assert [row["step"] for row in rows] == list(range(NUM_STEPS + 1))
     assert rows[3]["validation/nats_per_token"] == expected[3]["validation/nats_per_token"]
     assert_bit_equal(adapter(tmp_path), adapter(whole[0]))
+
+
+def test_a_row_that_waited_for_its_validation_is_logged_once_whatever_comes_after(
+    base: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint keeps the row until the next one: a start that logged it and was killed is followed by one that does too."""
+    recipe = tiny_recipe(base, checkpoint_steps=1000)
+    with monkeypatch.context() as patch:
+        patch.setattr("train.validation.mean_loss", stopping_at(2))
+        with pytest.raises(Interrupted):
+            train(recipe, dataset_dir=dataset, run_dir=tmp_path)
+    for _ in range(2):
+        train_until(4, recipe, dataset, tmp_path)
+    train(recipe, dataset_dir=dataset, run_dir=tmp_path)
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics" / "train.jsonl")] == list(range(NUM_STEPS + 1))
 
 
 @pytest.mark.long
@@ -337,9 +357,27 @@ def test_the_adapter_is_the_best_validations_and_training_stops_early(
     state = load_file(tmp_path / "checkpoints" / "step-00000004" / "state.safetensors")
     kept = {name.removeprefix("parameters/").replace(".default", ""): tensor for name, tensor in state.items()}
     assert all(torch.equal(kept[name], tensor) for name, tensor in adapter(tmp_path).items())
-    assert [path.name for path in (tmp_path / "checkpoints").glob("best-*")] == ["best-00000004"]
+    best = sorted(path.name for path in (tmp_path / "checkpoints").glob("best-*"))
+    assert best == ["best-00000002", "best-00000004"], "those that the kept checkpoints know of"
     again = train(recipe, dataset_dir=dataset, run_dir=tmp_path)
     assert (again.steps, again.best, again.resumed_from) == (10, result.best, 10)
+
+
+def test_a_damaged_checkpoint_does_not_cost_the_best_adapter_of_the_one_before(
+    base: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny_recipe(base, checkpoint_steps=2, validation_steps=2, best_metric="loss")
+
+    def measured(*losses: float) -> Callable[[Run, Drain], float]:
+        left = iter(losses)
+        return lambda run, stop: next(left)
+
+    monkeypatch.setattr("train.validation.mean_loss", measured(5.0, 3.0, 2.0))
+    train_until(5, recipe, dataset, tmp_path)
+    (tmp_path / "checkpoints" / "step-00000004" / "state.safetensors").write_bytes(b"damaged")
+    monkeypatch.setattr("train.validation.mean_loss", measured(3.1, 4.0))  # on a GPU steps may come out otherwise
+    assert train(recipe, dataset_dir=dataset, run_dir=tmp_path).best == Best(3.0, 2)
+    assert (tmp_path / "checkpoints" / "damaged-step-00000004").is_dir()
 
 
 def test_training_leaves_no_launcher_variable_behind(whole: tuple[Path, TrainResult]) -> None:

@@ -54,7 +54,7 @@ def alone(base: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -
     for group in (1, 2):
         run = tmp_path_factory.mktemp("alone")
 
-        def begun(checkpoint: Checkpoint | None, world: World, group: int = group) -> Progress:
+        def begun(checkpoint: Checkpoint | None, world: World, _: Path, group: int = group) -> Progress:
             assert checkpoint is None and world.size == 1
             return Progress(group=group)
 
