@@ -1,6 +1,7 @@
 """Where a student lies, and which one it is. No torch: a finished stage is recognised without loading anything."""
 
 import hashlib
+import json
 from pathlib import Path
 
 from configs.errors import UnusableInput
@@ -27,6 +28,18 @@ def resolve(model: str) -> Path:
         )
         raise UnusableInput(f"student.model {model}: no *.safetensors in the folder (pickled weights are never loaded); {remedy}")
     return folder
+
+
+def max_positions(folder: Path) -> int | None:
+    """Tokens of a conversation that the model is made for, by its config.json; None where that does not say. A rotary embedding
+    that was stretched (YaRN and the like) counts with its factor."""
+    said = json.loads((folder / "config.json").read_bytes())
+    config = said.get("text_config") or said
+    positions = config.get("max_position_embeddings")
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    original, factor = rope.get("original_max_position_embeddings"), rope.get("factor")
+    stretched = int(original * factor) if isinstance(original, int) and isinstance(factor, int | float) else 0
+    return max(positions, stretched) if isinstance(positions, int) else None
 
 
 def model_sha256(folder: Path) -> str:

@@ -78,7 +78,7 @@ class Admitted(NamedTuple):
     ledger: TokenLedger
 
 
-OVER_LENGTH = "over_length"
+OVER_LENGTH, OVER_POSITIONS = "over_length", "over_positions"
 
 
 def num_trained(encoded: Encoded) -> int:
@@ -86,11 +86,15 @@ def num_trained(encoded: Encoded) -> int:
     return sum(encoded.mask[1:])
 
 
-def admit(counts: TokenCounts, max_tokens: int) -> Admitted:
+def admit(counts: TokenCounts, max_tokens: int, max_positions: int | None = None) -> Admitted:
     """The traces of at most `max_tokens` tokens that nothing else speaks against. A longer one is dropped whole and counted as
-    `over_length`; cutting it would teach answers that never come, or an end of turn in mid-thought."""
+    `over_length`; cutting it would teach answers that never come, or an end of turn in mid-thought. One that a row holds, but
+    not the student's max_positions, is `over_positions`: it would be trained at angles that the base has never seen."""
     lengths_N = counts.by_reason_NR.sum(axis=1)
-    why_N = np.where((counts.dropped_N == "") & (lengths_N > max_tokens), OVER_LENGTH, counts.dropped_N)
+    why_N = counts.dropped_N
+    for limit, reason in ((max_tokens, OVER_LENGTH), (max_positions, OVER_POSITIONS)):
+        if limit is not None:
+            why_N = np.where((why_N == "") & (lengths_N > limit), reason, why_N)
     kept_R = counts.by_reason_NR[why_N == ""].sum(axis=0)
     dropped = {str(why): lengths_N[why_N == why] for why in np.unique(why_N) if why}
     ledger = TokenLedger(

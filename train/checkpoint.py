@@ -7,7 +7,8 @@ else follows from the step number, because the order of traces, the learning rat
 
     checkpoints/step-00000120/state.safetensors   parameters, exp_avg, exp_avg_sq
     checkpoints/step-00000120/state.json          counters, identity, sha256 of the former
-    checkpoints/best-00000100/                    an adapter in PEFT's layout: the best one that a checkpoint knows of
+    checkpoints/best-00000100/                    an adapter in PEFT's layout, the best one that a checkpoint knows of; files.json
+                                                  has the sha256 of each of its files
 """
 
 import hashlib
@@ -25,6 +26,7 @@ from safetensors.torch import load_file
 
 from configs.errors import UnusableInput
 from data.checksum import checked_json, parse_checked
+from data.store import write_bytes
 from student.adapter_files import publish_folder, write_tensors
 from train.step import OptimizerState
 from train.tracking import Metrics
@@ -32,7 +34,7 @@ from train.tracking import Metrics
 logger = logging.getLogger(__name__)
 
 SCHEMA = 2
-TENSORS, COUNTERS = "state.safetensors", "state.json"
+TENSORS, COUNTERS, BEST_FILES = "state.safetensors", "state.json", "files.json"
 
 Identity = Mapping[str, str | int | float]
 
@@ -129,6 +131,23 @@ def _best_step(path: Path) -> int | None:
         return None if best is None else int(best["step"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def seal_best(folder: Path) -> None:
+    """The folder says what its files hold: days may pass until it is the adapter."""
+    files = {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.is_file() and path.name != BEST_FILES}
+    write_bytes(folder / BEST_FILES, checked_json(files))
+
+
+def check_best(copy: Path, folder: Path) -> None:
+    """The copy of a best adapter has the bytes that were sealed. Raises UnusableInput where it has not."""
+    files = parse_checked(folder / BEST_FILES, (folder / BEST_FILES).read_bytes())
+    for name, expected in files.items():
+        if not (copy / name).is_file() or sha256(copy / name) != expected:
+            raise UnusableInput(
+                f"{folder / name}: not the bytes that were written; restore it, or remove the folder and the checkpoints after "
+                "its step, and the same command trains on from there"
+            )
 
 
 def set_aside(folder: Path, progress: Progress) -> None:

@@ -23,14 +23,17 @@ from student.adapter_files import publish_folder, save_adapter
 from student.model import load_tokenizer
 from train.batches import TokenLedger
 from train.checkpoint import (
+    BEST_FILES,
     Best,
     Checkpoint,
     Identity,
     Progress,
     best_folder,
+    check_best,
     load_latest,
     remove_worse,
     save_checkpoint,
+    seal_best,
     set_aside,
 )
 from train.measures import BEST_METRICS, LOSS, VALIDATION_LOSS, StepClock, Taken, finite, metrics_of
@@ -50,7 +53,8 @@ DRAIN_S = 28.0
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """What a finished training leaves. Losses are nats per supervised token; validation_loss is None without that split. best:
+    """What a finished training leaves. Losses are nats per supervised token, loss NaN where no step had a
+    finite one; validation_loss is None without that split. best:
     the validation whose adapter this is, None where it is the last step's. steps: taken; an early stop takes fewer."""
 
     adapter_dir: Path
@@ -250,7 +254,9 @@ def keep_if_best(run: Run, checkpoints: Path, progress: Progress) -> None:
         return
     parameters = run.step.export_parameters()
     if run.step.world.rank == 0:
-        save(run, best_folder(checkpoints, progress.step), progress, parameters)
+        folder = best_folder(checkpoints, progress.step)
+        save(run, folder, progress, parameters)
+        seal_best(folder)
 
 
 def save(run: Run, folder: Path, progress: Progress, parameters: Mapping[str, torch.Tensor]) -> None:
@@ -266,7 +272,8 @@ def publish_adapter(run: Run, checkpoints: Path, progress: Progress, parameters:
         return
     best, copy = best_folder(checkpoints, progress.best.step), checkpoints / f".adapter.{os.getpid()}"
     shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(best, copy)
+    shutil.copytree(best, copy, ignore=shutil.ignore_patterns(BEST_FILES))
+    check_best(copy, best)
     publish_folder(copy, checkpoints / "adapter")
 
 
@@ -276,6 +283,6 @@ def summarise(run_dir: Path, resumed_from: int, progress: Progress, ledger: Toke
     losses = [row[LOSS] for row in rows if LOSS in row]
     validations = [row[VALIDATION_LOSS] for row in rows if VALIDATION_LOSS in row]
     return TrainResult(
-        run_dir / "checkpoints" / "adapter", progress.step, resumed_from, progress.seconds, losses[-1],
+        run_dir / "checkpoints" / "adapter", progress.step, resumed_from, progress.seconds, losses[-1] if losses else math.nan,
         validations[-1] if validations else None, ledger, progress.best,
     )  # fmt: skip

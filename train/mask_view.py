@@ -23,6 +23,7 @@ from data.dataset import SPLITS, load_dataset
 from data.run_config import RETIRED, without
 from data.store import RunFolder, read_rollup
 from data.viewer import Shown, Wanted, printable, show
+from student.folders import max_positions, resolve
 from student.model import load_tokenizer
 from train.batches import Example, TokenCounts, TokenLedger, admit
 from train.dataset import encode_row
@@ -68,9 +69,9 @@ def mask_views(run: RunFolder, wanted: Wanted, limit: int | None, *, coloured: b
     """
     recipe = recipe_of(run)
     tokenizer, longest = load_tokenizer(recipe.student.model), recipe.train.row_lengths[-1]
-    rows = _Rows(run)
+    rows, positions = _Rows(run), max_positions(resolve(recipe.student.model))
     for shown in show(run, wanted, limit):
-        view = mask_view(tokenizer, shown, rows.of(shown.trace.trace_id), longest)
+        view = mask_view(tokenizer, shown, rows.of(shown.trace.trace_id), longest, positions)
         yield coloured_page(view) if coloured else Text("\n".join(plain_lines(view)))
 
 
@@ -103,9 +104,13 @@ class _Rows:
 
 
 def mask_view(
-    tokenizer: PreTrainedTokenizerBase, shown: Shown, row: tuple[str, Mapping[str, Any]] | None, max_tokens: int
+    tokenizer: PreTrainedTokenizerBase,
+    shown: Shown,
+    row: tuple[str, Mapping[str, Any]] | None,
+    max_tokens: int,
+    max_positions: int | None = None,
 ) -> MaskView:
-    """row: of the dataset, with its split. max_tokens: of the longest packed row."""
+    """row: of the dataset, with its split. max_tokens: of the longest packed row. max_positions: of the student."""
     trace = shown.trace
     split, messages = ("", list(trace.messages)) if row is None else (row[0], row[1]["messages"])
     why = "" if row is not None else _why(shown)
@@ -114,7 +119,7 @@ def mask_view(
     except UnusableInput as error:
         return MaskView(trace.trace_id, trace.task, split, [], TokenLedger(), why, str(error))
     example = example._replace(dropped=why or example.dropped)
-    ledger = admit(_counts(example), max_tokens).ledger
+    ledger = admit(_counts(example), max_tokens, max_positions).ledger
     dropped = next(iter(ledger.dropped), "")
     return MaskView(trace.trace_id, trace.task, split, _pieces(tokenizer, example, dropped), ledger, dropped)
 

@@ -19,7 +19,7 @@ from data.chat import Encoded
 from data.row_groups import RowCost
 from data.stats import dataset_hash
 from data.store import RunFolder, code_revision, read_rollup, write_json
-from student.folders import resolve, weights_sha256
+from student.folders import max_positions, resolve, weights_sha256
 from student.lora import attach, fold_small_layers
 from student.model import load_base
 from train.attention import check_isolation, use_documents
@@ -66,11 +66,13 @@ def load_corpus(
     dataset cannot be used or no trace fits a row."""
     longest = recipe.train.row_lengths[-1]
     examples = load_examples(dataset_dir, tokenizer, run.cache / "rendered", is_writer=is_writer)
-    admitted, validation = (admit(split.counts(), longest) for split in examples)
+    positions = max_positions(resolve(recipe.student.model))
+    admitted, validation = (admit(split.counts(), longest, positions) for split in examples)
     if not len(admitted.rows_R):
         raise UnusableInput(
             f"dataset {dataset_dir}: none of its {len(examples.train)} traces can be trained ({_dropped(admitted.ledger)}); "
             f"a row holds {longest} tokens: raise train.max_tokens_per_row"
+            + ("" if positions is None else f"; the student has {positions} positions")
         )
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     assert isinstance(pad_id, int)

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from configs.errors import UnusableInput
+
 if TYPE_CHECKING:
     from train.mirror.mirror import Sample, WandbMirror
 
@@ -20,13 +22,19 @@ METRICS_FILE = "train.jsonl"
 
 
 def read_metrics(path: Path) -> list[Metrics]:
-    """Complete rows of a metrics file; a last line that was cut by a kill is left out."""
+    """Complete rows of a metrics file; a last line that was cut by a kill is left out. Raises UnusableInput for another
+    that is damaged."""
     if not path.is_file():
         return []
     rows = []
-    for line in path.read_bytes().splitlines(keepends=True):
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
         if line.endswith(b"\n"):
-            rows.append(json.loads(line))
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                raise UnusableInput(
+                    f"{path}: line {number} is no JSON; restore the file, or move it away: training goes on without its rows"
+                ) from error
     return rows
 
 

@@ -62,6 +62,13 @@ def test_over_length_trace_is_dropped_whole_and_counted() -> None:
     assert ledger.dropped_traces == {"over_length": 1, "unfinished": 1}
 
 
+def test_a_trace_beyond_the_students_positions_is_dropped_for_that() -> None:
+    own = Reason.TRAINED
+    kept_R, ledger = admit(counts_of([[own] * 5, [own] * 7, [own] * 9], ["", "", ""]), max_tokens=8, max_positions=6)
+    assert kept_R.tolist() == [0] and ledger.balances
+    assert ledger.dropped == {"over_positions": 7, "over_length": 9}
+
+
 # --- a packed row ------------------------------------------------------------------------------------------------
 
 

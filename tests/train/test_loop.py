@@ -359,6 +359,7 @@ def test_the_adapter_is_the_best_validations_and_training_stops_early(
     assert all(torch.equal(kept[name], tensor) for name, tensor in adapter(tmp_path).items())
     best = sorted(path.name for path in (tmp_path / "checkpoints").glob("best-*"))
     assert best == ["best-00000002", "best-00000004"], "those that the kept checkpoints know of"
+    assert not (tmp_path / "checkpoints" / "adapter" / "files.json").exists()
     again = train(recipe, dataset_dir=dataset, run_dir=tmp_path)
     assert (again.steps, again.best, again.resumed_from) == (10, result.best, 10)
 
@@ -378,6 +379,22 @@ def test_a_damaged_checkpoint_does_not_cost_the_best_adapter_of_the_one_before(
     monkeypatch.setattr("train.validation.mean_loss", measured(3.1, 4.0))  # on a GPU steps may come out otherwise
     assert train(recipe, dataset_dir=dataset, run_dir=tmp_path).best == Best(3.0, 2)
     assert (tmp_path / "checkpoints" / "damaged-step-00000004").is_dir()
+
+
+def test_a_best_adapter_that_was_damaged_meanwhile_is_not_published(
+    base: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([5.0, 3.0, 4.0, 4.0])
+    monkeypatch.setattr("train.validation.mean_loss", lambda run, stop: next(losses))
+    recipe = tiny_recipe(base, checkpoint_steps=2, validation_steps=2, best_metric="loss")
+    train_until(5, recipe, dataset, tmp_path)
+    weights = tmp_path / "checkpoints" / "best-00000002" / ADAPTER_WEIGHTS
+    damaged = bytearray(weights.read_bytes())
+    damaged[-1] ^= 1
+    weights.write_bytes(damaged)
+    with pytest.raises(UnusableInput, match=r"best-00000002/adapter_model\.safetensors: not the bytes that were written"):
+        train(recipe, dataset_dir=dataset, run_dir=tmp_path)
+    assert not (tmp_path / "checkpoints" / "adapter").exists()
 
 
 def test_training_leaves_no_launcher_variable_behind(whole: tuple[Path, TrainResult]) -> None:
