@@ -40,7 +40,8 @@ from train.measures import BEST_METRICS, LOSS, VALIDATION_LOSS, StepClock, Taken
 from train.policy import is_better, norm_limit, remember
 from train.schedule import learning_rate
 from train.setup import Run, load_corpus, open_run, open_tracker, prepare_folders, run_identity
-from train.step import TrainingStep, World, joined_world
+from train.standby import HELD_ABOVE_S, Save, Standby, on_standby
+from train.step import OptimizerState, TrainingStep, World, joined_world
 from train.taking import StopAsked, take_step
 from train.tracking import METRICS_FILE, Metrics, Report, read_metrics
 from train.validation import validate
@@ -79,11 +80,13 @@ def train(recipe: Recipe, *, dataset_dir: Path, run_dir: Path, report: Report | 
     """
     saved = {"limit": f"the {DRAIN_S:g} s that torchrun leaves", "left": "the last checkpoint is continued by the next start",
              "kept": "the state of training is saved: the same command continues"}  # fmt: skip
-    with draining(DRAIN_S, **saved) as drain, joined_world(recipe.train.sequence_parallel) as world:
-        return train_in(world, recipe, dataset_dir, run_dir, report, drain)
+    with draining(DRAIN_S, **saved) as drain, on_standby() as standby, joined_world(recipe.train.sequence_parallel) as world:
+        return train_in(world, recipe, dataset_dir, run_dir, report, drain, standby)
 
 
-def train_in(world: World, recipe: Recipe, dataset_dir: Path, run_dir: Path, report: Report | None, drain: Drain) -> TrainResult:
+def train_in(
+    world: World, recipe: Recipe, dataset_dir: Path, run_dir: Path, report: Report | None, drain: Drain, standby: Standby
+) -> TrainResult:
     config, checkpoints, is_writer = recipe.train, run_dir / "checkpoints", world.rank == 0
 
     tokenizer = load_tokenizer(recipe.student.model)
@@ -105,7 +108,12 @@ def train_in(world: World, recipe: Recipe, dataset_dir: Path, run_dir: Path, rep
     tracker = open_tracker(recipe, world, RunFolder(run_dir), identity, resume_step=logged, total_steps=total, report=report)
     clock = StepClock()
     last_saved = -1 if checkpoint is None else resumed_from
-    saver = Saver(checkpoints, identity, config.kept_checkpoints, run.step, clock, last=last_saved)
+
+    def write(checkpoint: Checkpoint) -> None:
+        save_checkpoint(checkpoints, checkpoint, identity, kept=config.kept_checkpoints)
+
+    standby.save_with(write)
+    saver = Saver(run.step, clock, standby, write, last=last_saved)
 
     row: Metrics | None = {} if checkpoint is None else checkpoint.unlogged  # of the last step, until it is logged
     try:
@@ -118,6 +126,7 @@ def train_in(world: World, recipe: Recipe, dataset_dir: Path, run_dir: Path, rep
                 if row:
                     tracker.log(progress.step, row)  # before the checkpoint, so that no resumed run lacks a row
                 row = None
+                saver.hold_logged(progress)
                 if progress.step % config.checkpoint_steps == 0 and progress.step:
                     saver.save(progress)
             if progress.step == total or waited_enough(progress, config.early_stop_patience):
@@ -129,6 +138,7 @@ def train_in(world: World, recipe: Recipe, dataset_dir: Path, run_dir: Path, rep
             refuse_many_skipped(progress, taken, config.max_skipped_steps)
             epoch = config.epochs * progress.step / total
             row = finite(metrics_of(taken, progress, lr, clock, flops_share=run.mfu(taken), epoch=epoch))
+            saver.hold(taken, progress, row)
     except StopAsked:
         saver.save(progress, unlogged=row)
         tracker.close()
@@ -180,21 +190,38 @@ def _agreed(progress: Progress, identity: Identity, world: World) -> Progress:
 
 
 class Saver:
-    """Makes the state after a step durable, once. Every rank calls `save`; rank 0 writes."""
+    """Makes the state after a step durable, once. Every rank calls `hold` and `save`; rank 0 keeps and writes."""
 
-    def __init__(
-        self, folder: Path, identity: Identity, kept: int, step: TrainingStep, clock: StepClock, *, last: int
-    ) -> None:  # fmt: skip
-        self.folder, self.identity, self.kept, self.step, self.clock, self.last = folder, identity, kept, step, clock, last
+    def __init__(self, step: TrainingStep, clock: StepClock, standby: Standby, write: Save, *, last: int) -> None:
+        self.step, self.clock, self.standby, self.write, self.last = step, clock, standby, write, last
+        self.is_held = False
+        self.state: OptimizerState | None = None
+
+    def hold(self, taken: Taken, progress: Progress, unlogged: Metrics) -> None:
+        """Where micro-batches are long, the state after a step waits in rank 0's memory for a signal (train/standby.py)."""
+        self.is_held, self.state = taken.micro_step_seconds > HELD_ABOVE_S, None
+        if self.is_held:
+            with self.clock.saving():
+                state = self.step.export_state()
+            self.state = state if self.step.world.rank == 0 else None
+        self.hold_logged(progress, dict(unlogged))
+
+    def hold_logged(self, progress: Progress, unlogged: Metrics | None = None) -> None:
+        """The same state, with what has become known of its step. unlogged: as of `save`."""
+        self.standby.hold(None if self.state is None else Checkpoint(progress, self.state, unlogged))
 
     def save(self, progress: Progress, unlogged: Metrics | None = None) -> None:
         """unlogged: the metrics of the last step, where no row has them yet."""
         if progress.step == self.last:
             return
         with self.clock.saving():
-            state = self.step.export_state()
+            state = self.state if self.is_held else self.step.export_state()
             if self.step.world.rank == 0:
-                save_checkpoint(self.folder, Checkpoint(progress, state, unlogged), self.identity, kept=self.kept)
+                assert state is not None
+                checkpoint = Checkpoint(progress, state, unlogged)
+                if not self.standby.has_written(checkpoint):
+                    self.write(checkpoint)
+        self.standby.hold(None)
         self.last = progress.step
 
 

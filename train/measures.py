@@ -21,7 +21,7 @@ BEST_METRICS = {"loss": VALIDATION_LOSS, "accuracy": VALIDATION_ACCURACY}
 class Taken:
     """One optimizer step, over all ranks. loss_sum: of the objective, in nats over its supervised tokens. capacity: tokens that
     its rows could hold. attended: sum over documents of length squared. applied: False where the gradient norm was no number or
-    above `limit`, and nothing was changed."""
+    above `limit`, and nothing was changed. micro_step_seconds: the mean over ranks, equal on all of them."""
 
     loss_sum: float
     supervised_tokens: int
@@ -32,6 +32,7 @@ class Taken:
     limit: float
     applied: bool
     seconds: float
+    micro_step_seconds: float = 0.0
 
     @property
     def nats_per_token(self) -> float:

@@ -41,8 +41,9 @@ def take_step(run: Run, index: int, lr: float, limit: float, clock: StepClock, *
             batch = run.batch(run.corpus.train, rows[world.data_rank])
         loss_sum += step.accumulate(batch, tokens_in_step=supervised, is_last=number == len(micro_steps))
     grad_norm, applied = step.apply(lr, limit)
+    loss_sum, rank_seconds = step.sum_over_ranks([loss_sum, time.perf_counter() - started])
     return Taken(
-        loss_sum=step.sum_over_ranks([loss_sum])[0],
+        loss_sum=loss_sum,
         supervised_tokens=supervised,
         tokens=int(lengths_N.sum()),
         capacity=run.order.capacity_of(index),
@@ -51,6 +52,7 @@ def take_step(run: Run, index: int, lr: float, limit: float, clock: StepClock, *
         limit=limit,
         applied=applied,
         seconds=time.perf_counter() - started,
+        micro_step_seconds=rank_seconds / world.size / len(micro_steps),
     )
 
 
