@@ -1,8 +1,9 @@
 """A checkpoint within seconds of a signal, whatever the processor is at.
 
 A stop is taken between micro-batches, and one of a long row takes long on a GPU: 20 s by the plan of the 13B recipe, in which
-Python's main thread waits for the device and hears nothing. So where micro-batches are long, rank 0 holds the state after each step in its
-memory, and a thread of its own writes it as soon as the signal is there. What the step after it had done is taken again.
+Python's main thread waits for the device and hears nothing. So where micro-batches are long, rank 0 holds the state after each
+step in its memory, and a thread of its own writes it as soon as the signal is there. What the step after it had done is taken
+again.
 """
 
 import logging

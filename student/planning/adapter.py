@@ -39,10 +39,14 @@ def adapter_of(shape: Shape, lora: Lora) -> Adapter:
         UnusableInput: a name that no module has, or one of a head and an embedding that share a tensor.
     """
     saved = _named(shape, lora.modules_to_save, "student.lora.modules_to_save")
+    _refuse_namesakes(shape, lora.modules_to_save)
     if lora.targets == "all-linear":
         targets = tuple(module for module in shape.modules if module.kind == "linear" and module not in saved)
     else:
         targets = _named(shape, lora.targets, "student.lora.targets")
+        for module in targets:
+            if module.kind == "norm":
+                raise UnusableInput(f"student.lora.targets: {module.name} is no linear layer and no embedding; leave it out")
     if shape.head.shared:
         _refuse_half(targets, saved)
     tensors: Counter[int] = Counter()
@@ -64,6 +68,17 @@ def _refuse_half(targets: tuple[Module, ...], saved: tuple[Module, ...]) -> None
             f"student.lora.{setting}: lm_head and embed_tokens share one tensor (tie_word_embeddings); expected both in "
             "student.lora.modules_to_save, or neither"
         )
+
+
+def _refuse_namesakes(shape: Shape, names: tuple[str, ...]) -> None:
+    """As student.lora.refuse_namesakes: PEFT goes by the letters that a name ends in."""
+    for name in names:
+        others = {module.name.rpartition(".")[2] for module in shape.modules if module.name.endswith(name)} - {*names}
+        if others:
+            raise UnusableInput(
+                f"student.lora.modules_to_save: {name} would train {', '.join(sorted(others))} too, whose names end so; name "
+                f"them all, or leave {name} out"
+            )
 
 
 def _named(shape: Shape, names: tuple[str, ...], where: str) -> tuple[Module, ...]:

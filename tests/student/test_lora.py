@@ -125,6 +125,13 @@ def test_a_name_that_no_layer_has_is_refused_with_those_that_there_are(lora: Lor
         attach(tiny(), lora, seed=0)
 
 
+@pytest.mark.parametrize("modules", [("norm",), ("norm", "input_layernorm")])
+def test_a_name_that_others_end_in_is_refused(modules: tuple[str, ...]) -> None:
+    """PEFT trains them all; the plan counts one."""
+    with pytest.raises(UnusableInput, match=r"modules_to_save: norm would train .*post_attention_layernorm.* too"):
+        attach(tiny(), Lora(rank=4, modules_to_save=modules), seed=0)
+
+
 # --- tied heads --------------------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ It must run in the folder of the metrics: artifacts name their files relative to
 artifact without its files and exits 0. It must see little of this machine: it sends the path of its own program.
 """
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -31,7 +32,12 @@ def sync(run_dir: Path) -> int:
         return 0
     command = [sys.executable, "-P", "-m", "wandb", "sync", "--yes", *(str(path.relative_to(metrics)) for path in unsent)]
     environment = process_environment(metrics, "online")
-    result = subprocess.run(command, cwd=metrics, env=environment, capture_output=True, text=True, timeout=SYNC_TIMEOUT_S)
+    try:
+        result = subprocess.run(command, cwd=metrics, env=environment, capture_output=True, text=True, timeout=SYNC_TIMEOUT_S)
+    except subprocess.TimeoutExpired as error:
+        raise UnusableInput(
+            f"{metrics}: W&B did not take it all within {SYNC_TIMEOUT_S:g} s; see to WANDB_BASE_URL and the way there, and repeat"
+        ) from error
     still = [path.name for path in unsent if not list(path.glob("*.synced"))]
     if result.returncode or still:
         said = " ".join(result.stderr.split())[-300:]
@@ -41,8 +47,15 @@ def sync(run_dir: Path) -> int:
     return len(unsent)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m train.mirror.sync", description=__doc__)
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     try:
-        print(f"{sync(Path(sys.argv[1]))} fragments sent")
+        print(f"{sync(parser.parse_args().run_dir)} fragments sent")
     except UnusableInput as error:
-        sys.exit(f"{error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(UnusableInput.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,5 +1,7 @@
 import json
 import random
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -270,3 +272,12 @@ def test_a_row_that_is_still_being_written_waits_for_its_end(tmp_path: Path) -> 
     with path.open("a") as file:
         file.write('ep": 2}\n')
     assert list(rows.new()) == [{"step": 2}] and list(rows.new()) == []
+
+
+def test_the_command_that_sends_says_what_it_wants(tmp_path: Path) -> None:
+    for words, code, said in (((), 2, "usage: python -m train.mirror.sync"), ((str(tmp_path),), 2, "error: ")):
+        ended = subprocess.run(
+            [sys.executable, "-m", "train.mirror.sync", *words], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert ended.returncode == code and ended.stderr.startswith(said), ended.stderr
+        assert "Traceback" not in ended.stderr
