@@ -16,7 +16,8 @@ from train.reference import Reference, reference_gradients
 
 PLAIN = {"processes": 2, "rows_per_step": 2}
 SHARED = {"processes": 2, "sequence_parallel": 2}
-HEAD = {"modules_to_save": ["lm_head"]}
+HEAD, PAIR = {"modules_to_save": ["lm_head"]}, {"modules_to_save": ["lm_head", "embed_tokens"]}
+ON_HEAD = {"targets": ["q_proj", "down_proj", "lm_head"]}
 FORWARD_KL = {"objective": {"type": "forward_kl", "weight": 0.7, "temperature": 2.0}}
 REVERSE_KL = {"objective": {"type": "reverse_kl"}}
 
@@ -43,6 +44,12 @@ LONG = [
     Case("offloaded parameters, shared rows", SHARED | {"zero_stage": 3, "offload": "parameters"}, {}),
     *(Case(f"trained head, stage {stage}", PLAIN | {"zero_stage": stage}, HEAD) for stage in (0, 2, 3)),
     Case("trained head, shared rows", SHARED | {"zero_stage": 3}, HEAD),
+    *(Case(f"tied pair, stage {stage}", PLAIN | {"zero_stage": stage}, PAIR, base="tied") for stage in (0, 2, 3)),
+    Case("tied pair, shared rows", SHARED | {"zero_stage": 2}, PAIR, base="tied"),
+    *(Case(f"adapter on the head, stage {stage}", PLAIN | {"zero_stage": stage}, ON_HEAD) for stage in (2, 3)),
+    *(Case(f"DoRA, stage {stage}", PLAIN | {"zero_stage": stage}, {"dora": True}) for stage in (0, 2, 3)),
+    Case("DoRA, shared rows", SHARED | {"zero_stage": 3}, {"dora": True}),
+    Case("rsLoRA, shared rows", SHARED | {"zero_stage": 2}, {"rslora": True}),
     *(Case(f"forward KL, stage {stage}", PLAIN | FORWARD_KL | {"zero_stage": stage}, {}) for stage in (0, 2, 3)),
     Case("reverse KL, shared rows", SHARED | REVERSE_KL | {"zero_stage": 2}, {}),
     Case("forward KL, shared rows", SHARED | FORWARD_KL | {"zero_stage": 3}, {}),
@@ -53,13 +60,14 @@ def save_bases(folder: Path) -> None:
     """The students that cases name."""
     save_base(folder / "base", num_key_value_heads=2)
     save_base(folder / "single", num_key_value_heads=1)
+    save_base(folder / "tied", num_key_value_heads=2, tie_word_embeddings=True)
 
 
 def save_base(folder: Path, **changes: Any) -> None:
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         "qwen3", vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        head_dim=16, max_position_embeddings=256, tie_word_embeddings=False, initializer_range=0.1, **changes,
+        head_dim=16, max_position_embeddings=256, initializer_range=0.1, **{"tie_word_embeddings": False, **changes},
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
