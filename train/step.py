@@ -10,6 +10,7 @@ Facts this module stands on, all measured with accelerate 1.15 and DeepSpeed 0.1
   lock that makes every later start wait for ever if it is killed) only serves inference.
 """
 
+import atexit
 import math
 import os
 import socket
@@ -117,6 +118,7 @@ def joined_world(sequence_parallel: int = 1) -> Iterator[World]:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     try:
         deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False, verbose=False)
+        atexit.register(_leave_gloo)
         world = World(torch.distributed.get_rank(), torch.distributed.get_world_size(), sequence_parallel)
         assert (world.rank, world.size) == (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])), world
         if world.size % sequence_parallel:
@@ -126,6 +128,14 @@ def joined_world(sequence_parallel: int = 1) -> Iterator[World]:
         AcceleratorState._reset_state(reset_partial_state=True)
         os.environ.clear()
         os.environ.update(before)
+
+
+def _leave_gloo() -> None:
+    """At the end of the process, while its threads can still be joined: left to C++'s own end, gloo's now and then abort a rank
+    that has done all its work, and the launcher takes that for a failure. DeepSpeed expects the group to last as long as the
+    process."""
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+        torch.distributed.destroy_process_group()
 
 
 def _free_port() -> int:
