@@ -87,6 +87,7 @@ def test_the_dataset_holds_whole_conversations_with_the_reasoning(run: RunFolder
         {"role": "assistant", "content": "Iron.", "reasoning_content": "2+2=4."},
     ]
     assert fact == {
+        "tools": "",
         "provenance": "",
         "trace_id": make_trace(FACT).trace_id,
         "prompt_id": FACT.prompt_id,

@@ -87,10 +87,11 @@ def test_a_run_directory_of_another_configuration_is_refused_by_name(run, tmp_pa
     path = recipe(tmp_path, FINE)
     assert run("prompts", path)[0] == 0
     before = {file: file.read_bytes() for file in (tmp_path / "runs").rglob("*") if file.is_file()}
-    code, line = run("prompts", path, "-s", "train.lr=0.5")
-    assert code == 2 and "train.lr = 0.0002, this recipe says 0.5" in line
+    code, line = run("prompts", path, "-s", "generate.sampling.temperature=0.5")
+    assert code == 2 and "generate.sampling.temperature = 1.0, this recipe says 0.5" in line
     assert {file: file.read_bytes() for file in (tmp_path / "runs").rglob("*") if file.is_file()} == before
     assert run("prompts", path, "-s", "slurm.partition=elsewhere")[0] == 0  # where it runs is not what it is
+    assert run("prompts", path, "-s", "train.lr=0.5")[0] == 0  # nothing has been trained
 
 
 def test_a_stage_without_its_input_says_which_stage_makes_it(run, tmp_path: Path) -> None:  # noqa: ANN001
