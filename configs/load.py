@@ -137,6 +137,8 @@ def describe(error: ValidationError) -> str:
         nearest = difflib.get_close_matches(str(found), allowed, 1, cutoff=0.5)
         hint = f"did you mean {nearest[0]}?" if nearest else f"expected one of {', '.join(allowed)}"
         text = f"{location.removesuffix('.[key]')}: unknown value {found!r}; {hint}"
+    elif first["type"] in _CONTAINERS and not isinstance(first["input"], dict | list):
+        text = f"{location}: expected {_CONTAINERS[first['type']].format(first['input'])}, found {first['input']!r}"
     else:
         message = first["msg"].removeprefix("Value error, ")
         text = f"{location}: {message[:1].lower()}{message[1:]}" + (
@@ -145,8 +147,12 @@ def describe(error: ValidationError) -> str:
     return text + (f" (and {rest} more)" if rest else "")
 
 
+_CONTAINERS = {"tuple_type": "a list like [{}]", "model_attributes_type": "a section like {{type: {}}}"}
+"""By pydantic's name of the error: what stands there as one word and should be more."""
 # What pydantic calls the members of a union of plain types, as the last part of an error's location.
-_MEMBER = re.compile(r"(?P<constrained>constrained-)?(?P<kind>int|float|str|bool)|literal\['(?P<literal>[^']*)'\]")
+_MEMBER = re.compile(
+    r"(?P<constrained>constrained-)?(?P<kind>int|float|str|bool)|literal\['(?P<literal>[^']*)'\]|(?P<list>tuple)\[.*"
+)
 _KINDS = {"int": "an integer", "float": "a number", "str": "text", "bool": "true or false"}
 
 
@@ -156,6 +162,8 @@ def _expected(error: ErrorDetails) -> str:
     assert found is not None
     if found["literal"] is not None:
         return found["literal"]
+    if found["list"]:
+        return f"a list like [{error['input']}]"
     return "a positive integer" if found["constrained"] and found["kind"] == "int" else _KINDS[found["kind"]]
 
 

@@ -109,7 +109,7 @@ class Train(Section):
     rows_per_step: PositiveInt = 16
     """Packed rows of an optimizer step, over all ranks and accumulation steps: a multiple of the ranks that have rows of their
     own (nodes x processes / sequence_parallel)."""
-    epochs: PositiveFloat = 2.0
+    epochs: Annotated[float, Field(gt=0.0, le=1000.0)] = 2.0
     lr: PositiveFloat = 2.0e-4
     """Peak, for alpha 128: ten times what full fine-tuning of the same model wants. LoRA's best rate hardly depends on the rank
     or the model's size (Schulman et al. 2025, "LoRA without regret"), so 7B and 13B share it; runs under a thousand steps take

@@ -255,8 +255,8 @@ def refuse_many_skipped(progress: Progress, taken: Taken, most: int) -> None:
     logger.warning("%s; not applied (%d of at most %d)", said, progress.skipped, most)
     if progress.skipped > most:
         raise TracestillError(
-            f"{said}: {progress.skipped} steps were not applied, expected at most train.max_skipped_steps {most}; lower train.lr "
-            "and start in another --run-dir (earlier checkpoints are intact)"
+            f"{said}: {progress.skipped} steps were not applied, expected at most train.max_skipped_steps {most}; move the "
+            "checkpoints away and lower train.lr, or raise max_skipped_steps (earlier checkpoints are intact)"
         )
 
 

@@ -23,6 +23,12 @@ def write(folder: Path, text: str) -> str:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        (
+            "name: x\nstudent: {lora: {targets: q_proj}}",
+            "lora.targets: expected all-linear or a list like [q_proj], found 'q_proj'",
+        ),
+        ("name: x\ntrain: {objective: forward_kl}", "train.objective: expected a section like {type: forward_kl}, found"),
+        ("name: x\ntrain: {longer_rows: 5}", "train.longer_rows: expected a list like [5], found 5"),
         ("name: x\ntrain: {lrr: 1}", "recipe.yaml: train.lrr: unknown key; did you mean lr?"),
         (
             "name: x\nteacher: {engine: {type: deepspeed, batch_sise: 1}}",

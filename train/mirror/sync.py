@@ -30,6 +30,7 @@ def sync(run_dir: Path) -> int:
     unsent = [path.parent for path, is_sent in fragments_of(metrics, run_id(metrics)) if not is_sent and mend(path)]
     if not unsent:
         return 0
+    print(f"{len(unsent)} to send; a server that does not answer is tried for a quarter of an hour", file=sys.stderr, flush=True)
     command = [sys.executable, "-P", "-m", "wandb", "sync", "--yes", *(str(path.relative_to(metrics)) for path in unsent)]
     environment = process_environment(metrics, "online")
     try:
@@ -50,8 +51,9 @@ def sync(run_dir: Path) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m train.mirror.sync", description=__doc__)
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    run_dir = parser.parse_args().run_dir
     try:
-        print(f"{sync(parser.parse_args().run_dir)} fragments sent")
+        print(f"{sync(run_dir)} fragments sent")
     except UnusableInput as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(UnusableInput.exit_code)
