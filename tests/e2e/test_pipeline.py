@@ -140,7 +140,6 @@ READY: dict[str, Callable[[RunFolder], Callable[[], bool]]] = {
 
 
 @pytest.mark.long
-@pytest.mark.smoke
 def test_killed_in_every_stage_it_continues_to_the_same_ledger(finished: RunFolder, tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "r")
     words = ("run", "embedded", "--run-dir", "r")
