@@ -116,6 +116,8 @@ def joined_world(sequence_parallel: int = 1) -> Iterator[World]:
             "MASTER_PORT": str(_free_port()),
         }
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if torch.cuda.is_available():  # before the first collective: NCCL takes the current device, which is the first on every rank
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     try:
         deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False, verbose=False)
         atexit.register(_leave_gloo)
