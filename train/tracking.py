@@ -5,6 +5,7 @@ are cut off at resume: the file never has a step twice.
 """
 
 import json
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from configs.errors import UnusableInput
 
 if TYPE_CHECKING:
     from train.mirror.mirror import Sample, WandbMirror
+
+logger = logging.getLogger(__name__)
 
 Metrics = dict[str, float]
 Report = Callable[[int, int, Metrics], None]
@@ -30,10 +33,12 @@ def read_metrics(path: Path) -> list[Metrics]:
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
         if line.endswith(b"\n"):
             try:
-                rows.append(json.loads(line))
-            except ValueError as error:
+                row = json.loads(line)
+                rows.append({"step": int(row["step"])} | row)
+            except (ValueError, KeyError, TypeError) as error:
                 raise UnusableInput(
-                    f"{path}: line {number} is no JSON; restore the file, or move it away: training goes on without its rows"
+                    f"{path}: line {number} is no row of metrics; restore the file, or move it away: training goes on without "
+                    "its rows"
                 ) from error
     return rows
 
@@ -45,6 +50,9 @@ class MetricsFile:
         """Keeps the rows up to resume_step and drops later ones: those steps are about to be taken again."""
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [row for row in read_metrics(path) if row["step"] <= resume_step] if resume_step else []
+        if lost := {*range(1, resume_step + 1)} - {int(row["step"]) for row in kept}:
+            logger.warning("%s: %d of the rows up to step %d are missing, the first of step %d; the training itself is whole",
+                           path, len(lost), resume_step, min(lost))  # fmt: skip
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         self._file = temporary.open("ab")

@@ -4,8 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 from wandb.proto import wandb_internal_pb2
 
+from configs.errors import UnusableInput
 from train.tracking import MetricsFile, Tracker, read_metrics
 
 BLOCK_BYTES = 32 * 1024
@@ -32,6 +34,22 @@ def test_a_run_that_starts_over_starts_an_empty_file(tmp_path: Path) -> None:
     path.write_text('{"step": 1}\n')
     MetricsFile(path, resume_step=0).close()
     assert read_metrics(path) == []
+
+
+@pytest.mark.parametrize("line", [b"garbage\n", b"\xff\xfe\n", b"5\n", b'{"loss": 1}\n'])
+def test_a_damaged_row_is_named_with_its_file(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + line + b'{"step": 3}\n')
+    with pytest.raises(UnusableInput, match=r"train\.jsonl: line 2 is no row of metrics; restore the file"):
+        MetricsFile(path, resume_step=3)
+    assert path.read_bytes().endswith(line + b'{"step": 3}\n')
+
+
+def test_rows_that_are_missing_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"step": 0}\n{"step": 1}\n{"step": 3}\n')
+    MetricsFile(path, resume_step=4).close()
+    assert "2 of the rows up to step 4 are missing, the first of step 2; the training itself is whole" in caplog.text
 
 
 def test_metrics_are_on_disk_when_log_returns(tmp_path: Path) -> None:
