@@ -14,9 +14,8 @@ from teacher.http.connection import Connection
 from teacher.http.exchange import Exchange, Live
 from teacher.http.readers import Readers
 from teacher.http.reading import Reader
-from teacher.http.servers import Servers
+from teacher.http.servers import TICK_S, Servers
 
-TICK_S = 0.1  # how often `stop` is asked at least
 PULL_S = 0.05  # a source that is slow (it claims leases on a disk) must not keep the sockets waiting longer
 GLANCE_S = 0.01  # what they get between two such pulls
 BACKLOG = 64  # replies that wait for their ids while their server is asked for more

@@ -18,6 +18,8 @@ from teacher.http.connection import Answer, Connection, Lost, Silent, Unreachabl
 from teacher.http.replies import error_words, listed_models
 from teacher.http.window import Window
 
+TICK_S = 0.1  # how often `stop` is asked at least
+
 log = logging.getLogger(__name__)
 
 GONE = (502, 503, 504)  # what a gateway says of a server behind it; any other answer to GET models is a sign of life
@@ -194,9 +196,10 @@ class Servers:
                 return
 
     def pause(self, server: Server, seconds: float) -> None:
-        """The server asked for quiet (Retry-After): nobody asks it before then."""
+        """The server asked for quiet (Retry-After): nobody asks it before then. At most until whoever waits now has been given
+        up, which is looked at once a tick: at the deadline itself a late request was asked once more for nothing."""
         loop = asyncio.get_running_loop()
-        server.resume_at = max(server.resume_at, loop.time() + min(seconds, self.engine.deadline_s))
+        server.resume_at = max(server.resume_at, loop.time() + min(seconds, self.engine.deadline_s + 2 * TICK_S))
         loop.call_at(server.resume_at, self.wake)
 
     def _choose(self) -> Server | None:
