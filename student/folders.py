@@ -20,6 +20,10 @@ def resolve(model: str) -> Path:
         raise UnusableInput(f"student.model {model}: no such folder; expected a Hugging Face checkpoint folder, or `embedded`")
     if not (folder / "config.json").is_file():
         raise UnusableInput(f"student.model {model}: no config.json in the folder; expected a Hugging Face checkpoint")
+    try:
+        json.loads((folder / "config.json").read_bytes())
+    except ValueError as error:
+        raise UnusableInput(f"student.model {model}: config.json is no JSON ({error}); restore it") from error
     if not any(folder.glob("*.safetensors")):
         remedy = (
             "rebuild it with: python -m train.pretrain student/embedded/recipe.yaml"

@@ -2,8 +2,8 @@
 
 from typing import Literal
 
+import jinja2
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from configs.errors import UnusableInput
@@ -17,10 +17,16 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     folder = resolve(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a damaged tokenizer.json is a KeyError, a TypeError, or tokenizers' own plain Exception
         raise UnusableInput(f"student.model {model}: no usable tokenizer in the folder: {_first_line(error)}") from error
     if not tokenizer.chat_template:
         raise UnusableInput(f"student.model {model}: the tokenizer has no chat template; add chat_template.jinja to the folder")
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
+    except jinja2.TemplateSyntaxError as error:
+        raise UnusableInput(
+            f"student.model {model}: chat template, line {error.lineno}: {_first_line(error)}; mend it"
+        ) from error
     return tokenizer
 
 
@@ -31,9 +37,11 @@ def load_base(model: str, dtype: Literal["fp32", "bf16", "fp16"]) -> PreTrainedM
         return AutoModelForCausalLM.from_pretrained(
             folder, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False, local_files_only=True
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    except Exception as error:  # sizes that do not fit are a RuntimeError, layers that are not there a ValueError
         raise UnusableInput(f"student.model {model}: not a causal language model that loads: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """With the kind of error, where the words alone say little: KeyError's are a name."""
+    line = (str(error).strip().splitlines() or [""])[0].rstrip(":")
+    return line if isinstance(error, OSError | ValueError) and line else f"{type(error).__name__} {line}".strip()

@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import statistics
 import time
@@ -210,6 +211,29 @@ def test_missing_model_and_dataset_are_one_line(base: Path, dataset: Path, tmp_p
         train(tiny_recipe(tmp_path / "nowhere"), dataset_dir=dataset, run_dir=tmp_path)
     with pytest.raises(UnusableInput, match="tracestill data build"):
         train(tiny_recipe(base), dataset_dir=tmp_path / "nowhere", run_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer.json", "{}", "no usable tokenizer in the folder"),
+        ("config.json", "{", "config.json is no JSON"),
+        ("chat_template.jinja", "{% if %}", "chat template, line 1"),
+    ],
+)
+def test_a_broken_student_is_one_line(base: Path, dataset: Path, tmp_path: Path, name: str, content: str, message: str) -> None:
+    broken = shutil.copytree(base, tmp_path / "broken")
+    (broken / name).write_text(content)
+    with pytest.raises(UnusableInput, match=message):
+        train(tiny_recipe(broken), dataset_dir=dataset, run_dir=tmp_path / "run")
+
+
+def test_weights_of_another_size_are_one_line(base: Path, dataset: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(base, tmp_path / "broken")
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"intermediate_size": 2 * config["intermediate_size"]}))
+    with pytest.raises(UnusableInput, match="not a causal language model that loads: RuntimeError"):
+        train(tiny_recipe(broken), dataset_dir=dataset, run_dir=tmp_path / "run")
 
 
 def test_run_directory_that_is_a_file_is_refused(base: Path, dataset: Path, tmp_path: Path) -> None:

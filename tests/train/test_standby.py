@@ -4,6 +4,7 @@ import hashlib
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,14 @@ from train.loop import train
 from train.standby import Standby, on_standby
 from train.step import OptimizerState, TrainingStep
 from train.tracking import read_metrics
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def deaf(seconds: float) -> None:
@@ -72,7 +81,6 @@ def test_nothing_is_written_twice_and_a_full_disk_is_left_to_the_main_thread(cap
 def test_a_long_row_does_not_keep_the_checkpoint_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The signal comes while step 4 is under way, of which every micro-batch takes seconds: what is on disk at once is the state
     after step 3, and the resume ends bit-equal."""
-    torch.set_num_threads(1)
     base, dataset = save_tiny_base(tmp_path / "base"), save_dataset(tmp_path / "data" / "dataset")
     recipe = tiny_recipe(base, checkpoint_steps=1000)
     train(recipe, dataset_dir=dataset, run_dir=tmp_path / "whole")
