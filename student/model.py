@@ -27,6 +27,8 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
         raise UnusableInput(
             f"student.model {model}: chat template, line {error.lineno}: {_first_line(error)}; mend it"
         ) from error
+    except jinja2.TemplateError:
+        pass  # it asks for other turns than this one
     return tokenizer
 
 
