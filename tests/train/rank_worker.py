@@ -4,6 +4,7 @@ Each case is one accumulated step of a tiny student with its own settings; what 
 """
 
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -165,3 +166,5 @@ def main(job: Mapping[str, Any]) -> None:
 
 if __name__ == "__main__":
     main(json.loads(sys.argv[1]))
+    sys.stdout.flush()
+    os._exit(0)  # in its own end Python 3.11 now and then unwinds a thread of torch's that wants it, and the process aborts
