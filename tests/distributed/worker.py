@@ -67,6 +67,8 @@ def hurt(completions: Iterator[Completion], rank: int, fault: dict[str, Any] | N
 if __name__ == "__main__":
     try:
         main(Path(sys.argv[1]))
+        sys.stdout.flush()
+        os._exit(0)  # see tests/train/rank_worker.py
     except TracestillError as error:
         print(rank_error_line(error), file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
