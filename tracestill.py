@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -57,44 +58,60 @@ def main() -> None:
     """The console script. Ends with 0 done, 1 failed, 2 unusable input, 3 refused, 75 interrupted and resumable."""
     for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):  # not SIGUSR1: NCCL catches it
         signal.signal(number, _interrupt)
+    if "RANK" not in os.environ:
+        sys.exit(_exit_code())
+    from configs.launch import end_rank
+
+    try:
+        code = _exit_code()
+    except Exception as error:
+        traceback.print_exc()
+        sys.last_value = error  # as the interpreter does at its end: exit handlers tell other ranks why this one went
+        code = TracestillError.exit_code
+    end_rank(code)
+
+
+def _exit_code() -> int:
+    """Of the command that was given, whose error was said."""
     try:
         application()(standalone_mode=False)
     except TracestillError as error:
-        _fail(error)
+        return _say(error)
     except Stopped as stop:
-        _fail(Interrupted(str(stop)))
+        return _say(Interrupted(str(stop)))
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        _fail(
+        return _say(
             UnusableInput(
                 f"{error.filename or 'run directory'}: {error.strerror}; make room or restore it, then give the same command"
             )
         )
     except typer.Abort:
-        sys.exit(Interrupted.exit_code)
+        return Interrupted.exit_code
     except typer.Exit as stop:
-        sys.exit(stop.exit_code)
+        return stop.exit_code
     except Exception as error:
         usage = getattr(error, "format_message", None)  # click's own usage errors
         if usage is None:
             raise
         print(f"error: {usage()}", file=sys.stderr)
-        sys.exit(UnusableInput.exit_code)
+        return UnusableInput.exit_code
+    return 0
 
 
 def _interrupt(number: int, _: object) -> None:
     raise Stopped(f"stopped by {signal.Signals(number).name}; everything committed so far is kept, the same command continues")
 
 
-def _fail(error: TracestillError) -> None:
+def _say(error: TracestillError) -> int:
     if "RANK" in os.environ:
         from configs.launch import rank_error_line
 
         print(rank_error_line(error), file=sys.stderr, flush=True)
     else:
         print(f"error: {error}", file=sys.stderr)
-    sys.exit(error.exit_code)
+    return error.exit_code
 
 
 # --- the whole pipeline ------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 
 from configs.draining import Drain, draining
-from configs.errors import TracestillError, UnusableInput
+from configs.errors import Refused, UnusableInput
 from configs.schema import Recipe
 from data.store import RunFolder
 from student.adapter_files import publish_folder, save_adapter
@@ -76,7 +76,7 @@ def train(recipe: Recipe, *, dataset_dir: Path, run_dir: Path, report: Report | 
     Raises:
         UnusableInput: a model, dataset or setting that cannot be used, or checkpoints of another configuration.
         Interrupted: a signal asked for a stop, and the state is saved.
-        TracestillError: too many steps with a loss or gradient that is not finite, or that spikes; what is saved is from before.
+        Refused: too many steps with a loss or gradient that is not finite, or that spikes; what is saved is from before.
     """
     saved = {"limit": f"the {DRAIN_S:g} s that torchrun leaves", "left": "the last checkpoint is continued by the next start",
              "kept": "the state of training is saved: the same command continues"}  # fmt: skip
@@ -254,7 +254,7 @@ def refuse_many_skipped(progress: Progress, taken: Taken, most: int) -> None:
     )
     logger.warning("%s; not applied (%d of at most %d)", said, progress.skipped, most)
     if progress.skipped > most:
-        raise TracestillError(
+        raise Refused(
             f"{said}: {progress.skipped} steps were not applied, expected at most train.max_skipped_steps {most}; move the "
             "checkpoints away and lower train.lr, or raise max_skipped_steps (earlier checkpoints are intact)"
         )

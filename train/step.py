@@ -10,7 +10,6 @@ Facts this module stands on, all measured with accelerate 1.15 and DeepSpeed 0.1
   lock that makes every later start wait for ever if it is killed) only serves inference.
 """
 
-import atexit
 import math
 import os
 import socket
@@ -104,9 +103,10 @@ def joined_world(sequence_parallel: int = 1) -> Iterator[World]:
     """In torchrun's process group, or in one of a single process. Rank and size as torch.distributed sees them.
 
     The environment is given back as it was: accelerate and DeepSpeed need launcher variables even for one process, and
-    a RANK left behind would mislead whatever this process starts next.
+    a RANK left behind would mislead whatever this process starts next. So is torch's linear function, which ZeRO-3 replaces
+    for good by one that keeps every input.
     """
-    before = dict(os.environ)
+    before, linear = dict(os.environ), torch.nn.functional.linear
     if "RANK" not in os.environ:
         os.environ |= {
             "RANK": "0",
@@ -120,7 +120,6 @@ def joined_world(sequence_parallel: int = 1) -> Iterator[World]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     try:
         deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False, verbose=False)
-        atexit.register(_leave_gloo)
         world = World(torch.distributed.get_rank(), torch.distributed.get_world_size(), sequence_parallel)
         assert (world.rank, world.size) == (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])), world
         if world.size % sequence_parallel:
@@ -130,14 +129,7 @@ def joined_world(sequence_parallel: int = 1) -> Iterator[World]:
         AcceleratorState._reset_state(reset_partial_state=True)
         os.environ.clear()
         os.environ.update(before)
-
-
-def _leave_gloo() -> None:
-    """At the end of the process, while its threads can still be joined: left to C++'s own end, gloo's now and then abort a rank
-    that has done all its work, and the launcher takes that for a failure. DeepSpeed expects the group to last as long as the
-    process."""
-    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
-        torch.distributed.destroy_process_group()
+        torch.nn.functional.linear = linear
 
 
 def _free_port() -> int:

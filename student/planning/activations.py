@@ -5,7 +5,9 @@ autograd saves on a CPU and finds these numbers.
 
 Symbols: t tokens of the row on this rank (row / sequence_parallel), e bytes of a value (4 in fp32, 2 in bf16), r the rank, D the
 hidden width, Q and K the width of all query and of all key heads, F the MLP's hidden width. A base weight is frozen, so its
-layer keeps no input; the adapter beside it does, once for all adapters that read the same tensor.
+layer keeps no input; the adapter beside it does, once for all adapters that read the same tensor. ZeRO-3 has a linear function
+of its own (DeepSpeed's LinearFunctionForZeroStage3, so that no gathered weight is held), which keeps every input: those of
+layers without an adapter too, and with dropout the input before it.
 
 Of a decoder layer:
 - norms: two float32 copies of the residual stream and their rsqrt, 8 t D + 8 t; with norms of queries and keys 4 t (Q + K) and
@@ -89,17 +91,18 @@ def layer_bytes(shape: Shape, adapter: Adapter, tokens: int, train: Train) -> La
         (hidden, adapter.is_on("gate_proj", "up_proj")),
         (wide, adapter.is_on("down_proj")),
     )
-    is_dropped = adapter.lora.dropout > 0
+    is_dropped, keeps_all = adapter.lora.dropout > 0, train.zero_stage == 3
     read = sum(width * (number * (value_bytes + 1) if is_dropped else min(number, 1) * value_bytes) for width, number in inputs)
+    also = [width * value_bytes * (keeps_all and (is_dropped or not number)) for width, number in inputs]
     behind = adapter.lora.rank * sum(number for _, number in inputs) * value_bytes
     outputs = sum(target.outputs for target in adapter.targets if target.kind == "linear")
     scaled = 2 * outputs * value_bytes if adapter.lora.dora else 0
     return LayerBytes(
         norms=2 * norm + tokens * heads * (4 * shape.head_dim + 4),
-        adapters=tokens * (read + behind + scaled),
+        adapters=tokens * (read + sum(also) + behind + scaled),
         attention=tokens * (value_bytes * 2 * (shape.queries + keys) + 4 * shape.heads),
         mlp=3 * tokens * wide * value_bytes,
-        first_less=norm,
+        first_less=norm + tokens * also[0],  # what it reads needs no gradient
     )
 
 

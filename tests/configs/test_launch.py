@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -110,6 +111,69 @@ def test_what_a_rank_says_of_another_comes_before_torchruns_summary(tmp_path: Pa
     ]
     with pytest.raises(StageFailed, match="code 1: rank 0, step 58 .* rank 1 has been silent for 4 s, last in step 57; see"):
         run(f"import sys; print({chr(10).join(lines)!r}); sys.exit(1)", tmp_path)
+
+
+def test_ranks_silenced_by_a_full_disk_are_no_riddle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def free(room: int) -> None:
+        monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=room))
+
+    free(4096)
+    with pytest.raises(UnusableInput, match="the disk is full .4096 bytes left.*make room, then give the same command"):
+        run("raise SystemExit(1)", tmp_path)
+    with pytest.raises(StageFailed, match="RuntimeError: gloo went away"):
+        run("raise RuntimeError('gloo went away')", tmp_path)
+    free(1 << 30)
+    with pytest.raises(StageFailed, match="no message"):
+        run("raise SystemExit(1)", tmp_path)
+
+
+# --- the end of a rank ---------------------------------------------------------------------------------------------
+
+ENDING = """
+import atexit, sys, threading, time
+from configs.launch import end_rank
+print("buffered")
+atexit.register(print, "handler")
+threading.Thread(target=lambda: (time.sleep(0.3), print("thread"))).start()
+class Late:
+    def __del__(self): print("finalised")
+late = Late()
+try: end_rank(7)
+finally: print("not reached")
+"""
+
+
+def test_a_rank_ends_after_its_threads_and_handlers_and_without_the_interpreters_end(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    ended = subprocess.run([sys.executable, "-c", ENDING], env=environment, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout.split(), ended.stderr) == (7, ["buffered", "thread", "handler"], "")
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["--help"], 0, "Commands"),
+        (["generate", "nosuch.yaml"], 2, "error[2]: "),
+        (["generate"], 2, "Missing argument"),
+        (["plan", "embedded"], 1, "AttributeError: planned\nexit handler: planned"),
+    ],
+)
+def test_the_command_line_ends_a_rank_that_way(words: list[str], code: int, said: str, tmp_path: Path) -> None:
+    """However it ends; what is no error of ours keeps its traceback, and exit handlers see it."""
+    script = (
+        f"import atexit, sys, tracestill; sys.argv = ['tracestill', *{words!r}]\n"
+        "def broken(*_, **__): raise AttributeError('planned')\n"
+        "tracestill.plan_teacher = broken\n"
+        "atexit.register(lambda: print('exit handler:', getattr(sys, 'last_value', None), file=sys.stderr))\n"
+        "class Late:\n    def __del__(self): print('finalised')\n"
+        "late = Late()\n"
+        "tracestill.main()"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "RANK": "0"}
+    ended = subprocess.run(
+        [sys.executable, "-c", script], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert (ended.returncode, said in ended.stdout + ended.stderr, "finalised" in ended.stdout) == (code, True, False), ended
 
 
 # --- several nodes -----------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from configs.launch import end_rank
 from teacher.deepspeed_engine import DeepSpeedEngine, start_process_group
 from teacher.parallel import Parallel
 from tests.distributed.worker import to_request
@@ -89,3 +90,4 @@ def main(task_file: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    end_rank(0)

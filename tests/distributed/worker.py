@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from configs.errors import TracestillError
-from configs.launch import rank_error_line
+from configs.launch import end_rank, rank_error_line
 from data.engine import Completion, Request
 from teacher.deepspeed_engine import DeepSpeedEngine
 from teacher.parallel import Parallel
@@ -67,8 +67,7 @@ def hurt(completions: Iterator[Completion], rank: int, fault: dict[str, Any] | N
 if __name__ == "__main__":
     try:
         main(Path(sys.argv[1]))
-        sys.stdout.flush()
-        os._exit(0)  # see tests/train/rank_worker.py
+        end_rank(0)
     except TracestillError as error:
         print(rank_error_line(error), file=sys.stderr, flush=True)
-        sys.exit(error.exit_code)
+        end_rank(error.exit_code)

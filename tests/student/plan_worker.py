@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from configs.launch import end_rank
 from configs.training import CrossEntropy, Lora, Train
 from student.lora import attach
 from student.planning.sharding import State
@@ -96,3 +97,4 @@ def run(task: dict[str, Any]) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     run(json.loads(sys.argv[1]))
+    end_rank(0)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -18,6 +19,7 @@ from train.attention import use_documents
 
 LENGTHS = (37, 90, 1, 64)
 ROW = sum(LENGTHS)
+LINEAR = torch.nn.functional.linear
 VALUE_BYTES = {"fp32": 4, "bf16": 2}
 
 
@@ -26,6 +28,13 @@ class Kept:
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
+
+
+@pytest.fixture(params=[2, 3], ids=["ZeRO-2", "ZeRO-3"])
+def stage(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """DeepSpeed replaces torch's linear function with its own when a model is partitioned, for good."""
+    monkeypatch.setattr(torch.nn.functional, "linear", zero3_linear_wrap if request.param == 3 else LINEAR)
+    return int(request.param)
 
 
 def kept_bytes(forward: Callable[[], torch.Tensor], model: PeftModel) -> int:
@@ -59,8 +68,10 @@ def measured(family: str, lora: Lora, train: Train, *, layers: int, kv_heads: in
     return found, activations(shape, adapter_of(shape, lora), train, ROW)
 
 
-def settings(dtype: str, *, again: bool = False) -> Train:
-    return Train.model_validate({"dtype": dtype, "max_tokens_per_row": ROW, "activation_checkpointing": again, "liger": False})
+def settings(dtype: str, *, stage: int = 2, again: bool = False) -> Train:
+    return Train.model_validate(
+        {"zero_stage": stage, "dtype": dtype, "max_tokens_per_row": ROW, "activation_checkpointing": again, "liger": False}
+    )
 
 
 def around(planned: Activations) -> int:
@@ -71,8 +82,8 @@ def around(planned: Activations) -> int:
 @pytest.mark.parametrize("kv_heads", [2, 6])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-def test_a_packed_row_keeps_what_the_formula_says_to_the_byte(family: str, dtype: str, kv_heads: int) -> None:
-    found, planned = measured(family, Lora(rank=3), settings(dtype), layers=3, kv_heads=kv_heads)
+def test_a_packed_row_keeps_what_the_formula_says_to_the_byte(stage: int, family: str, dtype: str, kv_heads: int) -> None:
+    found, planned = measured(family, Lora(rank=3), settings(dtype, stage=stage), layers=3, kv_heads=kv_heads)
     assert found == planned.layers + around(planned)
 
 
@@ -86,9 +97,19 @@ def test_layers_that_are_computed_again_keep_one_hidden_state_each(dtype: str) -
 @pytest.mark.parametrize(
     "lora", [Lora(rank=3, targets=("q_proj", "v_proj")), Lora(rank=3, targets=("q_proj", "o_proj", "down_proj"))], ids=str
 )
-def test_fewer_targets_keep_fewer_inputs(lora: Lora) -> None:
-    found, planned = measured("llama", lora, settings("fp32"), layers=3, kv_heads=2)
+def test_fewer_targets_keep_fewer_inputs(stage: int, lora: Lora) -> None:
+    found, planned = measured("llama", lora, settings("fp32", stage=stage), layers=3, kv_heads=2)
     assert found == planned.layers + around(planned)
+
+
+def test_with_dropout_zero_3_keeps_what_is_before_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The difference: a CPU's masks are wider than a GPU's."""
+    kept = []
+    for stage, linear in ((2, LINEAR), (3, zero3_linear_wrap)):
+        monkeypatch.setattr(torch.nn.functional, "linear", linear)
+        kept.append(measured("llama", Lora(rank=3, dropout=0.1), settings("bf16", stage=stage), layers=3, kv_heads=2))
+    (found, planned), (found_3, planned_3) = kept
+    assert found_3 - found == planned_3.layers - planned.layers > 0
 
 
 def test_dora_keeps_both_outputs_of_a_layer_beside() -> None:

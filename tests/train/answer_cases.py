@@ -17,6 +17,7 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
+from configs.launch import end_rank
 from configs.training import CrossEntropy, Lora, Train
 from data.chat import encode_conversation, encode_prompt
 from data.records import Message, Prompt, prompt_identity
@@ -120,3 +121,4 @@ def main(job: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     main(json.loads(sys.argv[1]))
+    end_rank(0)

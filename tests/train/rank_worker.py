@@ -4,7 +4,6 @@ Each case is one accumulated step of a tiny student with its own settings; what 
 """
 
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from configs.errors import UnusableInput
+from configs.launch import end_rank
 from configs.training import Lora, Train
 from data.chat import IGNORE_INDEX, Encoded
 from student.adapter_files import save_adapter, trainable
@@ -166,5 +166,4 @@ def main(job: Mapping[str, Any]) -> None:
 
 if __name__ == "__main__":
     main(json.loads(sys.argv[1]))
-    sys.stdout.flush()
-    os._exit(0)  # now and then a rank aborts in its end: `terminate called without an active exception`, cause not found
+    end_rank(0)

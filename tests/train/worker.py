@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from configs.errors import Interrupted
+from configs.launch import end_rank
 from configs.schema import Recipe
 from data.store import RunFolder
 from student.model import load_tokenizer
@@ -45,4 +46,5 @@ if __name__ == "__main__":
         {"train": run_training, "certify": run_certificate}[job["do"]](job)
     except Interrupted as stop:
         print(stop, flush=True)
-        sys.exit(stop.exit_code)
+        end_rank(stop.exit_code)
+    end_rank(0)
