@@ -5,13 +5,16 @@ Validators check relations between values and touch no file: a recipe is judged 
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from configs.engines import TORCHRUN_GRACE_S, DeepSpeedEngine, HttpEngine, LocalEngine
+from configs.evaluation import Evaluate
+from configs.exports import Export
 from configs.filters import AnswerPresentFilter, ControlTokensFilter, FilterSettings, FinishReasonFilter, ThinkTagsFilter
 from configs.judging import Judging
 from configs.planning import Planning
 from configs.prompt_sources import PromptSource
+from configs.sampling import Sampling
 from configs.section import Section
 from configs.training import CrossEntropy, Share, Student, Train
 from configs.views import WithViews
@@ -103,43 +106,6 @@ class Teacher(Section):
 
 
 # --- prompts and generation --------------------------------------------------------------------------------------
-
-
-class LoopGuard(Section):
-    """What counts as a loop: the output's end is one cycle of at most longest_period tokens, `repeats` times over."""
-
-    longest_period: PositiveInt = 128
-    repeats: Annotated[int, Field(ge=3)] = 16
-
-
-class Sampling(Section):
-    temperature: NonNegativeFloat = 1.0
-    """0 is greedy."""
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95
-    max_tokens: PositiveInt = 65536
-    """Output tokens, reasoning included. A trace that reaches it ends with finish_reason `length`."""
-    top_k: NonNegativeInt = 0
-    """Only this many of the likeliest tokens; 0 is off. Applied before top_p, and both before min_p."""
-    min_p: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Only tokens at least this many times as likely as the likeliest; 0 is off."""
-    min_tokens: NonNegativeInt = 0
-    """Nothing ends an output before it has this many tokens."""
-    stop_strings: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    """An output also ends where one of these is complete in its text. The chat template's own stops need no mention."""
-    loop_guard: LoopGuard | None = None
-    """Ends an output that repeats itself, with finish_reason `loop`; absent, it runs into max_tokens."""
-
-    @model_validator(mode="after")
-    def _temperature_is_usable(self) -> "Sampling":
-        if 0 < self.temperature < 1e-3:
-            raise ValueError(f"temperature {self.temperature:g} is neither 0 (greedy) nor at least 0.001")
-        return self
-
-    @model_validator(mode="after")
-    def _min_below_max(self) -> "Sampling":
-        if self.min_tokens > self.max_tokens:
-            raise ValueError(f"min_tokens {self.min_tokens} is above max_tokens {self.max_tokens}")
-        return self
 
 
 class KeptLogits(Section):
@@ -258,43 +224,7 @@ class Data(WithViews):
         return self
 
 
-# --- evaluation, export, cluster ---------------------------------------------------------------------------------
-
-
-class Gate(Section):
-    """Bounds of one metric of the student; either side may be left open."""
-
-    min: float | None = None
-    max: float | None = None
-
-    @model_validator(mode="after")
-    def _some_bound(self) -> "Gate":
-        if self.min is None and self.max is None:
-            raise ValueError("a gate needs min or max")
-        if self.min is not None and self.max is not None and self.min > self.max:
-            raise ValueError(f"gate min {self.min} is above max {self.max}")
-        return self
-
-
-MetricName = Literal[
-    "accuracy", "hallucination_rate", "abstention_rate", "omniscience_index", "reasoning_tokens_per_correct",
-    "accuracy_of_teacher", "hallucination_above_teacher",
-]  # fmt: skip
-
-
-class Evaluate(Section):
-    suites: tuple[PromptSource, ...] = ()
-    """Held-out items: reasoning_gym sources take the held-out side of the hash, JSONL ones the rows with split `eval`."""
-    sampling: Sampling = Sampling(temperature=0.0, top_p=1.0, max_tokens=8192)
-    batch_size: PositiveInt = 64
-    seed: NonNegativeInt = 0
-    gates: dict[MetricName, Gate] = Field(default={})
-    """`accuracy_of_teacher`: student's accuracy over teacher's; `hallucination_above_teacher`: the difference of their rates."""
-
-
-class Export(Section):
-    formats: tuple[Literal["merged"], ...] = ("merged",)
-    dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
+# --- cluster ------------------------------------------------------------------------------------------------------
 
 
 class Slurm(Section):

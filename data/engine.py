@@ -7,7 +7,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from configs.schema import KeptLogits, Sampling
+from configs.sampling import Sampling
+from configs.schema import KeptLogits
 from data.records import FinishReason, Message
 
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from configs.errors import UnusableInput
 from configs.progress import Report
-from configs.schema import Sampling
+from configs.sampling import Sampling
 from configs.views import View
 from data.abstention import ABSTENTION, Grades, Question, is_closed_book, questions, relabel, tally
 from data.asking import Codec, Model, Reply, ReplyLog, all_answered, ask

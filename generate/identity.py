@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.errors import UnusableInput
-from configs.schema import Recipe, Sampling
+from configs.sampling import Sampling
+from configs.schema import Recipe
 from data.records import digest
 from data.store import RunFolder, code_revision, read_json, sha256_file, write_json
 from data.work import WorkFolder

@@ -16,7 +16,8 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from configs.errors import UnusableInput
-from configs.schema import Evaluate, Sampling
+from configs.evaluation import Evaluate
+from configs.sampling import Sampling
 from data.chat import dialect_of, encode_prompt
 from data.engine import Completion, Engine, Request, request_under
 from data.records import FinishReason, Prompt, digest, request_seed

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from configs.errors import UnusableInput
-from configs.schema import Export
+from configs.exports import Export
 from data.chat import dialect_of
 from data.records import Message
 from data.store import RunFolder

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from configs.errors import Refused
-from configs.schema import Gate, MetricName
+from configs.evaluation import Gate, MetricName
 from student.scoring import Metrics
 
 ROUNDING = 1e-9

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from configs.devices import WEIGHT_BYTES
 from configs.planning import Planning
-from configs.schema import HttpEngine, Sampling, Teacher
+from configs.sampling import Sampling
+from configs.schema import HttpEngine, Teacher
 from teacher.planning.architecture import Architecture, Latent, Parts
 from teacher.planning.degrees import Degrees
 from teacher.planning.weights import Extra, cut_weights, extra_bytes

@@ -5,7 +5,8 @@ import pytest
 import yaml
 
 from configs.errors import UnusableInput
-from configs.schema import Gate, Recipe
+from configs.evaluation import Gate
+from configs.schema import Recipe
 from data.checksum import checked_json
 from data.store import RunFolder, sha256_file
 from student.card import CardFacts, PromptSource, cell, certificate_text, gather, render_card

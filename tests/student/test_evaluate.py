@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 import student
 import teacher
 from configs.errors import UnusableInput
-from configs.schema import Evaluate, Sampling
+from configs.evaluation import Evaluate
+from configs.sampling import Sampling
 from data.byte_tokenizer import build_byte_tokenizer
 from data.chat import dialect_of
 from data.engine import Completion, ExpertStats, Handout, Request, Scores

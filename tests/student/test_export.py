@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 from configs.errors import UnusableInput
-from configs.schema import Export
+from configs.exports import Export
 from configs.training import Lora
 from data.byte_tokenizer import build_byte_tokenizer
 from data.chat import dialect_of, encode_prompt

@@ -1,7 +1,7 @@
 import pytest
 
 from configs.errors import Refused
-from configs.schema import Gate
+from configs.evaluation import Gate
 from student.gates import GateRow, gate_table, judge, require
 from student.scoring import Grade, GradedItem, Metrics, measure
 

@@ -1,0 +1,12 @@
+"""What a server is given."""
+
+from typing import Literal
+
+from configs.section import Section
+
+FormatName = Literal["merged"]
+
+
+class Export(Section):
+    formats: tuple[FormatName, ...] = ("merged",)
+    dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
