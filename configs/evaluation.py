@@ -34,7 +34,15 @@ class Evaluate(Section):
     suites: tuple[PromptSource, ...] = ()
     """Held-out items: reasoning_gym sources take the held-out side of the hash, JSONL ones the rows with split `eval`."""
     sampling: Sampling = Sampling(temperature=0.0, top_p=1.0, max_tokens=8192)
+    samples: PositiveInt = 1
+    """Attempts at each item; intervals draw an item with all its attempts."""
     batch_size: PositiveInt = 64
     seed: NonNegativeInt = 0
     gates: dict[MetricName, Gate] = Field(default={})
     """`accuracy_of_teacher`: student's accuracy over teacher's; `hallucination_above_teacher`: the difference of their rates."""
+
+    @model_validator(mode="after")
+    def _samples_differ(self) -> "Evaluate":
+        if self.samples > 1 and self.sampling.temperature == 0.0:
+            raise ValueError(f"samples {self.samples} of greedy decoding are all the same; expected sampling.temperature above 0")
+        return self

@@ -49,12 +49,12 @@ class Comparison:
 
 
 def item_rows(run: RunFolder, name: str) -> dict[str, ItemRow]:
-    """prompt_id -> row of a model's evaluation, verified against the hash in its figures."""
+    """prompt_id -> row of the first attempt in a model's evaluation, verified against the hash in its figures."""
     path = run.evaluation / f"{name}.arrow"
     if not path.is_file():
         return {}
     table = read_table(path, sha256=read_json(path.with_suffix(".json"))["rows_sha256"])
-    return {row["prompt_id"]: row for row in table.to_pylist()}
+    return {row["prompt_id"]: row for row in table.to_pylist() if not row.get("sample")}
 
 
 def grade_bars(rows: Mapping[str, Mapping[str, ItemRow]], *, known: bool) -> tuple[GradeBar, ...]:

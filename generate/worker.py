@@ -23,6 +23,7 @@ from configs.progress import Count, Report
 from configs.schema import Recipe
 from data.chat import dialect_of, encode_prompt
 from data.engine import OTHER_MODEL, Completion, Engine, Handout, Partial, Request, Source, request_under
+from data.in_hand import InHand, continued, finished_earlier, replies_of
 from data.journal import Journal
 from data.prompt_set import PromptSet
 from data.records import request_seed
@@ -33,7 +34,6 @@ from generate import identity
 from generate.budget import Others, Spent, others, spent
 from generate.canary import canary_prompts
 from generate.claims import Ask, Claims
-from generate.in_hand import InHand, continued, finished_earlier, replies_of
 from generate.pool import Pool
 from generate.writer import Writer, price_per_second
 
@@ -145,7 +145,7 @@ class Shift:
         )
         self.journal = Journal(self.worker.folder.journal, self.worker.name)
         self.writer = Writer(recipe, run, engine, tokenizer, teacher_fingerprint, self.worker.name, self._committed)
-        self.asked: dict[str, InHand] = {}
+        self.asked: dict[str, InHand[Ask]] = {}
         self.tokens_of: dict[str, int] = {}
         self.finished = self.tokens = 0
         self.nothing_free_until = -float("inf")
@@ -186,7 +186,7 @@ class Shift:
         self.nothing_free_until = time.monotonic() + LOOK_AGAIN_S
         return None
 
-    def _taken_up(self, hand: InHand) -> Completion | None:
+    def _taken_up(self, hand: InHand[Ask]) -> Completion | None:
         """The answer, where an earlier holder had all of it; else the request goes on from what there is."""
         salvage = hand.ask.salvage
         if salvage is None:
@@ -250,7 +250,7 @@ class Shift:
         if self.failures[error] == 1:
             log.warning("request %s failed: %s; more of these are counted, see --status", completion.request_id, error)
 
-    def _add(self, hand: InHand, completion: Completion) -> None:
+    def _add(self, hand: InHand[Ask], completion: Completion) -> None:
         self.writer.add(hand.ask, hand.request, completion, hand.replies)
 
     def _committed(self, asks: Sequence[Ask]) -> None:

@@ -1,49 +1,31 @@
-"""One model on the held-out items: completions committed as they come, then graded, measured and written down.
-
-What the engine was paid for is stored raw before anything parses it. A batch of completions is a committed segment in
-runs/NAME/evaluation/MODEL.items/, so a SIGKILL costs at most one batch and what was in flight; grading starts from the
-stored token ids every time and is repeatable. Items are keyed by the harness (model fingerprint, engine, template,
-sampling, seed): completions of another model or another template are never mixed in, they are simply not seen.
-"""
+"""One model on the held-out items: completions stored as they come (student/item_store.py), then graded, measured and written
+down. Grading starts from the stored token ids every time and is repeatable."""
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from configs.errors import UnusableInput
 from configs.evaluation import Evaluate
 from configs.sampling import Sampling
 from data.chat import dialect_of, encode_prompt
-from data.engine import Completion, Engine, Request, request_under
-from data.records import FinishReason, Prompt, digest, request_seed
-from data.store import (
-    RunFolder,
-    commit_segment,
-    read_first_copies,
-)
+from data.confidence import FLOOR
+from data.engine import Engine, Request, request_under
+from data.records import Prompt, digest, request_seed
+from data.store import RunFolder
 from data.structure import count_reasoning_tokens, split_reasoning
 from data.verify.exact import is_abstention
 from data.verify.runner import Item, judge
+from student.item_store import AttemptKey, ItemStore, Output
 from student.results import ItemResult, write_results
 from student.scoring import Grade, GradedItem, Metrics, grade_answer, measure
 
 Progress = Callable[[int, int], None]
 """Called with (items done, items in all)."""
-
-OUTPUT = pa.schema(
-    [
-        ("item_id", pa.string()),
-        ("prompt_id", pa.string()),
-        ("token_ids", pa.list_(pa.int32())),
-        ("finish_reason", pa.string()),
-        ("seconds", pa.float64()),
-    ]
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,16 +48,6 @@ class Harness:
     @property
     def key(self) -> str:
         return digest(dataclasses.asdict(self))
-
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """What the model wrote for one item, raw. token_ids end with the stop token when finish_reason is `stop`."""
-
-    prompt_id: str
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason
-    seconds: float
 
 
 def harness_of(engine: Engine, tokenizer: PreTrainedTokenizerBase, settings: Evaluate, model_fingerprint: str) -> Harness:
@@ -120,18 +92,18 @@ def evaluate_model(
     """
     check_items(items)
     harness = harness_of(engine, tokenizer, settings, model_fingerprint)
-    folder = run.evaluation / f"{name}.items"
-    outputs = read_outputs(folder, harness)
-    if missing := [item for item in items if item.prompt_id not in outputs]:
+    store = ItemStore(run.evaluation / f"{name}.items", harness.key, segment_rows=settings.batch_size)
+    outputs = store.outputs()
+    attempts = [(item, AttemptKey(item.prompt_id, sample)) for item in items for sample in range(settings.samples)]
+    if missing := [(item, key) for item, key in attempts if key not in outputs]:
         engine.load()
-        requests = requests_for(missing, tokenizer, settings.sampling, settings.seed)
-        done = len(items) - len(missing)
-        for batch in committed_batches(engine.generate(requests), folder, harness, name, settings.batch_size):
-            done += batch
+        done = len(attempts) - len(missing)
+        for committed in store.complete(engine, requests_for(missing, tokenizer, settings.sampling, settings.seed)):
+            done += committed
             if progress is not None:
-                progress(done, len(items))
-        outputs = read_outputs(folder, harness)
-    results = grade_outputs(items, outputs, tokenizer, harness, judge_timeout_s)
+                progress(done, len(attempts))
+        outputs = store.outputs()
+    results = grade_outputs([(item, outputs[key]) for item, key in attempts], tokenizer, harness, judge_timeout_s)
     metrics = measure([_graded(result) for result in results], seed=settings.seed)
     write_results(run, name, results, metrics, dataclasses.asdict(harness) | {"key": harness.key})
     return metrics
@@ -154,68 +126,26 @@ def check_items(items: Sequence[Prompt]) -> None:
 # --- completions -------------------------------------------------------------------------------------------------
 
 
-def item_identity(prompt_id: str, harness: Harness) -> str:
-    return digest(prompt_id, harness.key)
-
-
-def requests_for(items: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, sampling: Sampling, seed: int) -> list[Request]:
-    """One request an item, longest prompt first so that prefill batches are of like length. Its seed is its identity's."""
+def requests_for(
+    attempts: Sequence[tuple[Prompt, AttemptKey]], tokenizer: PreTrainedTokenizerBase, sampling: Sampling, seed: int
+) -> list[tuple[AttemptKey, Request]]:
+    """One request an attempt, longest prompt first so that prefill batches are of like length. Its seed is its identity's."""
     stop_ids = dialect_of(tokenizer).stop_ids(tokenizer)
     requests = [
-        request_under(
-            sampling,
-            request_id=item.prompt_id,
-            prompt_ids=encode_prompt(tokenizer, item.messages),  # type: ignore[arg-type]
-            stop_ids=stop_ids,
-            seed=request_seed(item.prompt_id, seed),
-            messages=item.messages,
+        (
+            key,
+            request_under(
+                sampling,
+                request_id=item.prompt_id,
+                prompt_ids=encode_prompt(tokenizer, item.messages),  # type: ignore[arg-type]
+                stop_ids=stop_ids,
+                seed=request_seed(digest(*key), seed),
+                messages=item.messages,
+            ),
         )
-        for item in items
+        for item, key in attempts
     ]
-    return sorted(requests, key=lambda request: (-len(request.prompt_ids), request.request_id))
-
-
-def committed_batches(completions: Iterable[Completion], folder: Path, harness: Harness, worker: str, size: int) -> Iterator[int]:
-    """Commits `size` completions at a time and yields how many; what is in hand when the engine fails is committed too."""
-    batch: list[Completion] = []
-    try:
-        for completion in completions:
-            batch.append(completion)
-            if len(batch) == size:
-                commit_outputs(folder, batch, harness, worker)
-                batch.clear()
-                yield size
-    finally:
-        if batch:
-            commit_outputs(folder, batch, harness, worker)
-    if batch:
-        yield len(batch)
-
-
-def commit_outputs(folder: Path, batch: Sequence[Completion], harness: Harness, worker: str) -> None:
-    rows = [
-        {
-            "item_id": item_identity(completion.request_id, harness),
-            "prompt_id": completion.request_id,
-            "token_ids": completion.token_ids,
-            "finish_reason": completion.finish_reason,
-            "seconds": completion.seconds,
-        }
-        for completion in batch
-    ]
-    commit_segment(folder, pa.Table.from_pylist(rows, schema=OUTPUT), worker=worker, facts={"harness": harness.key})
-
-
-def read_outputs(folder: Path, harness: Harness) -> dict[str, Output]:
-    """prompt_id -> its first committed completion under this harness, hashes verified."""
-    found: dict[str, Output] = {}
-    if not folder.is_dir():
-        return found
-    for table in read_first_copies(folder, key="item_id"):
-        for row in table.to_pylist():
-            if row.pop("item_id") == item_identity(row["prompt_id"], harness):
-                found[row["prompt_id"]] = Output(**row | {"token_ids": tuple(row["token_ids"])})
-    return found
+    return sorted(requests, key=lambda one: (-len(one[1].prompt_ids), one[0]))
 
 
 # --- grading -----------------------------------------------------------------------------------------------------
@@ -229,6 +159,8 @@ class Parsed:
     answer: str
     problem: str
     reasoning_tokens: int
+    confidence: float | None
+    """exp of the answer's mean logprob, its length-normalised likelihood (arXiv 2002.07650); None without logprobs or answer."""
 
 
 def parse_output(output: Output, tokenizer: PreTrainedTokenizerBase, harness: Harness) -> Parsed:
@@ -242,26 +174,29 @@ def parse_output(output: Output, tokenizer: PreTrainedTokenizerBase, harness: Ha
     split = split_reasoning(text, prompt_opens_think=harness.prompt_opens_think)
     reasoning_tokens = count_reasoning_tokens(spoken, tokenizer, prompt_opens_think=harness.prompt_opens_think)
     problem = split.problem or {"stop": "", "length": "truncated", "loop": "looped", "abort": "aborted"}[output.finish_reason]
-    return Parsed(split.reasoning, "" if problem else split.answer.strip(), problem, reasoning_tokens)
+    answer = "" if problem else split.answer.strip()
+    confidence = answer_confidence(output.logprobs, reasoning_tokens) if answer else None
+    return Parsed(split.reasoning, answer, problem, reasoning_tokens, confidence)
+
+
+def answer_confidence(logprobs: Sequence[float], reasoning_tokens: int) -> float | None:
+    said = [max(value, FLOOR) for value in logprobs[reasoning_tokens:] if not math.isnan(value)]
+    return math.exp(math.fsum(said) / len(said)) if said else None
 
 
 def grade_outputs(
-    items: Sequence[Prompt],
-    outputs: Mapping[str, Output],
-    tokenizer: PreTrainedTokenizerBase,
-    harness: Harness,
-    judge_timeout_s: float,
+    attempts: Sequence[tuple[Prompt, Output]], tokenizer: PreTrainedTokenizerBase, harness: Harness, judge_timeout_s: float
 ) -> list[ItemResult]:
-    """One result an item, in the items' order. Abstentions and empty answers never reach a verifier."""
-    parsed = {item.prompt_id: parse_output(outputs[item.prompt_id], tokenizer, harness) for item in items}
+    """One result an attempt, in the order given. Abstentions and empty answers never reach a verifier."""
+    parsed = [parse_output(output, tokenizer, harness) for _, output in attempts]
     judged = [
-        item
-        for item in items
-        if (answer := parsed[item.prompt_id].answer) and not is_abstention(answer) and item.known is not False
+        index
+        for index, (item, _) in enumerate(attempts)
+        if (answer := parsed[index].answer) and not is_abstention(answer) and item.known is not False
     ]
-    scores = verifier_scores([(item, parsed[item.prompt_id].answer) for item in judged], judge_timeout_s)
-    score_of = dict(zip((item.prompt_id for item in judged), scores, strict=True))
-    return [_result(item, outputs[item.prompt_id], parsed[item.prompt_id], score_of.get(item.prompt_id)) for item in items]
+    scores = verifier_scores([(attempts[index][0], parsed[index].answer) for index in judged], judge_timeout_s)
+    score_of = dict(zip(judged, scores, strict=True))
+    return [_result(item, output, parsed[index], score_of.get(index)) for index, (item, output) in enumerate(attempts)]
 
 
 def _result(item: Prompt, output: Output, parsed: Parsed, score: float | None) -> ItemResult:
@@ -270,6 +205,7 @@ def _result(item: Prompt, output: Output, parsed: Parsed, score: float | None) -
         grade = Grade.UNGRADED  # the engine failed, not the model; `grades` in the figures says how often
     return ItemResult(
         prompt_id=item.prompt_id,
+        sample=output.sample,
         task=item.task,
         known=item.known,
         question=next((message.get("content", "") for message in reversed(item.messages) if message.get("role") == "user"), ""),
@@ -278,9 +214,12 @@ def _result(item: Prompt, output: Output, parsed: Parsed, score: float | None) -
         answer=parsed.answer,
         problem=parsed.problem,
         grade=grade.value,
+        confidence=parsed.confidence,
+        prompt_tokens=output.prompt_tokens,
         reasoning_tokens=parsed.reasoning_tokens,
         output_tokens=len(output.token_ids),
         finish_reason=output.finish_reason,
+        cost=output.cost,
     )
 
 

@@ -18,9 +18,11 @@ from student.scoring import Interval, Metrics
 
 @dataclass(frozen=True, slots=True)
 class ItemResult:
-    """One row of MODEL.arrow: the item, what came back, and its grade. problem: why there is no answer, or ""."""
+    """One row of MODEL.arrow: an attempt at an item, what came back, and its grade. problem: why there is no answer, or "".
+    confidence: the answer's length-normalised likelihood in [0, 1], or None. cost: dollars, where the engine knows."""
 
     prompt_id: str
+    sample: int
     task: str
     known: bool | None
     question: str
@@ -29,12 +31,18 @@ class ItemResult:
     answer: str
     problem: str
     grade: str
+    confidence: float | None
+    prompt_tokens: int
     reasoning_tokens: int
     output_tokens: int
     finish_reason: FinishReason
+    cost: float
 
 
-_RESULT_TYPES = {"known": pa.bool_(), "reasoning_tokens": pa.int32(), "output_tokens": pa.int32()}
+_RESULT_TYPES = {
+    "sample": pa.int32(), "known": pa.bool_(), "confidence": pa.float64(), "prompt_tokens": pa.int32(),
+    "reasoning_tokens": pa.int32(), "output_tokens": pa.int32(), "cost": pa.float64(),
+}  # fmt: skip
 RESULT = pa.schema([(field.name, _RESULT_TYPES.get(field.name, pa.string())) for field in dataclasses.fields(ItemResult)])
 
 
@@ -45,11 +53,12 @@ def write_results(
     harness: what the figures depend on besides the items (sampling, template, model), as JSON values."""
     rows = table_bytes(pa.Table.from_pylist([dataclasses.asdict(result) for result in results], schema=RESULT))
     write_bytes(run.evaluation / f"{name}.arrow", rows)
+    items = sorted({result.prompt_id for result in results})
     record = {
         "name": name,
         "metrics": dataclasses.asdict(metrics),
         "harness": dict(harness),
-        "items": {"num": len(results), "digest": digest(sorted(result.prompt_id for result in results))},
+        "items": {"num": len(items), "digest": digest(items)},
         "rows_sha256": hashlib.sha256(rows).hexdigest(),
     }
     write_json(run.evaluation / f"{name}.json", record)

@@ -210,5 +210,20 @@ def _result(item: Prompt, rng: random.Random, right: float, invents: float) -> I
         grade, answer = (Grade.CORRECT, item.answer) if rng.random() < right else (Grade.INCORRECT, f"7{item.answer}")
     question, reasoning = str(item.messages[0].get("content")), EVIL if item.task == "chain_sum" else "4+3+0=07, 1+9+0=10."
     return ItemResult(
-        item.prompt_id, item.task, item.known, question, item.answer, reasoning, answer, "", grade.value, 40, 46, "stop"
+        item.prompt_id,
+        0,
+        item.task,
+        item.known,
+        question,
+        item.answer,
+        reasoning,
+        answer,
+        "",
+        grade.value,
+        0.9,
+        30,
+        40,
+        46,
+        "stop",
+        0.0,
     )

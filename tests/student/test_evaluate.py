@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import signal
 import subprocess
@@ -17,10 +18,10 @@ from configs.evaluation import Evaluate
 from configs.sampling import Sampling
 from data.byte_tokenizer import build_byte_tokenizer
 from data.chat import dialect_of
-from data.engine import Completion, ExpertStats, Handout, Request, Scores
+from data.engine import Completion, ExpertStats, Handout, Partial, Request, Scores
 from data.records import FinishReason, Prompt, prompt_identity
 from data.store import RunFolder, segments
-from student.evaluate import evaluate_model
+from student.evaluate import answer_confidence, evaluate_model
 from student.results import evaluation_files, read_metrics, read_results
 from student.scoring import Metrics
 
@@ -297,7 +298,7 @@ KILLED = """
 """
 
 
-def test_sigkill_loses_at_most_one_batch(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_sigkill_loses_no_completion(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     killed = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path)],
         cwd=Path(__file__).parents[2], env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300, check=False,
@@ -306,4 +307,52 @@ def test_sigkill_loses_at_most_one_batch(tokenizer: PreTrainedTokenizerBase, tmp
     run, engine = RunFolder(tmp_path), ScriptedEngine(tokenizer, echo)
     assert sum(segment.rows for segment in segments(run.evaluation / "student.items")) == 6  # two batches of three
     assert run_evaluation(engine, numbered(12), run, batch_size=3).accuracy == 1.0
-    assert len(engine.asked) == 6
+    assert len(engine.asked) == 5  # the seventh was in the journal; the eighth and the four after it were never said
+    assert not list((run.evaluation / "student.journal").iterdir())
+
+
+def test_an_unfinished_completion_goes_on_where_it_was(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """And comes out as if nothing had happened; what it said is asked for once."""
+
+    class Slow(ScriptedEngine):
+        """Hands out every token; dies before the end of the second answer."""
+
+        def generate(self, requests: Iterable[Request], handout: Handout | None = None) -> Iterator[Completion]:
+            assert handout is not None
+            for completion in super().generate(requests, handout):
+                cut = len(completion.token_ids) - 3
+                handout.take(Partial(completion.request_id, completion.token_ids[:cut], completion.logprobs[:cut]))
+                if len(self.asked) == 2 and self.fail_after is not None:
+                    raise RuntimeError("the engine died")
+                yield completion
+
+    run, whole = RunFolder(tmp_path / "a"), RunFolder(tmp_path / "b")
+    with pytest.raises(RuntimeError, match="died"):
+        run_evaluation(Slow(tokenizer, echo, fail_after=9), numbered(3), run, batch_size=9)
+    second = Slow(tokenizer, echo)
+    run_evaluation(second, numbered(3), run, batch_size=9)
+    expected = Slow(tokenizer, echo)
+    run_evaluation(expected, numbered(3), whole, batch_size=9)
+    assert len(second.asked) == 2 and sum(len(request.prefix_ids) > 0 for request in second.asked) == 1
+    assert read_results(run, "student") == read_results(whole, "student")
+
+
+def test_samples_are_attempts_of_their_own(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    engine, run = ScriptedEngine(tokenizer, echo), RunFolder(tmp_path)
+    settings = Evaluate(sampling=Sampling(temperature=1.0, max_tokens=32), samples=3, batch_size=4)
+    metrics = evaluate_model("student", engine, tokenizer, numbered(4), settings, run, model_fingerprint="weights")
+    rows = read_results(run, "student")
+    assert len({request.seed for request in engine.asked}) == 12
+    assert [(row.prompt_id, row.sample) for row in rows] == [(one.prompt_id, n) for one in numbered(4) for n in range(3)]
+    assert json.loads((run.evaluation / "student.json").read_text())["items"]["num"] == 4 and metrics.accuracy == 1.0
+    again = ScriptedEngine(tokenizer, echo)
+    evaluate_model("student", again, tokenizer, numbered(4), settings, run, model_fingerprint="weights")
+    assert not again.asked
+    with pytest.raises(ValueError, match="samples 2 of greedy decoding are all the same"):
+        Evaluate(samples=2)
+
+
+def test_confidence_is_the_likelihood_of_the_answer_by_the_token() -> None:
+    assert answer_confidence((-9.0, -9.0, -0.5, -1.5), 2) == pytest.approx(math.exp(-1.0), abs=1e-12)
+    assert answer_confidence((-0.5, math.nan, -9999.0), 0) == pytest.approx(math.exp(-10.25), abs=1e-12)
+    assert answer_confidence((), 0) is None and answer_confidence((-0.5,), 1) is None

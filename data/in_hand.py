@@ -1,4 +1,4 @@
-"""Answers that a worker has in hand, as its journal keeps them: written down token by token, taken up by another worker
+"""Answers that a process has in hand, as its journal keeps them: written down token by token, taken up by another process
 where they were left.
 
 Legend: T tokens, K kept logits, C temperatures.
@@ -7,24 +7,37 @@ Legend: T tokens, K kept logits, C temperatures.
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
 from data.engine import Completion, Partial, Request, TopLogits
 from data.expert_load import CountedLoad, summarise
 from data.journal import Entry, Journal, Salvage
-from generate.claims import Ask
 
 TOP = ("top_ids", "top_logits", "log_z")
 
 
+class Asked(Protocol):
+    """Who asks. trace_id: under which the journal keeps it. salvage: what an earlier process left of it."""
+
+    @property
+    def trace_id(self) -> str: ...
+
+    @property
+    def salvage(self) -> Salvage | None: ...
+
+
+Asker = TypeVar("Asker", bound=Asked)
+
+
 @dataclass(slots=True)
-class InHand:
+class InHand(Generic[Asker]):
     """A request that was asked. journalled: how many of its output tokens the journal's newest file holds, and said: which.
     replies: what a server returned for it so far, the last of which is the answer. paid: dollars for those that an earlier
     holder got."""
 
-    ask: Ask
+    ask: Asker
     request: Request
     journalled: int = 0
     said: tuple[int, ...] = ()
