@@ -12,7 +12,7 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from data.engine import Engine
     from data.row_check import TrainedIds
     from data.stage import Context, Stage
+    from student.stages import Target
     from teacher.judge import JudgeEngine
 
 DISK_ERRORS = {
@@ -132,6 +133,10 @@ def run(
 
     refusal = None
     for stage in _all_stages():
+        if stage.name == "headroom":
+            if context.recipe.evaluate.headroom is not None:
+                _require_headroom(context)
+            continue
         if refusal is not None and stage.name == "export":
             context.console.print("export    not made: a gate refused this student")
             continue
@@ -163,6 +168,7 @@ def _check_models(named: Invocation) -> None:
 def _all_stages() -> list["Stage"]:
     return [
         prompts_stage(),
+        _headroom_stage(),
         generate_stage(),
         _data_stage(),
         train_stage(),
@@ -187,17 +193,37 @@ def _print_result(context: "Context", as_json: bool) -> None:
 
 
 def evaluate(
-    config: Config, overrides: Overrides = None, run_dir: RunDir = None, dry_run: DryRun = False, as_json: AsJson = False
+    config: Config,
+    models: Annotated[list[str] | None, typer.Argument(help="With --compare: teacher, base, student, export/FORMAT, ...")] = None,
+    overrides: Overrides = None,
+    run_dir: RunDir = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="MODELS side by side, under one harness, with cost and tokens.")
+    ] = False,
+    headroom: Annotated[
+        bool, typer.Option("--headroom", help="Teacher and base only: is there something to distil? Before any training.")
+    ] = False,
 ) -> None:
     """Teacher, base and student on the same held-out items; exit code 3 when a gate says no."""
     from data.stage import run_stage
 
     named = Invocation(config, overrides, run_dir)
+    if compare != bool(models) or (compare and headroom):
+        raise UnusableInput("evaluate: expected --compare with the models to compare, --headroom alone, or neither")
     if dry_run:
-        print_plan(lambda: [_evaluate_stage()], named)
+        print_plan(lambda: [_headroom_stage() if headroom else _evaluate_stage()], named)
         return
     context = named.open()
     from student.stages import gate_refusal
+
+    if compare:
+        _compare(context, models or [], as_json)
+        return
+    if headroom:
+        _require_headroom(context)
+        return
 
     run_stage(_evaluate_stage(), context)
     refusal = gate_refusal(context)
@@ -206,6 +232,28 @@ def evaluate(
 
         print(json.dumps(report_json(context.run)))
     if refusal is not None:
+        raise refusal
+
+
+def _compare(context: "Context", models: list[str], as_json: bool) -> None:
+    from data.stage import exclusive
+    from student.compare import compare_models
+
+    with exclusive(context.run, "compare"):
+        found = compare_models(context, models, _target)
+    print(found.text)
+    context.console.print(f"written: {found.path}", highlight=False, soft_wrap=True)
+    if as_json:
+        print(json.dumps(found.values))
+
+
+def _require_headroom(context: "Context") -> None:
+    """Teacher and base are measured, and the teacher is better by more than chance; whatever else is refused (exit 3)."""
+    from data.stage import run_stage
+    from student.stages import headroom_refusal
+
+    run_stage(_headroom_stage(), context)
+    if (refusal := headroom_refusal(context)) is not None:
         raise refusal
 
 
@@ -375,31 +423,26 @@ def _judge(settings: "Judging") -> "Model":
     return Model(lambda: identity_of(settings), lambda: engine().codec, engine)
 
 
-def _target(context: "Context", name: str) -> Any:
-    """An evaluation target: the teacher through its recipe's engine, students through the local one."""
-    from data.store import sha256_file
-    from student.folders import resolve, weights_sha256
+def _target(context: "Context", name: str) -> "Target":
+    """An evaluation target: the teacher through its recipe's engine, others through the local one or their server."""
+    from generate.launch import teacher_fingerprint
     from student.model import load_tokenizer as load_student_tokenizer
     from student.stages import Target
+    from student.targets import target_spec
     from teacher.engines import load_tokenizer as load_teacher_tokenizer
-    from teacher.engines import open_evaluation_engine, open_local_engine
+    from teacher.engines import open_evaluation_engine, open_local_engine, open_server
 
-    recipe, run = context.recipe, context.run
-    settings = recipe.evaluate
-    if name == "teacher":
-        from generate.launch import teacher_fingerprint
-
-        engine = open_evaluation_engine(recipe.teacher, batch_size=settings.batch_size)
-        return Target(engine, load_teacher_tokenizer(recipe.teacher), teacher_fingerprint(context))
-    folder, adapter = resolve(recipe.student.model), None
-    if name == "student":
-        adapter = run.checkpoints / "adapter"
-    elif name == "export":
-        folder = run.export / "merged"
-    dtype = recipe.export.dtype if name == "export" else recipe.train.dtype
-    engine = open_local_engine(folder, adapter=adapter, dtype=dtype, batch_size=settings.batch_size)
-    fingerprint = weights_sha256(folder) + (sha256_file(adapter / "adapter_model.safetensors") if adapter else "")
-    return Target(engine, load_student_tokenizer(str(folder)), fingerprint)
+    spec, settings = target_spec(context.recipe, context.run, name), context.recipe.evaluate
+    if spec.kind == "teacher":
+        teacher = context.recipe.teacher
+        engine = open_evaluation_engine(teacher, batch_size=settings.batch_size)
+        return Target(spec, engine, load_teacher_tokenizer(teacher), teacher_fingerprint(context))
+    if spec.server is not None:
+        tokenizer = load_student_tokenizer(spec.tokenizer)
+        return Target(spec, open_server(spec.server, tokenizer), tokenizer, spec.fingerprint())
+    assert spec.folder is not None
+    engine = open_local_engine(spec.folder, adapter=spec.adapter, dtype=spec.dtype, batch_size=settings.batch_size)
+    return Target(spec, engine, load_student_tokenizer(str(spec.folder)), spec.fingerprint())
 
 
 def _evaluate_stage() -> "Stage":
@@ -407,6 +450,13 @@ def _evaluate_stage() -> "Stage":
     from student.stages import evaluate_stage
 
     return evaluate_stage(_target, teacher_fingerprint)
+
+
+def _headroom_stage() -> "Stage":
+    from generate.launch import teacher_fingerprint
+    from student.stages import headroom_stage
+
+    return headroom_stage(_target, teacher_fingerprint)
 
 
 def _export_stage() -> "Stage":

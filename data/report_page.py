@@ -189,14 +189,14 @@ def measures(run: RunFolder, found: Mapping[str, ModelFigures]) -> tuple[Measure
         return ()
     intervals = student_intervals(run)
 
-    def measure(title: str, note: str, figure: str, interval: str) -> Measure:
+    def measure(title: str, note: str, figure: str) -> Measure:
         values = {name: found[name].get(figure) if name in found else None for name in COMPARED}
         base, student, teacher = (value if isinstance(value, float) else None for value in values.values())
-        return Measure(title, note, base, student, teacher, intervals.get(interval))
+        return Measure(title, note, base, student, teacher, intervals.get(figure))
 
     return (
-        measure("Accuracy", "answerable items; higher is better", "accuracy", "accuracy_interval"),
-        measure("Hallucination rate", "closed-book items; lower is better", "hallucination_rate", "hallucination_interval"),
+        measure("Accuracy", "answerable items; higher is better", "accuracy"),
+        measure("Hallucination rate", "closed-book items; lower is better", "hallucination_rate"),
     )
 
 
@@ -205,7 +205,7 @@ def student_intervals(run: RunFolder) -> dict[str, tuple[float, float]]:
     if not path.is_file():
         return {}
     metrics = read_json(path)["metrics"]
-    return {name: (value[0], value[1]) for name, value in metrics.items() if name.endswith("_interval") and value}
+    return {name: (float(low), float(high)) for name, (low, high) in metrics.get("intervals", {}).items()}
 
 
 # --- where it comes from -----------------------------------------------------------------------------------------
@@ -226,7 +226,7 @@ def provenance(run: RunFolder) -> tuple[tuple[str, str], ...]:
 
 
 def _stage_folders(run: RunFolder) -> tuple[Path, ...]:
-    return (run.prompts, run.traces, run.dataset, run.checkpoints, run.evaluation, run.export)
+    return (run.prompts, run.headroom, run.traces, run.dataset, run.checkpoints, run.evaluation, run.export)
 
 
 def _manifest_line(rollup: Rollup) -> str:

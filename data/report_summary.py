@@ -11,7 +11,7 @@ from data.store import RunFolder, read_json, read_rollup
 
 MODELS = ("teacher", "base", "student", "export")
 FIGURES = ("accuracy", "by_family", "hallucination_rate", "abstention_rate", "omniscience_index", "reasoning_tokens_per_correct")
-STAGES = ("prompts", "generate", "data", "train", "evaluate", "export")
+STAGES = ("prompts", "headroom", "generate", "data", "train", "evaluate", "export")
 
 
 class ModelFigures(TypedDict):
@@ -116,7 +116,7 @@ def ledger_figures(run: RunFolder) -> LedgerFigures | None:
 def stage_seconds(run: RunFolder) -> dict[str, float | None]:
     """Seconds of every stage of the pipeline, null while it has not finished; a resumed stage counts all its attempts."""
     seconds: dict[str, float | None] = dict.fromkeys(STAGES)
-    for folder in (run.prompts, run.traces, run.dataset, run.checkpoints, run.evaluation, run.export):
+    for folder in (run.prompts, run.headroom, run.traces, run.dataset, run.checkpoints, run.evaluation, run.export):
         if (rollup := read_rollup(folder)) is not None:
             seconds[rollup.stage] = rollup.seconds
     return seconds

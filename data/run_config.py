@@ -34,7 +34,8 @@ FREE = (
     "teacher.engine.price_input_per_million", "teacher.engine.price_output_per_million", "teacher.engine.api_key_env",
     "teacher.engine.ca_file", "generate.segment_traces", "generate.segment_seconds", "generate.checkpoint_tokens",
     "generate.lease_ttl_s", "generate.drain_seconds", "generate.budget", "generate.canary", "generate.retry_failed",
-    "generate.accept_code_change", *(f"train.{name}" for name in FREE_WHILE_TRAINING),
+    "generate.accept_code_change", "evaluate.gates", "evaluate.headroom", "evaluate.models",
+    "evaluate.prices", *(f"train.{name}" for name in FREE_WHILE_TRAINING),
 )  # fmt: skip
 RETIRED = ("train.traces_per_step", "train.tokens_per_micro_batch")
 """Settings of releases before rows were packed."""

@@ -69,6 +69,10 @@ class RunFolder:
         return self.root / "checkpoints"
 
     @property
+    def headroom(self) -> Path:
+        return self.root / "headroom"
+
+    @property
     def evaluation(self) -> Path:
         return self.root / "evaluation"
 

@@ -201,9 +201,9 @@ def cell(text: str) -> str:
 
 
 def accuracy_text(metrics: Metrics) -> str:
-    if metrics.accuracy_interval is None:
+    if (interval := metrics.intervals.get("accuracy")) is None:
         return percent(metrics.accuracy)
-    low, high = metrics.accuracy_interval
+    low, high = interval
     return f"{percent(metrics.accuracy)} ({100 * low:.1f} to {100 * high:.1f})"
 
 

@@ -4,13 +4,13 @@ down. Grading starts from the stored token ids every time and is repeatable."""
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
 from configs.errors import UnusableInput
-from configs.evaluation import Evaluate
+from configs.evaluation import Evaluate, Price
 from configs.sampling import Sampling
 from data.chat import dialect_of, encode_prompt
 from data.confidence import FLOOR
@@ -20,9 +20,10 @@ from data.store import RunFolder
 from data.structure import count_reasoning_tokens, split_reasoning
 from data.verify.exact import is_abstention
 from data.verify.runner import Item, judge
+from student.grades import Grade, grade_answer
 from student.item_store import AttemptKey, ItemStore, Output
 from student.results import ItemResult, write_results
-from student.scoring import Grade, GradedItem, Metrics, grade_answer, measure
+from student.scoring import Metrics, measure
 
 Progress = Callable[[int, int], None]
 """Called with (items done, items in all)."""
@@ -82,10 +83,13 @@ def evaluate_model(
     *,
     model_fingerprint: str,
     judge_timeout_s: float = 10.0,
+    price: Price | None = None,
+    trained_families: Collection[str] = (),
 ) -> Metrics:
     """evaluation/NAME.json (figures and harness) and NAME.arrow (one row an item) stand in the run folder.
 
-    The engine is loaded here, and only when some item has no committed completion yet; closing it is the caller's part.
+    The engine is loaded here, and only when some attempt has no committed completion yet; closing it is the caller's part.
+    trained_families: of the training prompts; items of other families are `unseen`.
 
     Raises:
         UnusableInput: no items, an item twice, or a committed segment whose bytes changed.
@@ -104,7 +108,11 @@ def evaluate_model(
                 progress(done, len(attempts))
         outputs = store.outputs()
     results = grade_outputs([(item, outputs[key]) for item, key in attempts], tokenizer, harness, judge_timeout_s)
-    metrics = measure([_graded(result) for result in results], seed=settings.seed)
+    results = [
+        dataclasses.replace(result, cost=cost_of(result, price), is_unseen=result.graded.family not in trained_families)
+        for result in results
+    ]
+    metrics = measure([result.graded for result in results], seed=settings.seed)
     write_results(run, name, results, metrics, dataclasses.asdict(harness) | {"key": harness.key})
     return metrics
 
@@ -219,14 +227,17 @@ def _result(item: Prompt, output: Output, parsed: Parsed, score: float | None) -
         reasoning_tokens=parsed.reasoning_tokens,
         output_tokens=len(output.token_ids),
         finish_reason=output.finish_reason,
-        cost=output.cost,
+        cost=output.cost or None,
+        is_unseen=False,
+        twin_of="",
     )
 
 
-def _graded(result: ItemResult) -> GradedItem:
-    return GradedItem(
-        result.task, result.known, Grade(result.grade), result.reasoning_tokens, result.output_tokens, result.finish_reason
-    )
+def cost_of(result: ItemResult, price: Price | None) -> float | None:
+    """Dollars of an attempt, at the recipe's price of this model, else as its engine said."""
+    if price is None:
+        return result.cost
+    return (result.prompt_tokens * price.input + result.output_tokens * price.output) / 1e6
 
 
 def verifier_scores(judged: Sequence[tuple[Prompt, str]], timeout_s: float) -> list[float | None]:

@@ -1,33 +1,62 @@
-"""Gates: bounds on the student's figures, judged from figures alone. The caller decides what a refusal means."""
+"""Gates: bounds on the student's figures, and headroom: is there something to distil? Judged from graded items alone; the caller
+decides what a refusal means."""
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from configs.errors import Refused
-from configs.evaluation import Gate, MetricName
-from student.scoring import Metrics
+from configs.evaluation import Gate, Gated, Headroom, read_gate
+from student.grades import GradedItem
+from student.paired import Paired, difference, quotient
+from student.resampling import Interval
+from student.scoring import RATIOS, Metrics
 
 ROUNDING = 1e-9
 """Differences of rates are not exact: 0.3 - 0.2 is under 0.1, 0.4 - 0.3 over it. Far below one item in any suite."""
 
 
-class GateRow(NamedTuple):
-    """One gate's verdict. value is None when the figure could not be computed, and then the gate has not been passed."""
+class Evaluated(NamedTuple):
+    """One model's figures and the attempts that they stand on."""
 
-    metric: MetricName
+    metrics: Metrics
+    items: Sequence[GradedItem]
+
+
+class GateRow(NamedTuple):
+    """One gate's verdict. value is None when the figure could not be computed, and then the gate has not been passed. low, high:
+    its 95 % interval, which had to keep the bound where by_interval."""
+
+    metric: str
     value: float | None
     min: float | None
     max: float | None
     passed: bool
+    low: float | None = None
+    high: float | None = None
+    by_interval: bool = False
 
 
-def judge(gates: Mapping[MetricName, Gate], *, student: Metrics, teacher: Metrics | None = None) -> list[GateRow]:
-    """One row a gate, in the recipe's order. `teacher` is needed by the metrics that compare with it."""
+def judge(
+    gates: Mapping[str, Gate],
+    *,
+    student: Evaluated,
+    teacher: Evaluated | None = None,
+    base: Evaluated | None = None,
+    seed: int = 0,
+) -> list[GateRow]:
+    """One row a gate, in the recipe's order. `teacher` and `base` are needed by the gates that compare with them."""
+    models = {"teacher": teacher, "base": base}
     rows = []
-    for metric, gate in gates.items():
-        value = metric_value(metric, student, teacher)
-        rows.append(GateRow(metric, value, gate.min, gate.max, within(value, gate)))
+    for name, gate in gates.items():
+        gated = read_gate(name)
+        other = models[gated.reference] if gated.reference else None
+        value, interval = gated_figure(gated, student, other, seed)
+        low, high = interval or (None, None)
+        passed = within(value, gate) and (
+            not gate.interval or (interval is not None and all(within(end, gate) for end in interval))
+        )
+        rows.append(GateRow(name, value, gate.min, gate.max, passed, low, high, gate.interval))
     return rows
 
 
@@ -38,25 +67,62 @@ def within(value: float | None, gate: Gate) -> bool:
     return (gate.min is None or value >= gate.min - ROUNDING) and (gate.max is None or value <= gate.max + ROUNDING)
 
 
-def metric_value(metric: MetricName, student: Metrics, teacher: Metrics | None) -> float | None:
-    """The gated figure: one of the student's own, or one set against the teacher's."""
-    match metric:
-        case "accuracy_of_teacher":
-            if teacher is None or student.accuracy is None or not teacher.accuracy:
-                return None
-            return student.accuracy / teacher.accuracy
-        case "hallucination_above_teacher":
-            if teacher is None or student.hallucination_rate is None or teacher.hallucination_rate is None:
-                return None
-            return student.hallucination_rate - teacher.hallucination_rate
-        case _:
-            return getattr(student, metric)
+def gated_figure(gated: Gated, student: Evaluated, other: Evaluated | None, seed: int) -> tuple[float | None, Interval | None]:
+    """The figure that a gate is about, and its interval; a comparison's is paired, item by item."""
+    metrics, items = of_slice(student, gated.slice)
+    if not gated.relation:
+        return (None, None) if metrics is None else (getattr(metrics, gated.metric), metrics.intervals.get(gated.metric))
+    if other is None or metrics is None:
+        return None, None
+    their_metrics, their_items = of_slice(other, gated.slice)
+    if their_metrics is None:
+        return None, None
+    if gated.metric in RATIOS:
+        paired = (quotient if gated.relation == "of" else difference)(items, their_items, gated.metric, seed=seed)
+        return paired.value, paired.interval
+    mine, theirs = getattr(metrics, gated.metric), getattr(their_metrics, gated.metric)
+    if mine is None or theirs is None or (gated.relation == "of" and not theirs):
+        return None, None
+    return (mine / theirs if gated.relation == "of" else mine - theirs), None
+
+
+def of_slice(evaluated: Evaluated, name: str) -> tuple[Metrics | None, list[GradedItem]]:
+    if not name:
+        return evaluated.metrics, list(evaluated.items)
+    return evaluated.metrics.slices.get(name), [item for item in evaluated.items if name in item.slices]
+
+
+# --- headroom ----------------------------------------------------------------------------------------------------
+
+
+def headroom_refusal(
+    settings: Headroom, teacher: Sequence[GradedItem], base: Sequence[GradedItem], *, seed: int = 0
+) -> Refused | None:
+    """None when the teacher is better than the base by more than the setting demands and more than chance gives."""
+    found = difference(teacher, base, settings.metric, seed=seed)
+    if found.interval is not None and found.interval.low > settings.above:
+        return None
+    return Refused(
+        f"headroom: {headroom_text(found)}; expected the lower end above {settings.above:g}: the teacher is not measurably "
+        "better than the base on these suites, so there is nothing to distil; choose harder suites, more items or another "
+        "teacher, or set evaluate.headroom: null"
+    )
+
+
+def headroom_text(found: Paired) -> str:
+    if found.value is None or found.interval is None:
+        return f"{found.metric} of teacher and base was not measured on {found.num_items} items"
+    low, high = found.interval
+    return f"{found.metric} of the teacher above the base's {found.value:.4g} ({low:.4g} to {high:.4g}, {found.num_items} items)"
+
+
+# --- words -------------------------------------------------------------------------------------------------------
 
 
 def gate_table(rows: Sequence[GateRow]) -> str:
     """The verdicts as aligned text, one line a gate under a header."""
     lines = [("gate", "value", "bound", "")]
-    lines += [(row.metric, shown(row.value), bound_text(row), "passed" if row.passed else "REFUSED") for row in rows]
+    lines += [(row.metric, shown_with_interval(row), bound_text(row), "passed" if row.passed else "REFUSED") for row in rows]
     widths = [max(len(line[column]) for line in lines) for column in range(4)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
 
@@ -65,15 +131,21 @@ def shown(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.4g}"
 
 
+def shown_with_interval(row: GateRow) -> str:
+    """`0.28 (0.21 to 0.34)`."""
+    return shown(row.value) if row.low is None or row.high is None else f"{shown(row.value)} ({row.low:.4g} to {row.high:.4g})"
+
+
 def bound_text(row: GateRow) -> str:
-    """`0.6 to 1`, `>= 0.6` or `<= 0.3`."""
+    """`0.6 to 1`, `>= 0.6` or `<= 0.3`, and whether the whole interval must keep it."""
+    whole = ", by its interval" if row.by_interval else ""
     if row.min is not None and row.max is not None:
-        return f"{row.min:g} to {row.max:g}"
-    return f">= {row.min:g}" if row.min is not None else f"<= {row.max:g}"
+        return f"{row.min:g} to {row.max:g}{whole}"
+    return (f">= {row.min:g}" if row.min is not None else f"<= {row.max:g}") + whole
 
 
 def require(rows: Sequence[GateRow]) -> None:
     """Raises Refused with one line naming every gate that was not passed, its value and its bound."""
-    failed = [f"{row.metric} {shown(row.value)} (expected {bound_text(row)})" for row in rows if not row.passed]
+    failed = [f"{row.metric} {shown_with_interval(row)} (expected {bound_text(row)})" for row in rows if not row.passed]
     if failed:
         raise Refused(f"gates: {'; '.join(failed)}; the run is intact: train longer, change the view, or change evaluate.gates")

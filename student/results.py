@@ -12,14 +12,16 @@ import pyarrow as pa
 from configs.errors import UnusableInput
 from data.records import FinishReason, digest
 from data.store import RunFolder, read_json, read_table, segments, table_bytes, write_bytes, write_json
-from student.gates import GateRow
-from student.scoring import Interval, Metrics
+from student.gates import Evaluated, GateRow
+from student.grades import Grade, GradedItem
+from student.scoring import Metrics
 
 
 @dataclass(frozen=True, slots=True)
 class ItemResult:
     """One row of MODEL.arrow: an attempt at an item, what came back, and its grade. problem: why there is no answer, or "".
-    confidence: the answer's length-normalised likelihood in [0, 1], or None. cost: dollars, where the engine knows."""
+    confidence: the answer's length-normalised likelihood in [0, 1], or None. cost: dollars, None where nobody named a price.
+    is_unseen, twin_of: as in student.grades.GradedItem."""
 
     prompt_id: str
     sample: int
@@ -36,12 +38,21 @@ class ItemResult:
     reasoning_tokens: int
     output_tokens: int
     finish_reason: FinishReason
-    cost: float
+    cost: float | None
+    is_unseen: bool
+    twin_of: str
+
+    @property
+    def graded(self) -> GradedItem:
+        return GradedItem(
+            self.task, self.known, Grade(self.grade), self.reasoning_tokens, self.output_tokens, self.finish_reason,
+            self.prompt_id, self.sample, self.confidence, self.cost, self.is_unseen, self.twin_of,
+        )  # fmt: skip
 
 
 _RESULT_TYPES = {
     "sample": pa.int32(), "known": pa.bool_(), "confidence": pa.float64(), "prompt_tokens": pa.int32(),
-    "reasoning_tokens": pa.int32(), "output_tokens": pa.int32(), "cost": pa.float64(),
+    "reasoning_tokens": pa.int32(), "output_tokens": pa.int32(), "cost": pa.float64(), "is_unseen": pa.bool_(),
 }  # fmt: skip
 RESULT = pa.schema([(field.name, _RESULT_TYPES.get(field.name, pa.string())) for field in dataclasses.fields(ItemResult)])
 
@@ -56,7 +67,7 @@ def write_results(
     items = sorted({result.prompt_id for result in results})
     record = {
         "name": name,
-        "metrics": dataclasses.asdict(metrics),
+        "metrics": metrics.to_json(),
         "harness": dict(harness),
         "items": {"num": len(items), "digest": digest(items)},
         "rows_sha256": hashlib.sha256(rows).hexdigest(),
@@ -78,24 +89,28 @@ def write_gates(run: RunFolder, rows: Sequence[GateRow]) -> Path:
     return path
 
 
-def read_metrics(run: RunFolder, name: str) -> Metrics | None:
-    """The figures of an evaluated model; None when it was not evaluated. Raises UnusableInput for a damaged file."""
-    path = run.evaluation / f"{name}.json"
+def read_metrics(run: RunFolder, name: str, folder: Path | None = None) -> Metrics | None:
+    """The figures of an evaluated model; None when it was not evaluated. folder: absent, evaluation/. Raises UnusableInput for a
+    damaged file."""
+    path = (folder or run.evaluation) / f"{name}.json"
     if not path.is_file():
         return None
     try:
-        values = read_json(path)["metrics"]
-        intervals = {
-            key: Interval(*values[key]) if values[key] else None for key in ("accuracy_interval", "hallucination_interval")
-        }
-        return Metrics(**values | intervals)
+        return Metrics.from_json(read_json(path)["metrics"])
     except (KeyError, TypeError) as error:
         raise UnusableInput(
             f"{path}: not an evaluation of this version ({error}); delete it and run: tracestill evaluate"
         ) from error
 
 
-def read_results(run: RunFolder, name: str) -> list[ItemResult]:
+def read_results(run: RunFolder, name: str, folder: Path | None = None) -> list[ItemResult]:
     """The per-item rows of an evaluated model, verified against the hash in its figures. Raises UnusableInput."""
-    table = read_table(run.evaluation / f"{name}.arrow", sha256=read_json(run.evaluation / f"{name}.json")["rows_sha256"])
+    figures = (folder or run.evaluation) / f"{name}.json"
+    table = read_table(figures.with_name(f"{name}.arrow"), sha256=read_json(figures)["rows_sha256"])
     return [ItemResult(**row) for row in table.to_pylist()]
+
+
+def read_evaluated(run: RunFolder, name: str, folder: Path | None = None) -> Evaluated | None:
+    """Figures and graded attempts of an evaluated model; None when it was not evaluated. Raises UnusableInput for damage."""
+    metrics = read_metrics(run, name, folder)
+    return None if metrics is None else Evaluated(metrics, [result.graded for result in read_results(run, name, folder)])

@@ -1,59 +1,99 @@
-"""Pure metrics over graded items. Every denominator is written down, because they differ.
+"""Pure metrics over graded attempts at items. Every denominator is written down, because they differ.
 
     answerable   items with an answer: reasoning families, and facts the teacher is meant to know
     closed book  facts, known and unknown: what one can only recall, invent, or decline
     unknown      facts nobody was taught: declining is the best a model can do, so no answer there is ever correct
 
-Definitions follow AA-Omniscience (arXiv 2511.13029): C correct, I incorrect, P partial, NA not attempted, N items.
-An `ungraded` item (its judge crashed, timed out or said nothing that parses) earns nothing and stays in every N; it is in no
+Definitions follow AA-Omniscience (arXiv 2511.13029): C correct, I incorrect, P partial, NA not attempted, N attempts.
+An `ungraded` one (its judge crashed, timed out or said nothing that parses) earns nothing and stays in every N; it is in no
 numerator, and it is not in I + P + NA either. `Metrics.grades` says how many there are.
 """
 
+import dataclasses
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from data.records import FinishReason
+from data import calibration_metrics as calibration
+from student.grades import Grade, GradedItem
+from student.resampling import Interval, curve_interval, interval_of, ratio_draws
 
-BOOTSTRAP_RESAMPLES = 4000
-
-
-class Grade(StrEnum):
-    """What became of one item. `partial` comes only from judges of answers with several parts."""
-
-    CORRECT = "correct"
-    INCORRECT = "incorrect"
-    PARTIAL = "partial"
-    NOT_ATTEMPTED = "not_attempted"
-    UNGRADED = "ungraded"
+# --- ratios: each metric is a sum over attempts divided by another ---------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class GradedItem:
-    """One evaluation item. known: None outside the closed book. output_tokens: generated ids, stop included."""
+class Share(NamedTuple):
+    """What one attempt adds to a metric's numerator and denominator."""
 
-    task: str
-    known: bool | None
-    grade: Grade
-    reasoning_tokens: int
-    output_tokens: int
-    finish_reason: FinishReason
-
-    @property
-    def family(self) -> str:
-        """`facts/metals` and `facts/colours` are one family."""
-        return self.task.partition("/")[0]
+    sum: float
+    count: float
 
 
-class Interval(NamedTuple):
-    """A two-sided 95 % bootstrap interval."""
+NOTHING = Share(0, 0)
 
-    low: float
-    high: float
+
+def _accuracy(one: GradedItem) -> Share:
+    return Share(one.grade is Grade.CORRECT, 1) if one.is_answerable else NOTHING
+
+
+def _hallucination(one: GradedItem) -> Share:
+    missed = one.grade in (Grade.INCORRECT, Grade.PARTIAL, Grade.NOT_ATTEMPTED)
+    return NOTHING if one.known is None else Share(one.grade is Grade.INCORRECT, missed)
+
+
+def _abstention(one: GradedItem) -> Share:
+    return NOTHING if one.known is None else Share(one.grade is Grade.NOT_ATTEMPTED, 1)
+
+
+def _unknown_abstention(one: GradedItem) -> Share:
+    return Share(one.grade is Grade.NOT_ATTEMPTED, 1) if one.known is False else NOTHING
+
+
+def _over_refusal(one: GradedItem) -> Share:
+    return Share(one.grade is Grade.NOT_ATTEMPTED, 1) if one.known is True else NOTHING
+
+
+def _omniscience(one: GradedItem) -> Share:
+    if one.known is None:
+        return NOTHING
+    return Share(100.0 * ((one.grade is Grade.CORRECT) - (one.grade is Grade.INCORRECT)), 1)
+
+
+def _simpleqa(one: GradedItem) -> Share:
+    """Harmonic mean of C/N and C/(C + I): 2 C / (N + C + I)."""
+    if one.known is None:
+        return NOTHING
+    right, wrong = one.grade is Grade.CORRECT, one.grade is Grade.INCORRECT
+    return Share(2 * right, 1 + right + wrong)
+
+
+def _reasoning(one: GradedItem) -> Share:
+    return Share(one.reasoning_tokens, one.grade is Grade.CORRECT) if one.is_answerable else NOTHING
+
+
+def _truncation(one: GradedItem) -> Share:
+    return Share(one.finish_reason == "length", 1)
+
+
+def _cost(one: GradedItem) -> Share:
+    return NOTHING if one.cost is None else Share(one.cost, one.is_answerable and one.grade is Grade.CORRECT)
+
+
+def _brier(one: GradedItem) -> Share:
+    if one.confidence is None or not one.is_attempted:
+        return NOTHING
+    return Share((one.confidence - (one.grade is Grade.CORRECT)) ** 2, 1)
+
+
+RATIOS: Mapping[str, Callable[[GradedItem], Share]] = {
+    "accuracy": _accuracy, "hallucination_rate": _hallucination, "abstention_rate": _abstention,
+    "unknown_abstention_rate": _unknown_abstention, "over_refusal_rate": _over_refusal, "omniscience_index": _omniscience,
+    "simpleqa_f": _simpleqa, "reasoning_tokens_per_correct": _reasoning, "truncation_rate": _truncation,
+    "cost_per_completed_task": _cost, "brier": _brier,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,84 +103,203 @@ class Metrics:
     accuracy, by_family: C / N over the answerable items.
     hallucination_rate: I / (I + P + NA) over the closed book: of what was not answered right, the share that was made up.
     abstention_rate: NA / N over the closed book. omniscience_index: 100 (C - I) / N over the closed book, in [-100, 100].
+    simpleqa_f: harmonic mean of C / N and C / (C + I) over the closed book.
     unknown_abstention_rate: NA / N over the unknown facts. over_refusal_rate: NA / N over the known facts.
-    reasoning_tokens_per_correct: reasoning tokens of ALL answerable items over their C, so that wrong answers cost too.
-    truncation_rate: outputs cut at the token limit, over all items. output_tokens: over all items.
+    reasoning_tokens_per_correct: reasoning tokens of ALL answerable attempts over their C, so that wrong answers cost too.
+    cost_per_completed_task: dollars of ALL attempts over C (arXiv 2504.13359); inf for no C, None without prices.
+    ece, adaptive_ece, brier, aurc, coverage_at_5_risk: of the confidence in attempted answers (data/calibration_metrics.py).
+    aurc_by_length: with the output's length as the only signal, shorter being surer (arXiv 2510.10409).
+    truncation_rate: outputs cut at the token limit, over all attempts. output_tokens: over all attempts.
+    twin_gap: accuracy on items that have rephrased twins, less that on the twins.
+    intervals: 95 %, of drawing items again with all their attempts. slices: the same by family, domain, `unseen` and `twins`.
     """
 
     accuracy: float | None
-    accuracy_interval: Interval | None
     by_family: dict[str, float]
     hallucination_rate: float | None
-    hallucination_interval: Interval | None
     abstention_rate: float | None
     omniscience_index: float | None
+    simpleqa_f: float | None
     unknown_abstention_rate: float | None
     over_refusal_rate: float | None
     reasoning_tokens_per_correct: float | None
+    cost_per_completed_task: float | None
+    ece: float | None
+    adaptive_ece: float | None
+    brier: float | None
+    aurc: float | None
+    aurc_by_length: float | None
+    coverage_at_5_risk: float | None
     truncation_rate: float | None
+    twin_gap: float | None
     output_tokens: int
     num_items: int
+    num_attempts: int
     num_answerable: int
     num_known: int
     num_unknown: int
     grades: dict[str, int]
+    intervals: dict[str, Interval]
+    slices: "dict[str, Metrics]"
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values; an infinite figure is the string "inf", which JSON has no number for."""
+        return _plain(dataclasses.asdict(self))
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> "Metrics":
+        """Raises KeyError or TypeError for what is no evaluation of this version."""
+        read = _unplain(dict(values))
+        read["intervals"] = {name: Interval(*ends) for name, ends in read["intervals"].items()}
+        read["slices"] = {name: Metrics.from_json(one) for name, one in read["slices"].items()}
+        return Metrics(**read)
 
 
-def grade_answer(*, known: bool | None, answer: str, abstained: bool, score: float | None) -> Grade:
-    """The grade of one parsed answer. score: the verifier's, or None when it reached no verdict.
+def _plain(value: Any) -> Any:
+    match value:
+        case dict():
+            return {key: _plain(one) for key, one in value.items()}
+        case list() | tuple():
+            return [_plain(one) for one in value]
+        case float() if math.isinf(value):
+            return "inf"
+    return value
 
-    An empty answer (a think block that never closed, an output cut at its limit) is not an abstention: nobody reading it
-    learns that the model does not know, and counting it as one would let a model buy a low hallucination rate by
-    rambling. It is incorrect, in the closed book as well.
-    """
-    if not answer:
-        return Grade.INCORRECT
-    if abstained:
-        return Grade.NOT_ATTEMPTED
-    if known is False:
-        return Grade.INCORRECT
-    if score is None:
-        return Grade.UNGRADED
-    # Only a full score counts. reasoning-gym pays 0.01 to 0.5 for a well-formed wrong answer; that is no partial credit.
-    return Grade.CORRECT if score == 1.0 else Grade.INCORRECT
+
+def _unplain(value: Any) -> Any:
+    match value:
+        case dict():
+            return {key: _unplain(one) for key, one in value.items()}
+        case list():
+            return [_unplain(one) for one in value]
+        case "inf":
+            return math.inf
+    return value
 
 
 def measure(items: Sequence[GradedItem], *, seed: int = 0) -> Metrics:
-    """The figures of `items`; equal items and seed give equal intervals."""
-    answerable = [item for item in items if item.known is not False]
-    known = [item.grade for item in items if item.known is True]
-    unknown = [item.grade for item in items if item.known is False]
-    closed_book = known + unknown
-    return Metrics(
-        accuracy=accuracy([item.grade for item in answerable]),
-        accuracy_interval=accuracy_interval([item.grade for item in answerable], seed=seed),
-        by_family=accuracy_by_family(answerable),
-        hallucination_rate=hallucination_rate(closed_book),
-        hallucination_interval=hallucination_interval(closed_book, seed=seed),
-        abstention_rate=abstention_rate(closed_book),
-        omniscience_index=omniscience_index(closed_book),
-        unknown_abstention_rate=abstention_rate(unknown),
-        over_refusal_rate=abstention_rate(known),
-        reasoning_tokens_per_correct=reasoning_tokens_per_correct(answerable),
-        truncation_rate=ratio(sum(item.finish_reason == "length" for item in items), len(items)),
-        output_tokens=sum(item.output_tokens for item in items),
-        num_items=len(items),
-        num_answerable=len(answerable),
-        num_known=len(known),
-        num_unknown=len(unknown),
-        grades={grade.value: count for grade, count in sorted(Counter(item.grade for item in items).items())},
+    """The figures of `items`, with those of every slice; equal items and seed give equal intervals."""
+    members: dict[str, list[GradedItem]] = {}
+    for one in items:
+        for name in one.slices:
+            members.setdefault(name, []).append(one)
+    return dataclasses.replace(
+        _measure(items, seed), slices={name: _measure(chosen, seed) for name, chosen in sorted(members.items())}
     )
 
 
-def ratio(numerator: float, denominator: float) -> float | None:
-    """None where nothing was counted: a figure over no items is not a zero."""
-    return numerator / denominator if denominator else None
+def _measure(items: Sequence[GradedItem], seed: int) -> Metrics:
+    answerable = [item for item in items if item.is_answerable]
+    figures, intervals = _ratios(items, seed)
+    sure, sure_intervals = _confidence(items, seed)
+    gap, gap_interval = twin_gap(items, seed=seed)
+    intervals |= sure_intervals | ({} if gap_interval is None else {"twin_gap": gap_interval})
+    if figures["reasoning_tokens_per_correct"] == math.inf:
+        figures["reasoning_tokens_per_correct"] = None
+    return Metrics(
+        **figures,
+        **sure,
+        by_family=accuracy_by_family(answerable),
+        twin_gap=gap,
+        output_tokens=sum(item.output_tokens for item in items),
+        num_items=len({item_key(item, index) for index, item in enumerate(items)}),
+        num_attempts=len(items),
+        num_answerable=len(answerable),
+        num_known=sum(item.known is True for item in items),
+        num_unknown=sum(item.known is False for item in items),
+        grades={grade.value: count for grade, count in sorted(Counter(item.grade for item in items).items())},
+        intervals=intervals,
+        slices={},
+    )
 
 
-def accuracy(grades: Sequence[Grade]) -> float | None:
-    """C / N."""
-    return ratio(grades.count(Grade.CORRECT), len(grades))
+def item_key(item: GradedItem, index: int) -> str:
+    return item.item or f"#{index}"
+
+
+def groups_of(items: Sequence[GradedItem]) -> np.ndarray:
+    """int64 [N]: attempts with equal numbers are at one item, numbered as they first appear."""
+    numbers: dict[str, int] = {}
+    return np.array([numbers.setdefault(item_key(item, index), len(numbers)) for index, item in enumerate(items)], np.int64)
+
+
+def ratio_sums(items: Sequence[GradedItem], metrics: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
+    """float64 [G, M] twice: numerators and denominators of each metric, summed over an item's attempts."""
+    groups_N, chosen = groups_of(items), list(metrics)
+    sums_GM, counts_GM = (np.zeros((int(groups_N.max(initial=-1)) + 1, len(chosen))) for _ in range(2))
+    for column, metric in enumerate(chosen):
+        shares = np.array([RATIOS[metric](item) for item in items], np.float64).reshape(-1, 2)
+        np.add.at(sums_GM[:, column], groups_N, shares[:, 0])
+        np.add.at(counts_GM[:, column], groups_N, shares[:, 1])
+    return sums_GM, counts_GM
+
+
+def ratio_of(metric: str, items: Sequence[GradedItem]) -> float | None:
+    """The figure. None where there is nothing to measure; a hallucination rate over a closed book without a miss is 0: nothing
+    was made up; tokens and dollars for nothing completed are inf."""
+    shares = [RATIOS[metric](item) for item in items]
+    total, count = math.fsum(share.sum for share in shares), math.fsum(share.count for share in shares)
+    if count:
+        return total / count
+    if metric == "hallucination_rate":
+        return 0.0 if any(item.known is not None for item in items) else None
+    spends = metric == "cost_per_completed_task" and any(item.cost is not None for item in items)
+    return math.inf if total > 0 or spends else None
+
+
+def _ratios(items: Sequence[GradedItem], seed: int) -> tuple[dict[str, float | None], dict[str, Interval]]:
+    figures = {metric: ratio_of(metric, items) for metric in RATIOS}
+    if not items:
+        return figures, {}
+    draws_RM = ratio_draws(*ratio_sums(items, RATIOS), seed=seed)
+    intervals = {}
+    for column, metric in enumerate(RATIOS):
+        draws_R = draws_RM[:, column]
+        if metric == "hallucination_rate" and figures[metric] is not None:
+            draws_R = np.nan_to_num(draws_R, nan=0.0)
+        if figures[metric] is not None and (interval := interval_of(draws_R)) is not None:
+            intervals[metric] = interval
+    return figures, intervals
+
+
+def _confidence(items: Sequence[GradedItem], seed: int) -> tuple[dict[str, float | None], dict[str, Interval]]:
+    """Figures of how well confidence, or brevity, tells right from wrong among the attempted answers."""
+    tried = [item for item in items if item.is_attempted]
+    sure = [item for item in tried if item.confidence is not None]
+    correct_N, groups_N = np.array([item.grade is Grade.CORRECT for item in sure], bool), groups_of(sure)
+    p_N = np.array([item.confidence for item in sure], np.float64)
+    figures_of: dict[str, tuple[Callable[[np.ndarray], float | None], np.ndarray]] = {
+        "ece": (lambda rows: calibration.calibration_error(calibration.reliability(p_N[rows], correct_N[rows])), groups_N),
+        "adaptive_ece": (
+            lambda rows: calibration.calibration_error(calibration.equal_mass(p_N[rows], correct_N[rows])),
+            groups_N,
+        ),
+        "aurc": (lambda rows: calibration.aurc(p_N[rows], correct_N[rows]), groups_N),
+        "coverage_at_5_risk": (lambda rows: calibration.coverage_at_risk(p_N[rows], correct_N[rows]), groups_N),
+    }
+    brevity_N = np.array([-item.output_tokens for item in tried], np.float64)
+    right_N = np.array([item.grade is Grade.CORRECT for item in tried], bool)
+    figures_of["aurc_by_length"] = (lambda rows: calibration.aurc(brevity_N[rows], right_N[rows]), groups_of(tried))
+    figures, intervals = dict[str, float | None](), dict[str, Interval]()
+    for name, (figure, groups) in figures_of.items():
+        figures[name] = figure(np.arange(len(groups)))
+        if figures[name] is not None and (interval := curve_interval(figure, groups, seed=seed)) is not None:
+            intervals[name] = interval
+    return figures, intervals
+
+
+def twin_gap(items: Sequence[GradedItem], *, seed: int = 0) -> tuple[float | None, Interval | None]:
+    """Mean over items that have twins of (share right of the item - share right of its twins), and its interval over items."""
+    twins, originals = dict[str, list[bool]](), dict[str, list[bool]]()
+    for item in items:
+        if item.is_answerable:
+            kept = twins.setdefault(item.twin_of, []) if item.twin_of else originals.setdefault(item.item, [])
+            kept.append(item.grade is Grade.CORRECT)
+    gaps_G = np.array([np.mean(originals[name]) - np.mean(right) for name, right in twins.items() if name in originals])
+    if not len(gaps_G):
+        return None, None
+    draws_RM = ratio_draws(gaps_G[:, None], np.ones((len(gaps_G), 1)), seed=seed)
+    return float(gaps_G.mean()), interval_of(draws_RM[:, 0])
 
 
 def accuracy_by_family(items: Sequence[GradedItem]) -> dict[str, float]:
@@ -149,56 +308,3 @@ def accuracy_by_family(items: Sequence[GradedItem]) -> dict[str, float]:
     for item in items:
         families.setdefault(item.family, []).append(item.grade is Grade.CORRECT)
     return {family: sum(hits) / len(hits) for family, hits in sorted(families.items())}
-
-
-def hallucination_rate(grades: Sequence[Grade]) -> float | None:
-    """I / (I + P + NA). A model with no wrong, partial or declined answer made nothing up: 0. No items at all: None."""
-    if not grades:
-        return None
-    counts = Counter(grades)
-    missed = counts[Grade.INCORRECT] + counts[Grade.PARTIAL] + counts[Grade.NOT_ATTEMPTED]
-    return counts[Grade.INCORRECT] / missed if missed else 0.0
-
-
-def abstention_rate(grades: Sequence[Grade]) -> float | None:
-    """NA / N."""
-    return ratio(grades.count(Grade.NOT_ATTEMPTED), len(grades))
-
-
-def omniscience_index(grades: Sequence[Grade]) -> float | None:
-    """100 (C - I) / N: a right answer earns what a wrong one costs, and declining is neutral."""
-    return ratio(100.0 * (grades.count(Grade.CORRECT) - grades.count(Grade.INCORRECT)), len(grades))
-
-
-def reasoning_tokens_per_correct(items: Sequence[GradedItem]) -> float | None:
-    """Reasoning tokens spent on all `items` for each correct one; None (infinite) when none is correct."""
-    return ratio(sum(item.reasoning_tokens for item in items), sum(item.grade is Grade.CORRECT for item in items))
-
-
-def accuracy_interval(grades: Sequence[Grade], *, seed: int) -> Interval | None:
-    correct = grades.count(Grade.CORRECT)
-    return bootstrap_ratio(hits=correct, misses=len(grades) - correct, outside=0, seed=seed)
-
-
-def hallucination_interval(grades: Sequence[Grade], *, seed: int) -> Interval | None:
-    counts = Counter(grades)
-    misses = counts[Grade.PARTIAL] + counts[Grade.NOT_ATTEMPTED]
-    hits = counts[Grade.INCORRECT]
-    return bootstrap_ratio(hits=hits, misses=misses, outside=len(grades) - hits - misses, seed=seed)
-
-
-def bootstrap_ratio(*, hits: int, misses: int, outside: int, seed: int) -> Interval | None:
-    """Percentile interval of hits / (hits + misses) when all hits + misses + outside items are drawn again with replacement.
-
-    Items of one kind are interchangeable, so a resample is one multinomial draw of the three counts: exactly the item
-    bootstrap, at a cost that does not grow with the number of items.
-    """
-    num_items = hits + misses + outside
-    if not num_items:
-        return None
-    shares = np.array([hits, misses, outside]) / num_items
-    draws = np.random.default_rng(seed).multinomial(num_items, shares, size=BOOTSTRAP_RESAMPLES)
-    counted = draws[:, 0] + draws[:, 1]
-    ratios = np.divide(draws[:, 0], counted, out=np.zeros(len(draws)), where=counted > 0)
-    low, high = np.quantile(ratios, [0.025, 0.975])
-    return Interval(float(low), float(high))

@@ -10,11 +10,14 @@ from data.engine import Engine
 from data.prompt_set import read_prompts
 from data.records import Message
 from data.stage import Context, Outcome, Stage
+from data.store import ROLLUP, write_bytes
+from student import gates
 from student.certificate import read_certificate
 from student.folders import resolve, weights_sha256
 from student.gates import GateRow, judge, require
-from student.results import evaluation_files, read_metrics, write_gates
+from student.results import evaluation_files, read_evaluated, read_metrics, write_gates
 from student.scoring import Metrics
+from student.targets import TargetSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,19 +27,22 @@ if TYPE_CHECKING:
 COMPARED = ("teacher", "base", "student")
 NUM_RELOAD_PROMPTS = 24
 NUM_TWINS = 64
+JUDGED_LATER = ("gates", "headroom", "models")
+"""Settings of `evaluate` that no figure of the run's own models depends on."""
 
 
 class Target(NamedTuple):
-    """A model to evaluate: its engine (not loaded yet), its tokenizer and the hash of its weights."""
+    """A model to evaluate: who it is, its engine (not loaded yet), its tokenizer and the hash of its weights."""
 
+    spec: TargetSpec
     engine: Engine
     tokenizer: "PreTrainedTokenizerBase"
     fingerprint: str
 
 
 OpenTarget = Callable[[Context, str], Target]
-"""Opens `teacher`, `base`, `student` or `export`. The front door supplies it: engines live in teacher/, which this
-package never imports."""
+"""Opens a model by its name (student/targets.py). The front door supplies it: engines live in teacher/, which this package
+never imports."""
 
 
 def evaluate_models(
@@ -49,6 +55,7 @@ def evaluate_models(
     if not items:
         raise UnusableInput("evaluate.suites: no evaluation item in the prompt set; expected at least one suite")
     measured: dict[str, Metrics] = {}
+    trained_families = {prompt.task.partition("/")[0] for prompt in read_prompts(context.run, "train")}
     for position, name in enumerate(names):
         target = open_target(context, name)
 
@@ -57,8 +64,9 @@ def evaluate_models(
 
         try:
             measured[name] = evaluate_model(
-                name, target.engine, target.tokenizer, items, context.recipe.evaluate, context.run, progress,
+                target.spec.file, target.engine, target.tokenizer, items, context.recipe.evaluate, context.run, progress,
                 model_fingerprint=target.fingerprint, judge_timeout_s=context.recipe.data.verify_timeout_s,
+                price=target.spec.price, trained_families=trained_families,
             )  # fmt: skip
         finally:
             target.engine.close()
@@ -73,10 +81,11 @@ def evaluate(context: Context, open_target: OpenTarget, show: Callable[[Count], 
 
 def gate_rows(context: Context) -> list[GateRow]:
     """The recipe's gates against the run's finished evaluation."""
-    student, teacher = read_metrics(context.run, "student"), read_metrics(context.run, "teacher")
+    student, teacher, base = (read_evaluated(context.run, name) for name in ("student", "teacher", "base"))
     if student is None:
         raise UnusableInput(f"{context.run.evaluation}: no evaluation of the student; run: tracestill evaluate")
-    return judge(context.recipe.evaluate.gates, student=student, teacher=teacher)
+    settings = context.recipe.evaluate
+    return judge(settings.gates, student=student, teacher=teacher, base=base, seed=settings.seed)
 
 
 def gate_refusal(context: Context) -> Refused | None:
@@ -131,7 +140,7 @@ def evaluate_stage(open_target: OpenTarget, teacher_fingerprint: Callable[[Conte
         return {
             "teacher": teacher_fingerprint(context),
             "base": weights_sha256(resolve(context.recipe.student.model)),
-            "evaluate": context.recipe.evaluate.model_dump(mode="json", exclude={"gates"}),
+            "evaluate": context.recipe.evaluate.model_dump(mode="json", exclude=set(JUDGED_LATER)),
         }
 
     def plan(context: Context) -> str:
@@ -142,6 +151,48 @@ def evaluate_stage(open_target: OpenTarget, teacher_fingerprint: Callable[[Conte
         return evaluate(context, open_target, show)
 
     return Stage("evaluate", "items", lambda run: run.evaluation, ("prompts", "checkpoints"), identity, act, plan)
+
+
+def headroom_stage(open_target: OpenTarget, teacher_fingerprint: Callable[[Context], str]) -> Stage:
+    """Teacher and base, before anything is trained. The evaluation of the student finds their completions in its store."""
+
+    def identity(context: Context) -> dict[str, Any]:
+        return {
+            "teacher": teacher_fingerprint(context),
+            "base": weights_sha256(resolve(context.recipe.student.model)),
+            "evaluate": context.recipe.evaluate.model_dump(mode="json", exclude=set(JUDGED_LATER)),
+        }
+
+    def plan(context: Context) -> str:
+        return "teacher and base on the held-out items: is there something to distil?"
+
+    def act(context: Context, show: Callable[[Count], None]) -> Outcome:
+        metrics = evaluate_models(context, ("teacher", "base"), open_target, show)
+        files = []
+        for name in metrics:
+            for path in (context.run.evaluation / f"{name}.json", context.run.evaluation / f"{name}.arrow"):
+                files.append(context.run.headroom / path.name)
+                write_bytes(files[-1], path.read_bytes())
+        return Outcome(files, {}, "accuracy " + ", ".join(f"{name} {one.accuracy or 0:.1%}" for name, one in metrics.items()))
+
+    return Stage("headroom", "items", lambda run: run.headroom, ("prompts",), identity, act, plan)
+
+
+def headroom_stands(context: Context) -> bool:
+    """Whether it was measured, or nobody asks for it."""
+    settings = context.recipe.evaluate
+    return settings.headroom is None or not settings.suites or (context.run.headroom / ROLLUP).is_file()
+
+
+def headroom_refusal(context: Context) -> Refused | None:
+    """What the finished headroom stage says against training; None: nothing."""
+    settings = context.recipe.evaluate
+    if settings.headroom is None or not settings.suites:
+        return None
+    teacher, base = (read_evaluated(context.run, name, context.run.headroom) for name in ("teacher", "base"))
+    if teacher is None or base is None:
+        raise UnusableInput(f"{context.run.headroom}: no figures of teacher and base; run: tracestill evaluate RECIPE --headroom")
+    return gates.headroom_refusal(settings.headroom, teacher.items, base.items, seed=settings.seed)
 
 
 def export_stage(open_target: OpenTarget) -> Stage:

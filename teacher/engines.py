@@ -52,9 +52,7 @@ def open_engine(teacher: schema.Teacher) -> Engine:
             folder, budget = resolve_model(teacher.model), cache_budget(teacher)
             return open_local_engine(folder, dtype=engine.dtype, batch_size=engine.batch_size, cache_bytes=budget)
         case schema.HttpEngine() as engine:
-            from teacher.http_engine import HttpEngine
-
-            return HttpEngine(engine, engine.model or teacher.model, load_tokenizer(teacher))
+            return open_server(engine.model_copy(update={"model": engine.model or teacher.model}), load_tokenizer(teacher))
 
 
 def cache_budget(teacher: schema.Teacher) -> int | None:
@@ -88,6 +86,13 @@ def open_evaluation_engine(teacher: schema.Teacher, *, batch_size: int) -> Engin
     if isinstance(teacher.engine, schema.HttpEngine):
         return open_engine(teacher)
     return open_local_engine(resolve_model(teacher.model), dtype=teacher.engine.dtype, batch_size=batch_size)
+
+
+def open_server(engine: schema.HttpEngine, tokenizer: PreTrainedTokenizerBase) -> Engine:
+    """A model behind an OpenAI-compatible server. tokenizer: the model's, for counting."""
+    from teacher.http_engine import HttpEngine
+
+    return HttpEngine(engine, engine.model, tokenizer)
 
 
 def open_local_engine(

@@ -26,7 +26,7 @@ from data.structure import split_reasoning
 from data.verify import VERIFIERS, Verifier
 from data.verify.exact import is_abstention
 from data.verify.runner import TIMED_OUT, Item, Judgement, Pool
-from student.scoring import Grade, grade_answer
+from student.grades import Grade, grade_answer
 from train.greedy import answer_greedily, generating, in_lockstep
 
 logger = logging.getLogger(__name__)

@@ -71,5 +71,10 @@ def lead(named: Invocation, *, certify: bool) -> None:
         join_training(context)
     else:
         from data.stage import run_stage
+        from student.stages import headroom_refusal, headroom_stands
 
+        if not headroom_stands(context):
+            context.console.print("headroom  not measured; first: tracestill evaluate RECIPE --headroom", highlight=False)
+        elif (refusal := headroom_refusal(context)) is not None:
+            raise refusal
         run_stage(train_stage(), context)

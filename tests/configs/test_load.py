@@ -40,7 +40,7 @@ def write(folder: Path, text: str) -> str:
         ("name: x\ngenerate: {prompts: [{type: jsonl, path: a, cuont: 3}]}", "cuont: unknown key; did you mean count?"),
         (
             "name: x\nevaluate: {gates: {acuracy: {min: 0.5}}}",
-            "evaluate.gates.acuracy: unknown value 'acuracy'; did you mean accuracy?",
+            "evaluate: gate 'acuracy': expected METRIC [of|above teacher|base] [in SLICE], such as",
         ),
         ("name: x\ntrain: {lr: -1}", "train.lr: input should be greater than 0, found -1"),
         (

@@ -22,8 +22,9 @@ from data.select import VIEW
 from data.store import RunFolder, commit_segment, seal, table_bytes, write_bytes
 from student.evaluate import Harness
 from student.gates import GateRow
+from student.grades import Grade, GradedItem
 from student.results import ItemResult, write_gates, write_results
-from student.scoring import Grade, GradedItem, measure
+from student.scoring import measure
 
 EVIL = "<script>alert('trace')</script>"
 TASKS = ("chain_sum", "letter_counting", "spell_backward")
@@ -210,20 +211,6 @@ def _result(item: Prompt, rng: random.Random, right: float, invents: float) -> I
         grade, answer = (Grade.CORRECT, item.answer) if rng.random() < right else (Grade.INCORRECT, f"7{item.answer}")
     question, reasoning = str(item.messages[0].get("content")), EVIL if item.task == "chain_sum" else "4+3+0=07, 1+9+0=10."
     return ItemResult(
-        item.prompt_id,
-        0,
-        item.task,
-        item.known,
-        question,
-        item.answer,
-        reasoning,
-        answer,
-        "",
-        grade.value,
-        0.9,
-        30,
-        40,
-        46,
-        "stop",
-        0.0,
-    )
+        item.prompt_id, 0, item.task, item.known, question, item.answer, reasoning, answer, "", grade.value,
+        0.9, 30, 40, 46, "stop", None, False, "",
+    )  # fmt: skip

@@ -97,6 +97,7 @@ def test_the_summary_has_exactly_the_promised_keys(run: RunFolder) -> None:
     ]  # fmt: skip
     assert summary["seconds"] == {
         "prompts": 2.5,
+        "headroom": None,
         "generate": 210.0,
         "data": 4.0,
         "train": 230.0,

@@ -23,7 +23,7 @@ from tests.e2e.commands import command, environment, kill_when, tracestill
 
 KEYS = {"accuracy", "by_family", "hallucination_rate", "abstention_rate", "omniscience_index", "reasoning_tokens_per_correct"}
 LEDGER_KEYS = {"requested", "completed", "failed", "pending", "kept", "rejected", "unjudged"}
-STAGES = ("prompts", "generate", "data", "train", "evaluate", "export", "report")
+STAGES = ("prompts", "headroom", "generate", "data", "train", "evaluate", "export", "report")
 
 
 def summary(run: RunFolder) -> dict:

@@ -13,7 +13,7 @@ from student.card import CardFacts, PromptSource, cell, certificate_text, gather
 from student.certificate import certified_settings, read_certificate
 from student.gates import judge
 from student.parity import Parity
-from student.results import read_metrics
+from student.results import read_evaluated, read_metrics
 from student.scoring import Metrics
 from tests.data.synthetic_run import make_run
 
@@ -35,7 +35,9 @@ def facts(tmp_path_factory: pytest.TempPathFactory) -> CardFacts:
         found = read_metrics(run, name)
         assert found is not None
         metrics[name] = found
-    gates = judge({"accuracy": Gate(min=0.1), "hallucination_rate": Gate(max=0.0)}, student=metrics["student"])
+    student = read_evaluated(run, "student")
+    assert student is not None
+    gates = judge({"accuracy": Gate(min=0.1), "hallucination_rate": Gate(max=0.0)}, student=student)
     gathered = gather(run, RECIPE, metrics, gates)
     assert gathered.dataset_sha256 == sha256_file(run.dataset / "manifest.json") and gathered.train_rows > 0
     return gathered

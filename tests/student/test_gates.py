@@ -1,30 +1,35 @@
 import pytest
 
 from configs.errors import Refused
-from configs.evaluation import Gate
-from student.gates import GateRow, gate_table, judge, require
-from student.scoring import Grade, GradedItem, Metrics, measure
+from configs.evaluation import Gate, Headroom, read_gate
+from student.gates import Evaluated, gate_table, headroom_refusal, judge, require
+from student.grades import Grade, GradedItem
+from student.scoring import measure
 
 
-def metrics(correct: int, wrong: int, invented: int, declined: int) -> Metrics:
+def evaluated(correct: int, wrong: int, invented: int, declined: int) -> Evaluated:
     """Reasoning items right and wrong; unknown facts made up and declined."""
     grades = [(None, Grade.CORRECT)] * correct + [(None, Grade.INCORRECT)] * wrong
     grades += [(False, Grade.INCORRECT)] * invented + [(False, Grade.NOT_ATTEMPTED)] * declined
-    return measure([GradedItem("x" if known is None else "facts/x", known, grade, 4, 6, "stop") for known, grade in grades])
+    items = [
+        GradedItem("x" if known is None else "facts/places", known, grade, 4, 6, "stop", f"item {number}")
+        for number, (known, grade) in enumerate(grades)
+    ]
+    return Evaluated(measure(items), items)
 
 
-TEACHER = metrics(9, 1, 2, 8)  # accuracy 0.9, hallucination rate 0.2
-STUDENT = metrics(8, 2, 3, 7)  # accuracy 0.8, hallucination rate 0.3
+TEACHER = evaluated(9, 1, 2, 8)  # accuracy 0.9, hallucination rate 0.2
+STUDENT = evaluated(8, 2, 3, 7)  # accuracy 0.8, hallucination rate 0.3
 
 
 def test_figures_are_held_against_both_bounds_and_bounds_are_inclusive() -> None:
     rows = judge({"accuracy": Gate(min=0.8), "hallucination_rate": Gate(min=0.1, max=0.29)}, student=STUDENT)
-    assert rows == [GateRow("accuracy", 0.8, 0.8, None, True), GateRow("hallucination_rate", 0.3, 0.1, 0.29, False)]
+    assert [row[:5] for row in rows] == [("accuracy", 0.8, 0.8, None, True), ("hallucination_rate", 0.3, 0.1, 0.29, False)]
 
 
 def test_figures_relative_to_the_teacher_are_computed_by_hand() -> None:
     gates = {"accuracy_of_teacher": Gate(min=0.8), "hallucination_above_teacher": Gate(max=0.10)}
-    share, difference = judge(gates, student=STUDENT, teacher=TEACHER)  # type: ignore[arg-type]
+    share, difference = judge(gates, student=STUDENT, teacher=TEACHER)
     assert share.value == pytest.approx(8 / 9, abs=1e-9) and share.passed
     assert difference.value == pytest.approx(0.1, abs=1e-9) and difference.passed  # 0.3 - 0.2 in floats is not 0.1
 
@@ -32,7 +37,7 @@ def test_figures_relative_to_the_teacher_are_computed_by_hand() -> None:
 def test_a_figure_that_was_not_measured_does_not_pass() -> None:
     [row] = judge({"accuracy_of_teacher": Gate(min=0.0)}, student=STUDENT, teacher=None)
     assert row.value is None and not row.passed
-    [row] = judge({"hallucination_rate": Gate(max=1.0)}, student=metrics(1, 0, 0, 0))
+    [row] = judge({"hallucination_rate": Gate(max=1.0)}, student=evaluated(1, 0, 0, 0))
     assert row.value is None and not row.passed
 
 
@@ -44,15 +49,63 @@ def test_a_refusal_names_every_failed_gate_on_one_line_and_exits_with_3() -> Non
         require(rows)
     message = str(refusal.value)
     assert refusal.value.exit_code == 3 and "\n" not in message
-    assert "accuracy 0.8 (expected >= 0.95)" in message and "hallucination_rate 0.3 (expected <= 0.1)" in message
+    assert "accuracy 0.8 (0.5 to 1) (expected >= 0.95)" in message
+    assert "hallucination_rate 0.3 (0 to 0.6154) (expected <= 0.1)" in message
     assert "abstention" not in message
     require([row for row in rows if row.passed])
 
 
 def test_the_table_has_one_line_a_gate_under_a_header() -> None:
-    lines = gate_table(
-        judge({"accuracy": Gate(min=0.5, max=0.9), "accuracy_of_teacher": Gate(min=1)}, student=STUDENT)
-    ).splitlines()
+    gates = {"accuracy": Gate(min=0.5, max=0.9), "accuracy_of_teacher": Gate(min=1)}
+    lines = gate_table(judge(gates, student=STUDENT)).splitlines()
     assert len(lines) == 3
-    assert lines[1].split() == ["accuracy", "0.8", "0.5", "to", "0.9", "passed"]
+    assert lines[1].split() == ["accuracy", "0.8", "(0.5", "to", "1)", "0.5", "to", "0.9", "passed"]
     assert lines[2].split() == ["accuracy_of_teacher", "not", "measured", ">=", "1", "REFUSED"]
+
+
+def test_a_gate_reads_as_it_is_said() -> None:
+    assert read_gate("hallucination_rate in finance") == ("hallucination_rate", "", None, "finance")
+    assert read_gate("accuracy above base in unseen") == ("accuracy", "above", "base", "unseen")
+    assert read_gate("accuracy of teacher") == read_gate("accuracy_of_teacher")
+    assert read_gate("accuracy in a domain of many words").slice == "a domain of many words"
+    for wrong in ("acuracy", "accuracy of student", "accuracy over teacher", "accuracy in ", "", "Accuracy"):
+        with pytest.raises(ValueError, match="expected METRIC"):
+            read_gate(wrong)
+
+
+def test_a_gate_of_a_domain_is_about_its_items_alone() -> None:
+    gates = {"hallucination_rate in places": Gate(max=0.35), "accuracy in x": Gate(min=0.8), "accuracy in nowhere": Gate(min=0)}
+    rows = judge(gates, student=STUDENT)
+    assert [(row.value, row.passed) for row in rows] == [(0.3, True), (0.8, True), (None, False)]
+
+
+def test_a_gate_by_its_interval_asks_more_than_the_figure() -> None:
+    """3 of 10 made up is under 0.35, and may well be 0.5."""
+    figure, whole = (judge({"hallucination_rate": Gate(max=0.35, interval=asked)}, student=STUDENT)[0] for asked in (False, True))
+    assert figure.passed and not whole.passed and whole.high is not None and whole.high > 0.35
+    many = evaluated(80, 20, 300, 700)
+    assert judge({"hallucination_rate": Gate(max=0.35, interval=True)}, student=many)[0].passed
+    with pytest.raises(Refused, match="expected <= 0.35, by its interval"):
+        require([whole])
+
+
+def test_a_comparison_is_paired_item_by_item() -> None:
+    """20 items that both get right and none that only one does: a difference of 0 without doubt, whatever the accuracy is."""
+    half = evaluated(10, 10, 0, 0)
+    [row] = judge({"accuracy above base": Gate(min=-0.01, interval=True)}, student=half, base=half)
+    assert row.passed and (row.low, row.high) == (0.0, 0.0)
+    [row] = judge({"accuracy above base in x": Gate(min=0.05)}, student=evaluated(12, 8, 0, 0), base=half)
+    assert row.value == pytest.approx(0.1, abs=1e-9) and row.passed
+    [row] = judge({"accuracy above base": Gate(min=0)}, student=half)
+    assert row.value is None and not row.passed
+
+
+def test_a_teacher_that_is_no_better_by_more_than_chance_is_not_distilled() -> None:
+    base, better = evaluated(10, 30, 0, 0), evaluated(30, 10, 0, 0)
+    assert headroom_refusal(Headroom(), better.items, base.items) is None
+    refusal = headroom_refusal(Headroom(), evaluated(11, 29, 0, 0).items, base.items)
+    assert refusal is not None and refusal.exit_code == 3
+    assert "accuracy of the teacher above the base's 0.025 (0 to 0.075, 40 items); expected the lower end above 0" in str(refusal)
+    assert headroom_refusal(Headroom(above=0.6), better.items, base.items) is not None
+    nothing = headroom_refusal(Headroom(metric="omniscience_index"), better.items, base.items)
+    assert nothing is not None and "was not measured on 40 items" in str(nothing)

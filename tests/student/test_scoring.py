@@ -1,22 +1,16 @@
+import dataclasses
+import json
 import math
 from typing import Literal
 
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from student.scoring import (
-    Grade,
-    GradedItem,
-    abstention_rate,
-    accuracy,
-    bootstrap_ratio,
-    grade_answer,
-    hallucination_interval,
-    hallucination_rate,
-    measure,
-    omniscience_index,
-)
+from student.grades import Grade, GradedItem, grade_answer
+from student.resampling import curve_interval, ratio_draws
+from student.scoring import Metrics, measure, ratio_of
 
 C, WRONG, P, NA, U = Grade.CORRECT, Grade.INCORRECT, Grade.PARTIAL, Grade.NOT_ATTEMPTED, Grade.UNGRADED
 
@@ -56,17 +50,25 @@ def test_every_figure_of_a_fixture_equals_the_one_computed_by_hand() -> None:
     assert figures.grades == {"correct": 5, "incorrect": 5, "not_attempted": 4}
 
 
+def of_grades(grades: list[Grade], metric: str) -> float | None:
+    """Of known facts with these grades."""
+    return ratio_of(metric, [item("facts/x", True, grade) for grade in grades])
+
+
 def test_partial_answers_are_missed_ones_but_not_made_up() -> None:
-    assert hallucination_rate([C, C, WRONG, P, P, NA]) == pytest.approx(1 / 4, abs=1e-9)
-    assert accuracy([C, C, WRONG, P, P, NA]) == pytest.approx(2 / 6, abs=1e-9)
-    assert omniscience_index([C, C, WRONG, P, P, NA]) == pytest.approx(100 / 6, abs=1e-9)
+    grades = [C, C, WRONG, P, P, NA]
+    assert of_grades(grades, "hallucination_rate") == pytest.approx(1 / 4, abs=1e-9)
+    assert of_grades(grades, "accuracy") == pytest.approx(2 / 6, abs=1e-9)
+    assert of_grades(grades, "omniscience_index") == pytest.approx(100 / 6, abs=1e-9)
+    # precision 2/3, recall 2/6: harmonic mean 2 (2/3) (1/3) / (2/3 + 1/3)
+    assert of_grades(grades, "simpleqa_f") == pytest.approx(4 / 9, abs=1e-9)
 
 
 def test_an_ungraded_item_earns_nothing_and_hallucinates_nothing() -> None:
     grades = [C, WRONG, NA, U]
-    assert accuracy(grades) == pytest.approx(1 / 4, abs=1e-9)
-    assert abstention_rate(grades) == pytest.approx(1 / 4, abs=1e-9)
-    assert hallucination_rate(grades) == pytest.approx(1 / 2, abs=1e-9)
+    assert of_grades(grades, "accuracy") == pytest.approx(1 / 4, abs=1e-9)
+    assert of_grades(grades, "abstention_rate") == pytest.approx(1 / 4, abs=1e-9)
+    assert of_grades(grades, "hallucination_rate") == pytest.approx(1 / 2, abs=1e-9)
 
 
 def test_a_model_that_always_declines_does_not_hallucinate_and_is_never_accurate() -> None:
@@ -79,11 +81,11 @@ def test_figures_without_items_are_missing_rather_than_zero() -> None:
     figures = measure([item("chain_sum", None, WRONG)])
     assert figures.hallucination_rate is None and figures.abstention_rate is None and figures.omniscience_index is None
     assert figures.reasoning_tokens_per_correct is None  # infinite: nothing was solved
-    assert measure([]).accuracy is None and measure([]).accuracy_interval is None
+    assert measure([]).accuracy is None and measure([]).intervals == {}
 
 
 def test_everything_right_is_a_hallucination_rate_of_zero() -> None:
-    assert hallucination_rate([C, C]) == 0.0
+    assert of_grades([C, C], "hallucination_rate") == 0.0
 
 
 @pytest.mark.parametrize(
@@ -111,23 +113,116 @@ def test_the_grade_follows_from_what_was_asked_and_said(
 
 
 @given(st.lists(st.sampled_from([C, WRONG, P, NA, U]), min_size=1, max_size=40))
-def test_rates_stay_in_range_and_the_interval_holds_the_rate(grades: list[Grade]) -> None:
-    rate, interval = hallucination_rate(grades), hallucination_interval(grades, seed=1)
-    assert rate is not None and 0.0 <= rate <= 1.0
-    assert interval is not None and 0.0 <= interval.low <= interval.high <= 1.0
-    index = omniscience_index(grades)
-    assert index is not None and -100.0 <= index <= 100.0
+@settings(max_examples=25, deadline=None)
+def test_rates_stay_in_range_and_intervals_too(grades: list[Grade]) -> None:
+    figures = measure([item("facts/x", True, grade) for grade in grades], seed=1)
+    assert figures.hallucination_rate is not None and 0.0 <= figures.hallucination_rate <= 1.0
+    low, high = figures.intervals["hallucination_rate"]
+    assert 0.0 <= low <= high <= 1.0
+    assert figures.omniscience_index is not None and -100.0 <= figures.omniscience_index <= 100.0
+
+
+# --- confidence, cost, samples -----------------------------------------------------------------------------------
+
+
+def sure(grade: Grade, confidence: float | None, tokens: int = 10, cost: float | None = None, name: str = "") -> GradedItem:
+    return GradedItem("sums", None, grade, 4, tokens, "stop", name, 0, confidence, cost)
+
+
+def test_figures_of_confidence_equal_the_ones_computed_by_hand() -> None:
+    """0.9 right, 0.8 wrong, 0.7 right, 0.2 wrong; what was declined, or has no confidence, is in none of them."""
+    items = [sure(C, 0.9, 5), sure(WRONG, 0.8, 20), sure(C, 0.7, 10), sure(WRONG, 0.2, 40), sure(NA, 0.5), sure(U, None)]
+    figures = measure(items)
+    assert figures.brier == pytest.approx((0.1**2 + 0.8**2 + 0.3**2 + 0.2**2) / 4, abs=1e-9)
+    assert figures.ece == pytest.approx((0.1 + 0.8 + 0.3 + 0.2) / 4, abs=1e-9)  # each in a bin of its own
+    assert figures.aurc == pytest.approx((0 / 1 + 1 / 2 + 1 / 3 + 2 / 4) / 4, abs=1e-9)
+    assert figures.aurc_by_length == pytest.approx((0 + 0 + 1 / 3 + 2 / 4) / 4, abs=1e-9)  # 5, 10, 20, 40 tokens
+    assert figures.coverage_at_5_risk == pytest.approx(1 / 4, abs=1e-9)
+    assert measure([sure(C, None)]).ece is None and measure([sure(NA, 0.9)]).brier is None
+
+
+def test_what_a_completed_task_costs_is_all_that_was_spent_over_what_succeeded() -> None:
+    items = [sure(C, None, cost=0.25), sure(WRONG, None, cost=0.5), sure(NA, None, cost=0.05), sure(C, None, cost=0.2)]
+    assert measure(items).cost_per_completed_task == pytest.approx(1.0 / 2, abs=1e-9)
+    assert measure(items[1:3]).cost_per_completed_task == math.inf
+    assert measure([sure(C, None)]).cost_per_completed_task is None  # nobody named a price
+
+
+def test_an_infinite_figure_goes_through_strict_json_and_comes_back() -> None:
+    figures = measure([sure(WRONG, 0.5, cost=0.5), *FIXTURE[:4]])
+    figures = dataclasses.replace(figures, cost_per_completed_task=math.inf)
+    text = json.dumps(figures.to_json(), allow_nan=False)
+    assert Metrics.from_json(json.loads(text)) == figures and '"cost_per_completed_task": "inf"' in text
+
+
+def test_attempts_at_an_item_are_drawn_together() -> None:
+    """Ten attempts at each of 20 items that agree are 20 witnesses, not 200."""
+    items = [
+        GradedItem("sums", None, C if number < 12 else WRONG, 4, 6, "stop", f"item {number}", sample)
+        for number in range(20)
+        for sample in range(10)
+    ]
+    figures, alone = measure(items), measure(items[::10])
+    assert figures.accuracy == alone.accuracy == pytest.approx(0.6, abs=1e-9)
+    assert figures.intervals["accuracy"] == alone.intervals["accuracy"]
+    assert (figures.num_items, figures.num_attempts) == (20, 200)
+
+
+def test_slices_have_the_figures_of_their_own_items() -> None:
+    figures = measure(FIXTURE)
+    assert sorted(figures.slices) == ["animals", "chain_sum", "colours", "facts", "letter_counting", "metals"]
+    alone = measure([one for one in FIXTURE if one.task == "facts/metals"])
+    assert figures.slices["metals"] == dataclasses.replace(alone, slices={})
+    assert figures.slices["facts"].omniscience_index == figures.omniscience_index
+
+
+def test_the_gap_to_twins_is_that_of_the_items_which_have_some() -> None:
+    """a: 1 of 2 right, its twins 1 of 2; b: 2 of 2, its twin 0 of 1; c has none. Gaps 0 and 1."""
+
+    def one(name: str, sample: int, grade: Grade, twin_of: str = "") -> GradedItem:
+        return GradedItem("sums", None, grade, 4, 6, "stop", name, sample, twin_of=twin_of)
+
+    items = [one("a", 0, C), one("a", 1, WRONG), one("b", 0, C), one("b", 1, C), one("c", 0, WRONG)]
+    items += [one("a'", 0, C, "a"), one("a''", 0, WRONG, "a"), one("b'", 0, WRONG, "b")]
+    figures = measure(items)
+    assert figures.twin_gap == pytest.approx(0.5, abs=1e-9)
+    assert figures.intervals["twin_gap"] == (0.0, 1.0)
+    assert measure(items[:5]).twin_gap is None and figures.slices["twins"].num_items == 3
+
+
+# --- the bootstrap -----------------------------------------------------------------------------------------------
 
 
 def test_the_bootstrap_is_seeded_and_near_the_normal_interval_for_many_items() -> None:
-    first, again = (bootstrap_ratio(hits=300, misses=700, outside=0, seed=7) for _ in range(2))
-    assert first == again and first is not None
+    items = [item("sums", None, C if number < 300 else WRONG) for number in range(1000)]
+    first, again = (measure(items, seed=7).intervals["accuracy"] for _ in range(2))
     half_width = 1.96 * math.sqrt(0.3 * 0.7 / 1000)
     # 4,000 resamples place a 2.5 % quantile to about 3 % of the interval's half width
-    assert first.low == pytest.approx(0.3 - half_width, abs=0.1 * half_width)
+    assert first == again and first.low == pytest.approx(0.3 - half_width, abs=0.1 * half_width)
     assert first.high == pytest.approx(0.3 + half_width, abs=0.1 * half_width)
 
 
 def test_the_bootstrap_of_certainty_is_a_point() -> None:
-    assert bootstrap_ratio(hits=5, misses=0, outside=0, seed=0) == (1.0, 1.0)
-    assert bootstrap_ratio(hits=0, misses=0, outside=4, seed=0) == (0.0, 0.0)
+    assert measure([item("sums", None, C)] * 5).intervals["accuracy"] == (1.0, 1.0)
+    assert measure([item("facts/x", True, U)] * 4).intervals["hallucination_rate"] == (0.0, 0.0)
+
+
+def test_draws_of_ratios_equal_drawing_the_groups_one_by_one() -> None:
+    random = np.random.default_rng(3)
+    sums_GM, counts_GM = random.integers(0, 5, (7, 2)).astype(float), random.integers(1, 4, (7, 2)).astype(float)
+    found_RM = ratio_draws(sums_GM, counts_GM, seed=11, num_resamples=50)
+    drawn_RG = np.random.default_rng(11).integers(0, 7, (50, 7))
+    for row, drawn_G in enumerate(drawn_RG):
+        for metric in range(2):
+            total = sum(sums_GM[group, metric] for group in drawn_G)
+            assert found_RM[row, metric] == pytest.approx(total / sum(counts_GM[group, metric] for group in drawn_G), abs=1e-12)
+
+
+def test_a_curve_is_drawn_by_whole_items() -> None:
+    """A figure that is the number of rows shows which were drawn: items of 1, 2 and 3 rows."""
+    groups_N = np.array([2, 0, 1, 2, 1, 2])
+    seen: list[list[int]] = []
+    curve_interval(lambda rows: seen.append(sorted(groups_N[rows].tolist())) or 0.0, groups_N, seed=0, num_resamples=20)
+    for drawn in seen:
+        assert all(drawn.count(group) % size == 0 for group, size in ((0, 1), (1, 2), (2, 3)))
+        assert sum(drawn.count(group) // size for group, size in ((0, 1), (1, 2), (2, 3))) == 3

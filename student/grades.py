@@ -1,0 +1,82 @@
+"""What became of an attempt at an evaluation item."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from data.records import FinishReason
+
+TWINS, UNSEEN = "twins", "unseen"
+"""Slices beside families and domains."""
+
+
+class Grade(StrEnum):
+    """What became of one attempt. `partial` comes only from judges of answers with several parts."""
+
+    CORRECT = "correct"
+    INCORRECT = "incorrect"
+    PARTIAL = "partial"
+    NOT_ATTEMPTED = "not_attempted"
+    UNGRADED = "ungraded"
+
+
+@dataclass(frozen=True, slots=True)
+class GradedItem:
+    """One attempt at an evaluation item. known: None outside the closed book. output_tokens: generated ids, stop included.
+
+    item: which one; attempts at one share it, and one without a name stands alone. confidence: forecast probability that the
+    answer is right, in [0, 1], or None. cost: dollars, None where nobody named a price. is_unseen: no training trace came from
+    its family. twin_of: the item that it rephrases, or "".
+    """
+
+    task: str
+    known: bool | None
+    grade: Grade
+    reasoning_tokens: int
+    output_tokens: int
+    finish_reason: FinishReason
+    item: str = ""
+    sample: int = 0
+    confidence: float | None = None
+    cost: float | None = None
+    is_unseen: bool = False
+    twin_of: str = ""
+
+    @property
+    def family(self) -> str:
+        """`facts/metals` and `facts/colours` are one family."""
+        return self.task.partition("/")[0]
+
+    @property
+    def slices(self) -> tuple[str, ...]:
+        """Names under which its figures are also told: family, domain, and what it is there for."""
+        domain = self.task.partition("/")[2]
+        named = (self.family, domain, UNSEEN if self.is_unseen else "", TWINS if self.twin_of else "")
+        return tuple(dict.fromkeys(filter(None, named)))
+
+    @property
+    def is_answerable(self) -> bool:
+        return self.known is not False
+
+    @property
+    def is_attempted(self) -> bool:
+        """An answer was given and graded: what a confidence speaks of."""
+        return self.grade in (Grade.CORRECT, Grade.INCORRECT, Grade.PARTIAL)
+
+
+def grade_answer(*, known: bool | None, answer: str, abstained: bool, score: float | None) -> Grade:
+    """The grade of one parsed answer. score: the verifier's, or None when it reached no verdict.
+
+    An empty answer (a think block that never closed, an output cut at its limit) is not an abstention: nobody reading it
+    learns that the model does not know, and counting it as one would let a model buy a low hallucination rate by
+    rambling. It is incorrect, in the closed book as well.
+    """
+    if not answer:
+        return Grade.INCORRECT
+    if abstained:
+        return Grade.NOT_ATTEMPTED
+    if known is False:
+        return Grade.INCORRECT
+    if score is None:
+        return Grade.UNGRADED
+    # Only a full score counts. reasoning-gym pays 0.01 to 0.5 for a well-formed wrong answer; that is no partial credit.
+    return Grade.CORRECT if score == 1.0 else Grade.INCORRECT
