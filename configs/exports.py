@@ -5,8 +5,9 @@ from typing import Literal
 from configs.section import Section
 
 FormatName = Literal["merged"]
+DtypeName = Literal["fp32", "bf16", "fp16"]
 
 
 class Export(Section):
     formats: tuple[FormatName, ...] = ("merged",)
-    dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
+    dtype: DtypeName = "bf16"

@@ -5,6 +5,7 @@ effect at a lora_B of 1e-4, 0.1 % at 5e-3 (measured); one rounding of the finish
 checks how much of the adapter survived it.
 """
 
+import copy
 import shutil
 import uuid
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from configs.errors import UnusableInput
-from configs.exports import Export
+from configs.exports import DtypeName, Export
 from data.chat import dialect_of
 from data.records import Message
 from data.store import RunFolder
@@ -61,7 +62,7 @@ def export_merged(
     remove_leftovers(run)
     temporary = run.export / f".{MERGED}.{uuid.uuid4().hex}.tmp"
     try:
-        write_folder(merge(adapted), tokenizer, temporary, settings)
+        write_model(merge(adapted), tokenizer, temporary, settings.dtype)
         findings = parity.check(temporary, reference, tokenizer, prompts, conversations, dtype=settings.dtype)
         (temporary / "README.md").write_text(card(findings))
         publish_folder(temporary, run.export / MERGED)
@@ -118,16 +119,20 @@ def merge(adapted: PeftModel) -> PreTrainedModel:
     return merged
 
 
-def write_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, settings: Export) -> None:
-    """Weights in the export's dtype, tokenizer with its chat template, and the stops a server needs, all on disk."""
+def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: DtypeName) -> None:
+    """Weights in `dtype`, tokenizer with its chat template, and the stops a server needs, all on disk. `model` stays as it is."""
     embedding = model.get_input_embeddings()
     assert isinstance(embedding, nn.Embedding)
     if len(tokenizer) > (rows := embedding.num_embeddings):
         raise UnusableInput(
             f"export: the tokenizer has {len(tokenizer)} ids, the embedding {rows} rows; use the base's own tokenizer"
         )
-    model.generation_config = generation_config(tokenizer)
-    model.to(DTYPES[settings.dtype]).save_pretrained(folder)  # type: ignore[arg-type]
+    with torch.device("meta"):
+        rounded = type(model)(copy.deepcopy(model.config))
+    rounded.load_state_dict({name: tensor.to(DTYPES[dtype]) for name, tensor in model.state_dict().items()}, assign=True)
+    rounded.tie_weights()
+    rounded.generation_config = generation_config(tokenizer)
+    rounded.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     for weights in folder.glob("*.safetensors"):
         weights.chmod((folder / "config.json").stat().st_mode)  # safetensors writes 0600, and servers run as somebody else
