@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import yaml
 
@@ -12,8 +12,11 @@ from data.prompt_set import read_prompts
 from data.store import RunFolder, code_revision, read_rollup, sha256_file
 from student.certificate import Certified, read_certificate
 from student.gates import GateRow, bound_text, shown
-from student.parity import Parity
+from student.matrix import ParityRow
 from student.scoring import Metrics
+
+if TYPE_CHECKING:
+    from student.export import Exported
 
 COMPARED = ("teacher", "base", "student")
 
@@ -74,7 +77,7 @@ def prompt_sources(run: RunFolder) -> tuple[PromptSource, ...]:
     return tuple(PromptSource(source, licence, count) for (source, licence), count in counted.most_common())
 
 
-def render_card(facts: CardFacts, findings: Parity) -> str:
+def render_card(facts: CardFacts, exported: "Sequence[Exported]") -> str:
     """README.md of the exported folder: front matter as model hubs read it, then prose and tables."""
     recipe = facts.recipe
     return (
@@ -82,7 +85,7 @@ def render_card(facts: CardFacts, findings: Parity) -> str:
             [
                 front_matter(recipe),
                 f"# {recipe.name}",
-                introduction(recipe, findings),
+                introduction(recipe, exported),
                 "## Results",
                 f"On the same held-out items for all models; {gate_summary(facts.gates)}",
                 metrics_table(facts.metrics),
@@ -92,7 +95,7 @@ def render_card(facts: CardFacts, findings: Parity) -> str:
                 "## Where it comes from",
                 provenance(facts),
                 "## What was checked",
-                checks(findings),
+                *checks(exported),
                 "## Recipe",
                 f"```yaml\n{yaml.safe_dump(recipe.model_dump(mode='json', exclude_defaults=True), sort_keys=False).strip()}\n```",
             ]
@@ -112,10 +115,11 @@ def front_matter(recipe: Recipe) -> str:
     return f"---\n{yaml.safe_dump(fields, sort_keys=False).strip()}\n---"
 
 
-def introduction(recipe: Recipe, findings: Parity) -> str:
+def introduction(recipe: Recipe, exported: "Sequence[Exported]") -> str:
+    formats = ", ".join(f"{one.name} ({one.notes['dtype']})" if "dtype" in one.notes else one.name for one in exported)
     return (
         f"A student distilled from the reasoning traces of **{recipe.teacher.model}** by LoRA on **{recipe.student.model}**, "
-        f"merged and stored in {findings.dtype}. It answers in its own chat template, its reasoning inside `<think>` tags."
+        f"exported as {formats}. It answers in its own chat template, its reasoning inside `<think>` tags."
     )
 
 
@@ -179,13 +183,44 @@ def provenance(facts: CardFacts) -> str:
     return markdown_table(["", ""], rows)
 
 
-def checks(findings: Parity) -> str:
-    return (
-        "Reloaded from this folder and set against base + adapter in float32: "
-        f"logits off by {findings.logit_error:.1e} of their spread, {100 * findings.adapter_kept:.2f} % of the adapter's effect "
-        f"kept, {findings.tokens} greedy tokens compared with {findings.near_ties} near ties, and {findings.twins} conversations "
-        "prompted with exactly the ids of training."
-    )
+def checks(exported: "Sequence[Exported]") -> list[str]:
+    """The parity matrix, and what the reload of merged weights found."""
+    rows = [matrix_cells(one.row) for one in exported]
+    parts = [
+        "Each format was opened again as it is served and held against base + adapter in float32, on "
+        f"{exported[0].row.traces} held-out teacher traces ({exported[0].row.positions} supervised tokens; KL in nats a token; "
+        f"KL(adapter || base) {exported[0].row.kl_base:.3g}). Rates and lengths are of greedy continuations, the adapter's own "
+        "in brackets; tokens a second are of one sequence on the machine that exported.",
+        markdown_table(MATRIX_HEADER, rows),
+    ]
+    parts += [
+        f"{one.name}: {one.notes['because']}, so it is stored in {one.notes['dtype']}."
+        for one in exported
+        if "because" in one.notes
+    ]
+    for one in exported:
+        if (found := one.parity) is not None:
+            parts.append(
+                f"Merged weights, reloaded: logits off by {found.logit_error:.1e} of their spread, {found.tokens} greedy tokens "
+                f"compared with {found.near_ties} near ties, and {found.twins} conversations prompted with exactly the ids of "
+                "training."
+            )
+    return parts
+
+
+MATRIX_HEADER = (
+    "format", "KL(adapter \\|\\| export)", "retention", "stops", "closes think", "tokens to first difference", "size", "tokens/s",
+)  # fmt: skip
+
+
+def matrix_cells(row: ParityRow) -> list[str]:
+    return [
+        row.format, f"{row.kl_adapter:.2e}", f"{100 * row.retention:.2f} %",
+        f"{100 * row.stop_rate:.0f} % ({100 * row.adapter_stop_rate:.0f} %)",
+        f"{100 * row.think_close_rate:.0f} % ({100 * row.adapter_think_close_rate:.0f} %)",
+        f"{row.first_divergence:.1f} ({row.adapter_length:.1f})", f"{row.size_bytes / 1e6:.1f} MB",
+        f"{row.tokens_per_second:.0f}",
+    ]  # fmt: skip
 
 
 # --- cells -------------------------------------------------------------------------------------------------------

@@ -1,79 +1,127 @@
-"""What a server loads: the adapter merged into its base, as one safetensors folder with tokenizer, template and card.
+"""What a server loads: each format of the recipe, written, opened again and held against base + adapter.
 
 The merge is done in float32 whatever the export's dtype. Adding the adapter to bf16 weights rounds it away: 53 % of its
-effect at a lora_B of 1e-4, 0.1 % at 5e-3 (measured); one rounding of the finished sum is what remains here, and parity.py
-checks how much of the adapter survived it.
+effect at a lora_B of 1e-4, 0.1 % at 5e-3 (measured); one rounding of the finished sum is what remains here, and the parity matrix
+says how much of the adapter survived it.
 """
 
-import copy
 import shutil
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from peft import PeftConfig, PeftModel
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from configs.errors import UnusableInput
-from configs.exports import DtypeName, Export
-from data.chat import dialect_of
+from configs.exports import Export
+from data.chat import encode_conversation
 from data.records import Message
 from data.store import RunFolder
 from student import parity
 from student.adapter_files import ADAPTER_CONFIG, load_adapter, publish_folder
-from student.model import DTYPES, load_base, load_tokenizer
+from student.folders import resolve
+from student.formats.base import Format, Trained
+from student.formats.gguf import Gguf
+from student.formats.transformers_model import Adapter, Merged
+from student.matrix import Held, ParityRow, measure_format, observe_traces
+from student.model import load_base, load_tokenizer
 
 MERGED = "merged"
+FALLBACK_RETENTION = 0.98
+"""A merge that keeps less of the adapter than this is stored in float32 instead."""
 
 
 class Exported(NamedTuple):
-    """The folder a server loads, and what its reload check found."""
+    """One format, published. row: its line in the parity matrix. notes: what it says of itself. parity: of merged weights, what
+    the reload check found."""
 
+    name: str
     folder: Path
-    parity: parity.Parity
+    row: ParityRow
+    notes: Mapping[str, object]
+    parity: parity.Parity | None
 
 
-def export_merged(
-    base: str,
-    adapter_dir: Path,
-    settings: Export,
-    run: RunFolder,
-    *,
-    prompts: Sequence[Sequence[Message]],
-    conversations: Sequence[Sequence[Message]],
-    card: Callable[[parity.Parity], str],
-) -> Exported:
-    """run.export/merged holds a model that was reloaded and found equal to base + adapter; an earlier one is replaced.
+class Material(NamedTuple):
+    """What exports are held against. prompts: held-out conversations, each ending with a user turn. conversations: whole training
+    conversations, for the template check and calibration. traces: held-out teacher traces, whole conversations."""
 
-    base: a checkpoint folder or `embedded`. prompts: held-out conversations for the reload check, each ending with a user
-    turn. conversations: whole training conversations for the template check. card: the text of README.md, from the findings.
+    prompts: Sequence[Sequence[Message]]
+    conversations: Sequence[Sequence[Message]]
+    traces: Sequence[Sequence[Message]]
+
+
+def export_formats(
+    base: str, adapter_dir: Path, settings: Export, run: RunFolder, material: Material, card: Callable[[Sequence[Exported]], str]
+) -> list[Exported]:
+    """run.export/FORMAT holds every format of the settings, each opened again as it will be served and held against base +
+    adapter; earlier ones are replaced. All are written and measured before the first is published.
+
+    base: a checkpoint folder or `embedded`. card: the text of each folder's README.md.
 
     Raises:
-        UnusableInput: a missing folder, an adapter that does nothing, or a folder that fails its reload check. Nothing
-            stands under the final name then.
+        UnusableInput: a missing folder, an adapter that does nothing, a student that cannot be had in a format, or a folder that
+            fails its check. Nothing new stands under a final name then.
     """
     tokenizer = load_tokenizer(base)
     adapted = load_adapted(base, adapter_dir)
-    reference = parity.observe(adapted, tokenizer, prompts)
+    reference = parity.observe(adapted, tokenizer, material.prompts)
+    held = observe_traces(adapted, tokenizer, material.traces, reference)
+    calibration = [encode_conversation(tokenizer, messages).ids for messages in material.conversations]  # type: ignore[arg-type]
+    trained = Trained(resolve(base), adapter_dir, tokenizer, merge(adapted), calibration)
     run.export.mkdir(parents=True, exist_ok=True)
     remove_leftovers(run)
-    temporary = run.export / f".{MERGED}.{uuid.uuid4().hex}.tmp"
+    made: list[Exported] = []
     try:
-        write_model(merge(adapted), tokenizer, temporary, settings.dtype)
-        findings = parity.check(temporary, reference, tokenizer, prompts, conversations, dtype=settings.dtype)
-        (temporary / "README.md").write_text(card(findings))
-        publish_folder(temporary, run.export / MERGED)
+        for name in settings.formats:
+            temporary = run.export / f".{name}.{uuid.uuid4().hex}.tmp"
+            made.append(_make(name, base, settings, trained, held, temporary))
+            if name == MERGED:
+                dtype = str(made[-1].notes["dtype"])
+                found = parity.check(temporary, reference, tokenizer, material.prompts, material.conversations, dtype=dtype)
+                made[-1] = made[-1]._replace(parity=found)
+        for one in made:
+            (one.folder / "README.md").write_text(card(made))
+        published = [one._replace(folder=run.export / one.name) for one in made]
+        for one, final in zip(made, published, strict=True):
+            publish_folder(one.folder, final.folder)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return Exported(run.export / MERGED, findings)
+        remove_leftovers(run)
+    return published
+
+
+def _make(name: str, base: str, settings: Export, trained: Trained, held: Held, folder: Path) -> Exported:
+    """One format in its temporary folder, measured."""
+    form = format_of(name, base, settings)
+    folder.mkdir()
+    notes = form.write(trained, folder)
+    row = measure_format(form, folder, held)
+    if isinstance(form, Merged) and form.dtype != "fp32" and row.retention < FALLBACK_RETENTION:
+        shutil.rmtree(folder)
+        folder.mkdir()
+        form = Merged("fp32")
+        why = f"{settings.dtype} keeps {row.retention:.1%} of the adapter, at least {FALLBACK_RETENTION:.0%} were to be kept"
+        notes = {**form.write(trained, folder), "instead_of": settings.dtype, "because": why}
+        row = measure_format(form, folder, held)
+    return Exported(name, folder, row, notes, None)
+
+
+def format_of(name: str, base: str, settings: Export) -> Format:
+    match name:
+        case "merged":
+            return Merged(settings.dtype)
+        case "adapter":
+            return Adapter(base, settings.dtype)
+        case _:
+            return Gguf(name, pre_tokenizer=settings.gguf_pre_tokenizer)
 
 
 def remove_leftovers(run: RunFolder) -> None:
     """Unfinished exports of killed attempts are as large as the model; only one export writes here at a time."""
-    for leftover in run.export.glob(f".{MERGED}.*.tmp"):
+    for leftover in run.export.glob(".*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
@@ -117,29 +165,3 @@ def merge(adapted: PeftModel) -> PreTrainedModel:
     merged = adapted.merge_and_unload(safe_merge=True)
     assert isinstance(merged, PreTrainedModel)
     return merged
-
-
-def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: DtypeName) -> None:
-    """Weights in `dtype`, tokenizer with its chat template, and the stops a server needs, all on disk. `model` stays as it is."""
-    embedding = model.get_input_embeddings()
-    assert isinstance(embedding, nn.Embedding)
-    if len(tokenizer) > (rows := embedding.num_embeddings):
-        raise UnusableInput(
-            f"export: the tokenizer has {len(tokenizer)} ids, the embedding {rows} rows; use the base's own tokenizer"
-        )
-    with torch.device("meta"):
-        rounded = type(model)(copy.deepcopy(model.config))
-    rounded.load_state_dict({name: tensor.to(DTYPES[dtype]) for name, tensor in model.state_dict().items()}, assign=True)
-    rounded.tie_weights()
-    rounded.generation_config = generation_config(tokenizer)
-    rounded.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    for weights in folder.glob("*.safetensors"):
-        weights.chmod((folder / "config.json").stat().st_mode)  # safetensors writes 0600, and servers run as somebody else
-
-
-def generation_config(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """Stops and padding only: every server reads eos from here, and a dialect has more than one stop. No sampling
-    defaults, so that greedy requests stay greedy."""
-    stops = list(dialect_of(tokenizer).stop_ids(tokenizer))
-    return GenerationConfig(eos_token_id=stops, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id)

@@ -10,7 +10,7 @@ from data.engine import Engine
 from data.prompt_set import read_prompts
 from data.records import Message
 from data.stage import Context, Outcome, Stage
-from data.store import ROLLUP, write_bytes
+from data.store import ROLLUP, write_bytes, write_json
 from student import gates
 from student.certificate import read_certificate
 from student.folders import resolve, weights_sha256
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 COMPARED = ("teacher", "base", "student")
 NUM_RELOAD_PROMPTS = 24
 NUM_TWINS = 64
+MATRIX_FILE = "parity.json"
 JUDGED_LATER = ("gates", "headroom", "models")
 """Settings of `evaluate` that no figure of the run's own models depends on."""
 
@@ -100,33 +101,36 @@ def gate_refusal(context: Context) -> Refused | None:
 
 
 def export(context: Context, open_target: OpenTarget, show: Callable[[Count], None]) -> Outcome:
-    """The merged folder, reloaded and compared with base + adapter, then evaluated like the others."""
+    """Every format of the recipe, opened again and compared with base + adapter; merged weights are evaluated like the others."""
     from student.card import gather, render_card
-    from student.export import export_merged, exported_files
+    from student.export import Exported, Material, export_formats, exported_files
 
     run, recipe = context.run, context.recipe
     metrics = {name: found for name in COMPARED if (found := read_metrics(run, name)) is not None}
     items = read_prompts(run, "eval")
-    exported = export_merged(
-        recipe.student.model,
-        run.checkpoints / "adapter",
-        recipe.export,
-        run,
+    training, held_out = _conversations(context, "train"), _conversations(context, "validation")
+    material = Material(
         prompts=[item.messages for item in items[:: max(1, len(items) // NUM_RELOAD_PROMPTS)]],
-        conversations=_conversations(context),
-        card=lambda findings: render_card(gather(run, recipe, metrics, gate_rows(context)), findings),
-    )
-    figures = evaluate_models(context, ("export",), open_target, show)["export"]
-    files = [*exported_files(exported.folder), *evaluation_files(run, "export")]
-    findings = exported.parity
-    counts = {"logit_error": findings.logit_error, "adapter_kept": findings.adapter_kept, "tokens_compared": findings.tokens}
-    return Outcome(
-        files, counts, f"merged; reloaded: logits off by {findings.logit_error:.0e}, accuracy {figures.accuracy or 0:.1%}"
+        conversations=training,
+        traces=held_out or training,
     )
 
+    def card(made: Sequence[Exported]) -> str:
+        return render_card(gather(run, recipe, metrics, gate_rows(context)), made)
 
-def _conversations(context: Context) -> list[list[Message]]:
-    rows: Any = load_dataset(context.run)["train"]
+    exported = export_formats(recipe.student.model, run.checkpoints / "adapter", recipe.export, run, material, card)
+    write_json(run.export / MATRIX_FILE, {"formats": [one.row._asdict() | {"notes": dict(one.notes)} for one in exported]})
+    files = [run.export / MATRIX_FILE, *(path for one in exported for path in exported_files(one.folder))]
+    said = [f"{one.name} keeps {one.row.retention:.2%}" for one in exported]
+    if any(one.name == "merged" for one in exported):
+        figures = evaluate_models(context, ("export/merged",), open_target, show)["export/merged"]
+        files += evaluation_files(run, "export")
+        said.append(f"accuracy {figures.accuracy or 0:.1%}")
+    return Outcome(files, {"retention": {one.name: one.row.retention for one in exported}}, ", ".join(said))
+
+
+def _conversations(context: Context, split: str) -> list[list[Message]]:
+    rows: Any = load_dataset(context.run)[split]
     return [
         [{key: value for key, value in message.items() if value is not None} for message in messages]  # type: ignore[misc]
         for messages in rows[:NUM_TWINS]["messages"]

@@ -64,7 +64,14 @@ def _spec(recipe: Recipe, run: RunFolder, name: str) -> TargetSpec:
             raise UnusableInput(
                 f"{name}: {folder} is not there; expected one of {', '.join(made) or 'none yet'}: tracestill export"
             )
-        return TargetSpec(name, name.replace("/", "."), "export", folder, None, recipe.export.dtype, export=chosen)
+        if chosen.startswith("gguf"):
+            raise UnusableInput(
+                f"{name}: a GGUF file is evaluated behind its server; start llama-server with it and name it in evaluate.models"
+            )
+        file = "export" if chosen == "merged" else f"export.{chosen}"
+        if chosen == "adapter":
+            return TargetSpec(name, file, "export", resolve(recipe.student.model), folder, recipe.export.dtype, export=chosen)
+        return TargetSpec(name, file, "export", folder, None, recipe.export.dtype, export=chosen)
     if (other := recipe.evaluate.models.get(name)) is not None:
         return _other(recipe, name, other)
     if Path(name).is_dir():

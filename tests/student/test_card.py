@@ -11,7 +11,9 @@ from data.checksum import checked_json
 from data.store import RunFolder, sha256_file
 from student.card import CardFacts, PromptSource, cell, certificate_text, gather, render_card
 from student.certificate import certified_settings, read_certificate
+from student.export import Exported
 from student.gates import judge
+from student.matrix import ParityRow
 from student.parity import Parity
 from student.results import read_evaluated, read_metrics
 from student.scoring import Metrics
@@ -24,7 +26,9 @@ RECIPE = Recipe.model_validate(
         "student": {"model": "weights/S", "licence": "Apache-2.0"},
     }
 )
-FINDINGS = Parity("bf16", 1.2e-3, 0.5, 0.9976, 192, 1, 40)
+ROW = ParityRow("merged", 1.2e-3, 0.5, 0.9976, 0.95, 0.96, 1.0, 1.0, 22.5, 23.0, 4_200_000, 310.0, 12, 400)
+MERGED = Exported("merged", Path("x"), ROW, {"dtype": "bf16"}, Parity("bf16", 1.2e-3, 0.5, 0.9976, 192, 1, 40))
+FINDINGS = [MERGED, Exported("gguf-q8_0", Path("y"), ROW._replace(format="gguf-q8_0"), {}, None)]
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +65,10 @@ def test_the_card_shows_every_model_and_every_gate(facts: CardFacts) -> None:
     card = render_card(facts, FINDINGS)
     assert "|  | teacher | base | student |" in card and "| accuracy, chain_sum | " in card
     assert "1 of 2 gates passed" in card and "| hallucination_rate | " in card and "refused" in card
-    assert "99.76 % of the adapter's effect" in card and "192 greedy tokens" in card
+    assert (
+        "| merged | 1.20e-03 | 99.76 % | 95 % (96 %) | 100 % (100 %) | 22.5 (23.0) | 4.2 MB | 310 |" in card
+        and "192 greedy tokens" in card
+    )
 
 
 def test_a_card_without_gates_says_ungated(facts: CardFacts) -> None:

@@ -1,4 +1,6 @@
 import json
+import math
+import re
 import stat
 from pathlib import Path
 
@@ -12,13 +14,14 @@ from configs.errors import UnusableInput
 from configs.exports import Export
 from configs.training import Lora
 from data.byte_tokenizer import build_byte_tokenizer
-from data.chat import dialect_of, encode_prompt
+from data.chat import dialect_of, encode_conversation, encode_prompt
 from data.records import Message
 from data.store import RunFolder
 from student import parity
 from student.adapter_files import save_adapter, trainable
-from student.export import Exported, export_merged, exported_files, load_adapted
+from student.export import Exported, Material, export_formats, exported_files, load_adapted
 from student.lora import attach
+from student.matrix import agreed, divergence, retention
 from student.model import load_base
 from tests.student.test_evaluate import CHATML, embedded_template
 
@@ -62,11 +65,22 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return make_base(tmp_path_factory.mktemp("base"), tied=request.param)
 
 
-def export(base: Path, adapter: Path, run: RunFolder, dtype: str = "fp32") -> Exported:
-    settings = Export.model_validate({"dtype": dtype})
-    return export_merged(
-        str(base), adapter, settings, run, prompts=PROMPTS, conversations=TRACES, card=lambda findings: f"card {findings.dtype}"
+def export_all(base: Path, adapter: Path, run: RunFolder, **settings: object) -> list[Exported]:
+    material = Material(PROMPTS, TRACES, TRACES)
+    chosen = Export.model_validate(settings)
+    return export_formats(
+        str(base), adapter, chosen, run, material, lambda made: f"card of {', '.join(one.name for one in made)}"
     )
+
+
+def export(base: Path, adapter: Path, run: RunFolder, dtype: str = "fp32") -> Exported:
+    [exported] = export_all(base, adapter, run, dtype=dtype)
+    return exported
+
+
+def found_by(exported: Exported) -> parity.Parity:
+    assert exported.parity is not None
+    return exported.parity
 
 
 def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
@@ -85,8 +99,8 @@ def test_the_exported_folder_is_base_plus_adapter(base: Path, tmp_path: Path, dt
         ours, theirs = reloaded.float()(ids).logits, reference(ids).logits
     # logits are of order 1; weights were rounded once to 24, 11 or 8 bits
     assert torch.allclose(ours, theirs, atol={"fp32": 1e-4, "fp16": 2e-2, "bf16": 2e-1}[dtype])
-    assert exported.parity.logit_error < parity.LOGIT_BOUND[dtype] and exported.parity.tokens > 0
-    assert exported.parity.adapter_kept > 0.9 and exported.parity.twins == len(PROMPTS) + len(TRACES)
+    assert found_by(exported).logit_error < parity.LOGIT_BOUND[dtype] and found_by(exported).tokens > 0
+    assert found_by(exported).adapter_kept > 0.9 and found_by(exported).twins == len(PROMPTS) + len(TRACES)
 
 
 def parity_dtype(dtype: str) -> torch.dtype:
@@ -107,7 +121,7 @@ def test_the_folder_holds_what_a_server_needs(base: Path, tmp_path: Path) -> Non
     assert exported.folder == tmp_path / "export" / "merged" and [path.name for path in (tmp_path / "export").iterdir()] == [
         "merged"
     ]
-    assert (exported.folder / "README.md").read_text() == "card fp32"
+    assert (exported.folder / "README.md").read_text() == "card of merged"
     tokenizer = tokenizer_of(base)
     generation = json.loads((exported.folder / "generation_config.json").read_text())
     assert generation["eos_token_id"] == list(dialect_of(tokenizer).stop_ids(tokenizer))
@@ -165,14 +179,18 @@ def test_an_adapter_that_never_learnt_is_refused(base: Path, tmp_path: Path) -> 
     assert not list((tmp_path / "export").iterdir())
 
 
-def test_a_bf16_export_that_rounds_the_adapter_away_is_refused_with_the_remedy(tmp_path: Path) -> None:
+def test_a_bf16_merge_that_would_lose_the_adapter_is_stored_in_fp32_and_says_why(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", tied=False)
     weights = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(base / "model.safetensors").items()}
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})  # a base that bf16 holds exactly
     adapter = make_adapter(base, tmp_path / "adapter", std=1e-5)
-    with pytest.raises(UnusableInput, match=r"nearer to the base.*set export.dtype: fp32"):
-        export(base, adapter, RunFolder(tmp_path), "bf16")
-    assert export(base, adapter, RunFolder(tmp_path), "fp32").parity.adapter_kept > 0.9
+    exported = export(base, adapter, RunFolder(tmp_path), "bf16")
+    assert exported.notes["dtype"] == "fp32" and exported.notes["instead_of"] == "bf16"
+    assert re.fullmatch(r"bf16 keeps -?[\d.]+% of the adapter, at least 98% were to be kept", str(exported.notes["because"]))
+    assert exported.row.retention > 0.999 and found_by(exported).adapter_kept > 0.9
+    assert json.loads((exported.folder / "config.json").read_text())["dtype"] == "float32"
+    large = export(base, make_adapter(base, tmp_path / "large"), RunFolder(tmp_path / "b"), "bf16")
+    assert large.notes == {"dtype": "bf16"} and 0.98 <= large.row.retention < 1.0
 
 
 def observed_and_folder(base: Path, tmp_path: Path) -> tuple[list[parity.Observed], Path]:
@@ -247,3 +265,81 @@ def test_a_near_tie_may_fall_either_way_and_a_clear_lead_may_not() -> None:
 def test_a_missing_adapter_is_one_clear_line(base: Path, tmp_path: Path) -> None:
     with pytest.raises(UnusableInput, match=r"adapter_config.json"):
         export(base, tmp_path / "nothing", RunFolder(tmp_path))
+
+
+# --- several formats, and what is left of the student in each ------------------------------------------------------
+
+
+def test_the_parity_matrix_equals_one_written_out(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", tied=False)
+    adapter = make_adapter(base, tmp_path / "adapter")
+    merged, alone = export_all(base, adapter, RunFolder(tmp_path), formats=["merged", "adapter"], dtype="bf16")
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), str(adapter)).eval()
+    served = AutoModelForCausalLM.from_pretrained(merged.folder, dtype=torch.bfloat16).eval()
+    kl_export = kl_base = positions = 0.0
+    for trace in TRACES:
+        encoded = encode_conversation(tokenizer_of(base), trace)  # type: ignore[arg-type]
+        ids = torch.tensor([encoded.ids])
+        with torch.no_grad():
+            ours, theirs = adapted(ids).logits[0].double(), served(ids).logits[0].double()
+            with adapted.disable_adapter():
+                before = adapted(ids).logits[0].double()
+        for at, is_said in enumerate(encoded.mask):
+            if is_said:
+                p, q, b = (torch.log_softmax(logits[at - 1], 0) for logits in (ours, theirs, before))
+                kl_export += float((p.exp() * (p - q)).sum())
+                kl_base += float((p.exp() * (p - b)).sum())
+                positions += 1
+    assert merged.row.positions == positions and merged.row.traces == len(TRACES)
+    assert merged.row.kl_base == alone.row.kl_base == pytest.approx(kl_base / positions, rel=1e-4)
+    assert merged.row.kl_adapter == pytest.approx(kl_export / positions, rel=1e-2)
+    assert merged.row.retention == pytest.approx(1 - merged.row.kl_adapter / merged.row.kl_base, abs=1e-12)
+    assert 0.98 <= alone.row.retention <= 1.0 and merged.row.tokens_per_second > 0
+    assert merged.row.size_bytes == sum(
+        path.stat().st_size for path in merged.folder.iterdir() if path.name != "README.md"
+    )  # the card says it
+    assert {path.name for path in (tmp_path / "export").iterdir()} == {"merged", "adapter"}
+    assert (alone.folder / "README.md").read_text() == "card of merged, adapter"
+
+
+def test_rates_and_divergence_are_those_of_the_continuations() -> None:
+    assert [agreed([1, 2, 3], other) for other in ([1, 2, 3], [1, 9, 3], [9], [], [1, 2, 3, 4])] == [3, 1, 0, 0, 3]
+    first, second = torch.tensor([[0.5, 0.25, 0.25]]).log(), torch.tensor([[0.25, 0.25, 0.5, 0.0]]).log()
+    assert divergence(first, second) == pytest.approx(0.5 * math.log(2) - 0.25 * math.log(2), abs=1e-6)  # padding is left out
+    assert retention(0.25, 1.0) == 0.75
+    with pytest.raises(UnusableInput, match="the adapter changes no logit"):
+        retention(0.0, 0.0)
+
+
+def test_the_adapter_is_exported_as_vllm_loads_it(base: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(base, tmp_path / "adapter")
+    [exported] = export_all(base, adapter, RunFolder(tmp_path), formats=["adapter"])
+    config = json.loads((exported.folder / "adapter_config.json").read_text())
+    names = set(load_file(exported.folder / "adapter_model.safetensors"))
+    assert config["r"] == 4 and not config["use_dora"] and config["bias"] == "none" and not config["modules_to_save"]
+    assert all(re.fullmatch(r"base_model\.model\.model\.layers\.\d\..*\.lora_[AB]\.weight", name) for name in names) and names
+    assert exported.notes["vllm"] == "--enable-lora --max-lora-rank 4"
+    assert (exported.folder / "chat_template.jinja").is_file()
+
+
+@pytest.mark.parametrize(("lora", "what"), [(Lora(dora=True), "DoRA"), (Lora(modules_to_save=PAIR), "modules_to_save")])
+def test_an_adapter_that_vllm_refuses_is_refused_here(tmp_path: Path, lora: Lora, what: str) -> None:
+    base = make_base(tmp_path / "base", tied=False)
+    model = attach(load_base(str(base), "fp32"), lora, seed=0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    save_adapter(tmp_path / "adapter", model, trainable(model))
+    with pytest.raises(UnusableInput, match=f"vLLM's LoRA loader does not take {what}.*export merged instead"):
+        export_all(base, tmp_path / "adapter", RunFolder(tmp_path), formats=["merged", "adapter"])
+    assert not list((tmp_path / "export").iterdir())
+
+
+@pytest.mark.long
+def test_a_gguf_of_the_trained_student_keeps_the_adapter(tmp_path: Path) -> None:
+    pytest.importorskip("ik_llama_cpp", reason="needs llama.cpp: pip install '.[gguf]'")
+    base = make_base(tmp_path / "base", tied=False)
+    adapter = make_adapter(base, tmp_path / "adapter")
+    half, eight = export_all(base, adapter, RunFolder(tmp_path), formats=["gguf-f16", "gguf-q8_0"])
+    assert half.row.retention > 0.999 and eight.row.retention > 0.9 and eight.row.size_bytes < half.row.size_bytes
+    assert half.row.stop_rate == half.row.adapter_stop_rate
