@@ -257,9 +257,29 @@ def _require_headroom(context: "Context") -> None:
         raise refusal
 
 
-def export(config: Config, overrides: Overrides = None, run_dir: RunDir = None, dry_run: DryRun = False) -> None:
-    """What a server loads: merged weights, tokenizer, model card; reloaded and compared before it is sealed."""
-    run_one(_export_stage, Invocation(config, overrides, run_dir), dry_run=dry_run)
+def export(
+    config: Config,
+    overrides: Overrides = None,
+    run_dir: RunDir = None,
+    dry_run: DryRun = False,
+    serve_check: Annotated[
+        bool, typer.Option("--serve-check", help="Then serve it on loopback, and ask it what the student says.")
+    ] = False,
+) -> None:
+    """What a server loads, in every format of the recipe: opened again and compared before it is sealed."""
+    named = Invocation(config, overrides, run_dir)
+    run_one(_export_stage, named, dry_run=dry_run)
+    if serve_check and not dry_run:
+        context = named.open()
+        from student.serve_check import Served
+        from student.stages import check_serving
+
+        for one in check_serving(context):
+            if isinstance(one, Served):
+                words = f"{one.requests} chats, {one.tokens} tokens as generated here ({one.near_ties} near ties)"
+                context.console.print(f"served    {one.format} by {one.server}: {words}", highlight=False, soft_wrap=True)
+            else:
+                context.console.print(f"served    not: {one}", highlight=False, soft_wrap=True)
 
 
 def report(run_dir: RunFolderArgument, as_json: AsJson = False) -> None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 COMPARED = ("teacher", "base", "student")
 NUM_RELOAD_PROMPTS = 24
 NUM_TWINS = 64
+NUM_SERVED_PROMPTS = 8
 MATRIX_FILE = "parity.json"
 JUDGED_LATER = ("gates", "headroom", "models")
 """Settings of `evaluate` that no figure of the run's own models depends on."""
@@ -127,6 +128,48 @@ def export(context: Context, open_target: OpenTarget, show: Callable[[Count], No
         files += evaluation_files(run, "export")
         said.append(f"accuracy {figures.accuracy or 0:.1%}")
     return Outcome(files, {"retention": {one.name: one.row.retention for one in exported}}, ", ".join(said))
+
+
+def check_serving(context: Context) -> list[Any]:
+    """Every exported format that something here can serve, served and asked; evaluation/serving.json holds what was found.
+
+    Raises:
+        UnusableInput: no export, or nothing here serves any of its formats.
+        Refused: a server says something else than the student.
+    """
+    from student.export import format_of
+    from student.model import load_tokenizer
+    from student.serve_check import check_server, servers_for
+
+    run, recipe = context.run, context.recipe
+    made = [name for name in recipe.export.formats if (run.export / name).is_dir() and name != "adapter"]
+    if not made:
+        raise UnusableInput(f"{run.export}: nothing exported that a server loads by itself; add merged to export.formats")
+    tokenizer = load_tokenizer(recipe.student.model)
+    items = read_prompts(run, "eval")
+    prompts = [item.messages for item in items[:: max(1, len(items) // NUM_SERVED_PROMPTS)]][:NUM_SERVED_PROMPTS]
+    found, missing = [], list[UnusableInput]()
+    for name in made:
+        try:
+            servers = servers_for(name)
+        except UnusableInput as error:
+            missing.append(error)
+            continue
+        folder = run.export / name
+        speaker = format_of(name, recipe.student.model, recipe.export).open(folder)
+        path = next(folder.glob("*.gguf")) if name.startswith("gguf") else folder
+        try:
+            for server, program in servers:
+                log = run.logs / f"serve.{name}.{server.program}.log"
+                found.append(
+                    check_server(server, program, name, path, speaker, tokenizer, prompts, dtype=recipe.export.dtype, log=log)
+                )
+        finally:
+            speaker.close()
+    if not found:
+        raise missing[0]
+    write_json(run.evaluation / "serving.json", {"served": [one._asdict() for one in found]})
+    return [*found, *map(str, missing)]
 
 
 def _conversations(context: Context, split: str) -> list[list[Message]]:
