@@ -9,7 +9,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from configs.exports import Export
 from data.chat import encode_conversation
 from data.records import Message
-from data.store import RunFolder
+from data.store import RunFolder, sha256_file, write_json
 from student import parity
 from student.adapter_files import ADAPTER_CONFIG, load_adapter, publish_folder
 from student.folders import resolve
@@ -28,6 +28,7 @@ from student.formats.gguf import Gguf
 from student.formats.transformers_model import Adapter, Merged
 from student.matrix import Held, ParityRow, measure_format, observe_traces
 from student.model import load_base, load_tokenizer
+from student.provenance import PROVENANCE_FILE
 
 MERGED = "merged"
 FALLBACK_RETENTION = 0.98
@@ -55,12 +56,19 @@ class Material(NamedTuple):
 
 
 def export_formats(
-    base: str, adapter_dir: Path, settings: Export, run: RunFolder, material: Material, card: Callable[[Sequence[Exported]], str]
+    base: str,
+    adapter_dir: Path,
+    settings: Export,
+    run: RunFolder,
+    material: Material,
+    card: Callable[[Sequence[Exported]], str],
+    provenance: Callable[[Mapping[str, str]], Mapping[str, Any]],
 ) -> list[Exported]:
     """run.export/FORMAT holds every format of the settings, each opened again as it will be served and held against base +
     adapter; earlier ones are replaced. All are written and measured before the first is published.
 
-    base: a checkpoint folder or `embedded`. card: the text of each folder's README.md.
+    base: a checkpoint folder or `embedded`. card: the text of each folder's README.md. provenance: of a folder's files, by
+    their path relative to the run folder, with sha256; JSON values.
 
     Raises:
         UnusableInput: a missing folder, an adapter that does nothing, a student that cannot be had in a format, or a folder that
@@ -85,6 +93,9 @@ def export_formats(
                 made[-1] = made[-1]._replace(parity=found)
         for one in made:
             (one.folder / "README.md").write_text(card(made))
+            here = exported_files(one.folder)
+            files = {f"export/{one.name}/{path.relative_to(one.folder)}": sha256_file(path) for path in here}
+            write_json(one.folder / PROVENANCE_FILE, dict(provenance(files)))
         published = [one._replace(folder=run.export / one.name) for one in made]
         for one, final in zip(made, published, strict=True):
             publish_folder(one.folder, final.folder)

@@ -13,7 +13,7 @@ import os
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -128,6 +128,8 @@ class ItemStore:
             yield from self._asked(engine, open_asks, batch)
         for path in left_behind:  # all that they held is committed
             path.unlink(missing_ok=True)
+        with suppress(OSError):
+            self.journals.rmdir()
 
     def _asked(self, engine: Engine, asks: Sequence[Ask], batch: "_Batch") -> Iterator[int]:
         hands = {ask.trace_id: InHand(ask, _to_ask(ask)) for ask in asks}

@@ -1,6 +1,6 @@
 """The two stages of this package: every model on the same held-out items, and the folder a server loads."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from configs.errors import Refused, UnusableInput
@@ -105,6 +105,7 @@ def export(context: Context, open_target: OpenTarget, show: Callable[[Count], No
     """Every format of the recipe, opened again and compared with base + adapter; merged weights are evaluated like the others."""
     from student.card import gather, render_card
     from student.export import Exported, Material, export_formats, exported_files
+    from student.provenance import provenance
 
     run, recipe = context.run, context.recipe
     metrics = {name: found for name in COMPARED if (found := read_metrics(run, name)) is not None}
@@ -119,7 +120,10 @@ def export(context: Context, open_target: OpenTarget, show: Callable[[Count], No
     def card(made: Sequence[Exported]) -> str:
         return render_card(gather(run, recipe, metrics, gate_rows(context)), made)
 
-    exported = export_formats(recipe.student.model, run.checkpoints / "adapter", recipe.export, run, material, card)
+    def trace_back(files: Mapping[str, str]) -> dict[str, Any]:
+        return provenance(run, recipe, files)
+
+    exported = export_formats(recipe.student.model, run.checkpoints / "adapter", recipe.export, run, material, card, trace_back)
     write_json(run.export / MATRIX_FILE, {"formats": [one.row._asdict() | {"notes": dict(one.notes)} for one in exported]})
     files = [run.export / MATRIX_FILE, *(path for one in exported for path in exported_files(one.folder))]
     said = [f"{one.name} keeps {one.row.retention:.2%}" for one in exported]

@@ -18,6 +18,7 @@ import yaml
 
 from data.ledger import read_ledger
 from data.store import RunFolder
+from student.provenance import unresolved
 from student.results import read_results
 from tests.e2e.commands import command, environment, kill_when, tracestill
 
@@ -62,6 +63,40 @@ def test_a_second_run_does_nothing_and_says_so(finished: RunFolder) -> None:
 def test_every_hash_of_a_finished_run_holds(finished: RunFolder) -> None:
     ended = tracestill("data", "verify", str(finished.root), cwd=finished.root)
     assert ended.code == 0 and "verified" in ended.out
+
+
+def test_an_export_leads_back_to_the_prompts_by_hashes_that_resolve(finished: RunFolder) -> None:
+    said = json.loads((finished.export / "merged" / "provenance.json").read_text())
+    assert list(said["stages"]) == ["prompts", "headroom", "generate", "data", "train", "evaluate"]
+    assert "export/merged/model.safetensors" in said["files"] and unresolved(finished, said) == []
+    for stage in said["stages"].values():
+        assert all(
+            said["files"].get(path) == sha256 for path, sha256 in stage["inputs"].items() if path.endswith("manifest.json")
+        )
+    said["files"]["dataset/manifest.json"] = "0" * 64
+    assert unresolved(finished, said) == ["dataset/manifest.json"]
+
+
+def test_models_of_a_finished_run_are_compared_without_asking_them_again(finished: RunFolder, tmp_path: Path) -> None:
+    shutil.copytree(finished.root, tmp_path / "r")
+    words = [
+        "evaluate",
+        "embedded",
+        "--compare",
+        "teacher",
+        "student",
+        "export/merged",
+        "--run-dir",
+        str(tmp_path / "r"),
+        "--json",
+    ]
+    ended = tracestill(*words, cwd=tmp_path, small=True)
+    assert ended.code == 0, ended.err
+    found = json.loads(ended.out.splitlines()[-1])
+    assert list(found["models"]) == models and found["against"] == "teacher"
+    accuracy, _ = found["paired"]["export/merged"]
+    assert accuracy["test"] == "exact McNemar" and accuracy["value"] == found["paired"]["student"][0]["value"] < 0
+    assert "| accuracy, answerable |" in (tmp_path / "r" / "evaluation" / "comparison.md").read_text()
 
 
 def test_a_gate_that_fails_exits_3_and_keeps_the_run(finished: RunFolder, tmp_path: Path) -> None:

@@ -308,7 +308,7 @@ def test_sigkill_loses_no_completion(tokenizer: PreTrainedTokenizerBase, tmp_pat
     assert sum(segment.rows for segment in segments(run.evaluation / "student.items")) == 6  # two batches of three
     assert run_evaluation(engine, numbered(12), run, batch_size=3).accuracy == 1.0
     assert len(engine.asked) == 5  # the seventh was in the journal; the eighth and the four after it were never said
-    assert not list((run.evaluation / "student.journal").iterdir())
+    assert not (run.evaluation / "student.journal").exists()
 
 
 def test_an_unfinished_completion_goes_on_where_it_was(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ import json
 import math
 import re
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -68,9 +69,11 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def export_all(base: Path, adapter: Path, run: RunFolder, **settings: object) -> list[Exported]:
     material = Material(PROMPTS, TRACES, TRACES)
     chosen = Export.model_validate(settings)
-    return export_formats(
-        str(base), adapter, chosen, run, material, lambda made: f"card of {', '.join(one.name for one in made)}"
-    )
+
+    def card(made: Sequence[Exported]) -> str:
+        return f"card of {', '.join(one.name for one in made)}"
+
+    return export_formats(str(base), adapter, chosen, run, material, card, lambda files: {"files": dict(files)})
 
 
 def export(base: Path, adapter: Path, run: RunFolder, dtype: str = "fp32") -> Exported:
@@ -296,8 +299,8 @@ def test_the_parity_matrix_equals_one_written_out(tmp_path: Path) -> None:
     assert merged.row.retention == pytest.approx(1 - merged.row.kl_adapter / merged.row.kl_base, abs=1e-12)
     assert 0.98 <= alone.row.retention <= 1.0 and merged.row.tokens_per_second > 0
     assert merged.row.size_bytes == sum(
-        path.stat().st_size for path in merged.folder.iterdir() if path.name != "README.md"
-    )  # the card says it
+        path.stat().st_size for path in merged.folder.iterdir() if path.name not in ("README.md", "provenance.json")
+    )  # which state it
     assert {path.name for path in (tmp_path / "export").iterdir()} == {"merged", "adapter"}
     assert (alone.folder / "README.md").read_text() == "card of merged, adapter"
 
