@@ -79,17 +79,8 @@ def test_an_export_leads_back_to_the_prompts_by_hashes_that_resolve(finished: Ru
 
 def test_models_of_a_finished_run_are_compared_without_asking_them_again(finished: RunFolder, tmp_path: Path) -> None:
     shutil.copytree(finished.root, tmp_path / "r")
-    words = [
-        "evaluate",
-        "embedded",
-        "--compare",
-        "teacher",
-        "student",
-        "export/merged",
-        "--run-dir",
-        str(tmp_path / "r"),
-        "--json",
-    ]
+    models = ["teacher", "student", "export/merged"]
+    words = ["evaluate", "embedded", "--compare", *models, "--run-dir", str(tmp_path / "r"), "--json"]
     ended = tracestill(*words, cwd=tmp_path, small=True)
     assert ended.code == 0, ended.err
     found = json.loads(ended.out.splitlines()[-1])
