@@ -5,7 +5,6 @@ effect at a lora_B of 1e-4, 0.1 % at 5e-3 (measured); one rounding of the finish
 checks how much of the adapter survived it.
 """
 
-import copy
 import shutil
 import uuid
 from collections.abc import Callable, Sequence
@@ -15,16 +14,15 @@ from typing import NamedTuple
 import torch
 from peft import PeftConfig, PeftModel
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from configs.errors import UnusableInput
-from configs.exports import DtypeName, Export
-from data.chat import dialect_of
+from configs.exports import Export
 from data.records import Message
 from data.store import RunFolder
 from student import parity
 from student.adapter_files import ADAPTER_CONFIG, load_adapter, publish_folder
-from student.model import DTYPES, load_base, load_tokenizer
+from student.formats.weights import write_model
+from student.model import load_base, load_tokenizer
 
 MERGED = "merged"
 
@@ -117,29 +115,3 @@ def merge(adapted: PeftModel) -> PreTrainedModel:
     merged = adapted.merge_and_unload(safe_merge=True)
     assert isinstance(merged, PreTrainedModel)
     return merged
-
-
-def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: DtypeName) -> None:
-    """Weights in `dtype`, tokenizer with its chat template, and the stops a server needs, all on disk. `model` stays as it is."""
-    embedding = model.get_input_embeddings()
-    assert isinstance(embedding, nn.Embedding)
-    if len(tokenizer) > (rows := embedding.num_embeddings):
-        raise UnusableInput(
-            f"export: the tokenizer has {len(tokenizer)} ids, the embedding {rows} rows; use the base's own tokenizer"
-        )
-    with torch.device("meta"):
-        rounded = type(model)(copy.deepcopy(model.config))
-    rounded.load_state_dict({name: tensor.to(DTYPES[dtype]) for name, tensor in model.state_dict().items()}, assign=True)
-    rounded.tie_weights()
-    rounded.generation_config = generation_config(tokenizer)
-    rounded.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    for weights in folder.glob("*.safetensors"):
-        weights.chmod((folder / "config.json").stat().st_mode)  # safetensors writes 0600, and servers run as somebody else
-
-
-def generation_config(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """Stops and padding only: every server reads eos from here, and a dialect has more than one stop. No sampling
-    defaults, so that greedy requests stay greedy."""
-    stops = list(dialect_of(tokenizer).stop_ids(tokenizer))
-    return GenerationConfig(eos_token_id=stops, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id)

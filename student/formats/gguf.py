@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerBase
 
 from configs.errors import UnusableInput
 from data.chat import dialect_of
-from student.export import write_model
 from student.formats.base import Trained
 from student.formats.llama import LlamaSpeaker, llama_api
+from student.formats.weights import write_model
 
 K_ROW = 256
 """Values of a K-quant's block: a row of another length is stored in an older type, tensor by tensor, without a word."""
