@@ -202,7 +202,7 @@ _TOKEN_ARGS = {"num_bits": 8, "type": "float", "strategy": "token", "symmetric":
 
 
 def _weight_args(kind: Kind, size: int) -> dict[str, object]:
-    shared = {"num_bits": kind.bits, "type": "float" if kind.grid.is_float8 else "int", "symmetric": True, "dynamic": False}
+    shared: dict[str, object] = {"num_bits": kind.bits, "type": "float" if kind.grid.is_float8 else "int", "symmetric": True, "dynamic": False}
     return shared | ({"strategy": "channel"} if size == -1 else {"strategy": "group", "group_size": size})
 
 
@@ -230,7 +230,7 @@ def pack(rounded_OI: torch.Tensor, scale_OG: torch.Tensor, scheme: Any) -> dict[
 
 
 def _ignored(model: PreTrainedModel, groups: Mapping[str, int]) -> list[str]:
-    """Every linear layer that is not quantised, the head first of all."""
+    """Every linear layer that is not quantised: the head, and what does not fit."""
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in groups]
 
 

@@ -110,7 +110,7 @@ def test_gptqs_error_on_what_it_was_calibrated_with_is_below_round_to_nearests(t
     hessian_II, scale_OG = hessian_of(inputs_TI), scales_of(weight_OI, 32, INT4)
     found_OI, nearest_OI = compensate(weight_OI, hessian_II, scale_OG, INT4), round_to_nearest(weight_OI, scale_OG, INT4)
     gptq, nearest = (output_error(weight_OI, one_OI, hessian_II) for one_OI in (found_OI, nearest_OI))
-    assert gptq < 0.6 * nearest  # 0.01 to 0.4 of it
+    assert gptq < 0.6 * nearest  # 0.30 to 0.32 of it with many tokens, 0.02 to 0.04 with few
     assert gptq == pytest.approx(float((inputs_TI @ (weight_OI - found_OI).T).square().sum()), rel=1e-3)
     steps_OI = found_OI / scale_OG.float().repeat_interleave(32, dim=1)
     assert torch.allclose(steps_OI, steps_OI.round(), atol=1e-4) and float(steps_OI.min()) >= -8 and float(steps_OI.max()) <= 7
