@@ -24,6 +24,7 @@ from student import parity
 from student.adapter_files import ADAPTER_CONFIG, load_adapter, publish_folder
 from student.folders import resolve
 from student.formats.base import Format, Trained
+from student.formats.compressed import Compressed
 from student.formats.gguf import Gguf
 from student.formats.transformers_model import Adapter, Merged
 from student.matrix import Held, ParityRow, measure_format, observe_traces
@@ -126,6 +127,8 @@ def format_of(name: str, base: str, settings: Export) -> Format:
             return Merged(settings.dtype)
         case "adapter":
             return Adapter(base, settings.dtype)
+        case "int8" | "int4" | "fp8":
+            return Compressed(name)
         case _:
             return Gguf(name, pre_tokenizer=settings.gguf_pre_tokenizer)
 

@@ -36,7 +36,8 @@ class Speaker(Protocol):
 class Format(Protocol):
     """One file of this package each. name: as recipes call it, and the name of its folder under export/."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def write(self, trained: Trained, folder: Path) -> Mapping[str, object]:
         """Everything a server needs goes into `folder`, which is empty; what it says of itself (settings, notes) is returned for

@@ -15,18 +15,33 @@ from student.model import DTYPES
 
 def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: DtypeName) -> None:
     """Weights in `dtype`, tokenizer with its chat template, and the stops a server needs, all on disk. `model` stays as it is."""
+    require_rows(model, tokenizer)
+    rounded = empty_copy(model)
+    rounded.load_state_dict({name: tensor.to(DTYPES[dtype]) for name, tensor in model.state_dict().items()}, assign=True)
+    save_model(rounded, tokenizer, folder)
+
+
+def empty_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model on the meta device: load_state_dict(..., assign=True) fills it without a second copy."""
+    with torch.device("meta"):
+        return type(model)(copy.deepcopy(model.config))
+
+
+def require_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises UnusableInput where the tokenizer has ids that the embedding has no row for."""
     embedding = model.get_input_embeddings()
     assert isinstance(embedding, nn.Embedding)
     if len(tokenizer) > (rows := embedding.num_embeddings):
         raise UnusableInput(
             f"export: the tokenizer has {len(tokenizer)} ids, the embedding {rows} rows; use the base's own tokenizer"
         )
-    with torch.device("meta"):
-        rounded = type(model)(copy.deepcopy(model.config))
-    rounded.load_state_dict({name: tensor.to(DTYPES[dtype]) for name, tensor in model.state_dict().items()}, assign=True)
-    rounded.tie_weights()
-    rounded.generation_config = generation_config(tokenizer)
-    rounded.save_pretrained(folder)
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Weights as they stand (a tied head once), tokenizer with its chat template, and the stops a server needs, all on disk."""
+    model.tie_weights()
+    model.generation_config = generation_config(tokenizer)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     for weights in folder.glob("*.safetensors"):
         weights.chmod((folder / "config.json").stat().st_mode)  # safetensors writes 0600, and servers run as somebody else
