@@ -23,9 +23,10 @@ from student.parity import LOGIT_BOUND
 
 if TYPE_CHECKING:
     import openai
+    from openai.types.chat.chat_completion import Choice
 
 START_S, REQUEST_S, END_S = 600.0, 300.0, 15.0
-NUM_NEW_TOKENS = 64
+NUM_NEW_TOKENS = 128
 
 
 class Server(NamedTuple):
@@ -166,9 +167,17 @@ def _ask(client: "openai.OpenAI", model: str, messages: Sequence[Message], serve
         except openai.APIError as error:
             raise UnusableInput(f"export --serve-check: no answer from {server.name} ({error.message}); see {log}") from error
         else:
-            message = reply.choices[0].message
-            thought = getattr(message, "reasoning_content", None)  # servers with a reasoning parser
-            return (f"<think>{thought}</think>" if thought is not None else "") + (message.content or "")
+            return whole_answer(reply.choices[0])
+
+
+def whole_answer(choice: "Choice") -> str:
+    """With the thought, which servers that parse it put aside. One that was cut off in its thought has not closed it."""
+    message = choice.message
+    answer, thought = message.content or "", getattr(message, "reasoning_content", None)
+    if thought is None:
+        return answer
+    is_cut = choice.finish_reason == "length" and not answer
+    return f"<think>{thought}" + ("" if is_cut else f"</think>{answer}")
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, stops: Sequence[int]) -> list[int]:

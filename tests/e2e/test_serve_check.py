@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from openai.types.chat.chat_completion import Choice
 
 from configs.errors import Refused, UnusableInput
 from data.records import Message
@@ -49,3 +50,18 @@ def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None
         servers_for("merged")
     with pytest.raises(UnusableInput, match="nothing here serves gguf-f16; expected llama-server: put llama.cpp's llama-server"):
         servers_for("gguf-f16")
+
+
+@pytest.mark.parametrize(
+    ("message", "finish", "expected"),
+    [
+        ({"content": "<think>3</think>7"}, "stop", "<think>3</think>7"),
+        ({"content": "7", "reasoning_content": "3"}, "stop", "<think>3</think>7"),
+        ({"content": "", "reasoning_content": "3"}, "length", "<think>3"),
+        ({"content": None, "reasoning_content": "3"}, "stop", "<think>3</think>"),
+        ({"content": None}, "stop", ""),
+    ],
+)
+def test_a_thought_that_a_server_puts_aside_is_put_back(message: dict, finish: str, expected: str) -> None:
+    choice = {"index": 0, "finish_reason": finish, "message": {"role": "assistant", **message}}
+    assert serve_check.whole_answer(Choice.model_validate(choice)) == expected
