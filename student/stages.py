@@ -29,6 +29,8 @@ NUM_RELOAD_PROMPTS = 24
 NUM_TWINS = 64
 NUM_SERVED_PROMPTS = 8
 MATRIX_FILE = "parity.json"
+SERVED_IN = {"gguf-f16": "fp16", "gguf-q8_0": "fp16", "gguf-q4_k_m": "fp16", "int8": "bf16", "int4": "bf16", "fp8": "bf16"}
+"""What a server computes in, where that is not what the recipe says: its rounding decides near ties."""
 JUDGED_LATER = ("gates", "headroom", "models")
 """Settings of `evaluate` that no figure of the run's own models depends on."""
 
@@ -159,14 +161,24 @@ def check_serving(context: Context) -> list[Any]:
         except UnusableInput as error:
             missing.append(error)
             continue
-        folder = run.export / name
+        folder, dtype = run.export / name, SERVED_IN.get(name, recipe.export.dtype)
         speaker = format_of(name, recipe.student.model, recipe.export).open(folder)
         path = next(folder.glob("*.gguf")) if name.startswith("gguf") else folder
         try:
             for server, program in servers:
                 log = run.logs / f"serve.{name}.{server.program}.log"
                 found.append(
-                    check_server(server, program, name, path, speaker, tokenizer, prompts, dtype=recipe.export.dtype, log=log)
+                    check_server(
+                        server,
+                        program,
+                        name,
+                        path,
+                        speaker,
+                        tokenizer,
+                        prompts,
+                        dtype=SERVED_IN.get(name, recipe.export.dtype),
+                        log=log,
+                    )
                 )
         finally:
             speaker.close()
