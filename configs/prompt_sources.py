@@ -66,6 +66,20 @@ class DatasetsSource(RowSource):
     """Which part of a DatasetDict; a folder that holds a single dataset has none."""
 
 
+class OmniscienceSource(RowSource):
+    """Closed-book facts with leave to decline, as AA-Omniscience has them: columns question, answer, domain, and optionally
+    topic, aliases, answerable, split. Their task is `facts/DOMAIN`. Rows without `split` are on the side that reads them."""
+
+    type: Literal["omniscience"] = "omniscience"
+    path: str
+    """A file that ends in .jsonl or .csv."""
+    template: str = "answer-or-decline"
+    """Asks for the answer or for `I don't know`; may use question, domain, topic, aliases, answerable."""
+    verifier: Literal["exact", "llm_judge"] = "exact"
+    """exact: the answer or one of its aliases. Nobody asks a judge in an evaluation: under llm_judge answers are `ungraded`
+    there."""
+
+
 # --- long contexts -----------------------------------------------------------------------------------------------
 
 
@@ -145,6 +159,6 @@ class DocumentsSource(LongContextSource):
 
 
 PromptSource = Annotated[
-    ReasoningGymSource | JsonlSource | ParquetSource | DatasetsSource | RepositorySource | DocumentsSource,
+    ReasoningGymSource | JsonlSource | ParquetSource | DatasetsSource | OmniscienceSource | RepositorySource | DocumentsSource,
     Field(discriminator="type"),
 ]

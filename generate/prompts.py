@@ -21,6 +21,7 @@ from configs.prompt_sources import (
     DatasetsSource,
     DocumentsSource,
     JsonlSource,
+    OmniscienceSource,
     ParquetSource,
     PromptSource,
     ReasoningGymSource,
@@ -38,6 +39,7 @@ from generate.references import TIMEOUT_S, References
 from generate.repository import read_repository
 from generate.sources.datasets_folder import read_datasets
 from generate.sources.jsonl import read_jsonl
+from generate.sources.omniscience import read_omniscience
 from generate.sources.parquet import read_parquet
 from generate.sources.paths import find_file, find_folder, find_parts, hash_files
 from generate.sources.reasoning_gym import read_reasoning_gym
@@ -190,6 +192,8 @@ class PromptStream:
                 rows = read_parquet(source, side, self._folders, self.tally.left_out, self._control)
             case DatasetsSource():
                 rows = read_datasets(source, side, self._folders, self.tally.left_out, self._control)
+            case OmniscienceSource():
+                rows = read_omniscience(source, side, self._folders, self.tally.left_out, self._control)
             case RepositorySource():
                 return map(Candidate, read_repository(source, split, self._folders, self._counter(source), self._control))
             case DocumentsSource():
@@ -269,7 +273,7 @@ def source_hashes(sources: Iterable[PromptSource], folders: Sequence[Path]) -> d
 
 def _content_hashes(source: PromptSource, folders: Sequence[Path]) -> Mapping[str, str]:
     match source:
-        case JsonlSource():
+        case JsonlSource() | OmniscienceSource():
             return {source.path: sha256_file(find_file(source.path, folders))}
         case ParquetSource():
             parts = find_parts(source.path, folders, ".parquet", "prompt file")
