@@ -12,7 +12,48 @@ ControlTokenRule = Literal["refuse", "escape"]
 Glob = Annotated[str, Field(min_length=1)]
 
 
-class ReasoningGymSource(Section):
+TWIN_FRAMES = (
+    "Please answer this question. {question}",
+    "Here is something I would like to know:\n\n{question}",
+    "{question}\n\nThank you for your help.",
+    "I have a task for you. {question}",
+)
+"""Plain words around a question that leave what it asks for, and in which form, as they are."""
+
+
+class Twins(Section):
+    """Some items of a suite once more, asked in other words: a gap between the two says what was learned by its wording."""
+
+    count: PositiveInt | None = None
+    """So many items, those whose ids hash lowest; all where there are fewer."""
+    share: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """About this share of the items, by the hash of their ids, so that another item changes no other choice."""
+    frames: Annotated[tuple[str, ...], Field(min_length=1)] = TWIN_FRAMES
+    """Each holds `{question}` once. Which one an item gets is decided by its hash."""
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> "Twins":
+        if (self.count is None) == (self.share is None):
+            raise ValueError("expected count or share, one of the two")
+        return self
+
+    @model_validator(mode="after")
+    def _frames_hold_the_question(self) -> "Twins":
+        for frame in self.frames:
+            if frame.count("{question}") != 1 or frame.strip() == "{question}":
+                raise ValueError(f"frame {frame!r}: expected other words around {{question}}, which stands in it once")
+        return self
+
+
+class SuiteSource(Section):
+    """What sources of short questions share. Long prompts have no twins: words around 100,000 tokens are no other question, and
+    would spend the budget that they were packed to."""
+
+    twins: Twins | None = Field(default=None, exclude_if=lambda twins: twins is None)
+    """Only in evaluate.suites. Absent it is in no dump: the fingerprints of earlier runs stay as they are."""
+
+
+class ReasoningGymSource(SuiteSource):
     """Items of one reasoning-gym task. Which side of the split an item falls on is decided by the hash of its text."""
 
     type: Literal["reasoning_gym"] = "reasoning_gym"
@@ -29,10 +70,10 @@ class ReasoningGymSource(Section):
 # --- rows --------------------------------------------------------------------------------------------------------
 
 
-class RowSource(Section):
+class RowSource(SuiteSource):
     """A prompt a row: `question` or `messages`; optional `answer`, `task`, `verifier`, `details` (what the verifier needs: an
     object or a list, or its JSON text), `split`, `domain`, `known`, `tools` (a list, or its JSON text), `max_tokens`,
-    `reasoning_budget`."""
+    `reasoning_budget`, `id`, `twin_of` (the id of the row that this one asks in other words)."""
 
     path: str
     """Relative paths are looked up beside the recipe first, then in the working directory."""
