@@ -12,7 +12,48 @@ ControlTokenRule = Literal["refuse", "escape"]
 Glob = Annotated[str, Field(min_length=1)]
 
 
-class ReasoningGymSource(Section):
+TWIN_FRAMES = (
+    "Please answer this question. {question}",
+    "Here is something I would like to know:\n\n{question}",
+    "{question}\n\nThank you for your help.",
+    "I have a task for you. {question}",
+)
+"""Plain words around a question that leave what it asks for, and in which form, as they are."""
+
+
+class Twins(Section):
+    """Some items of a suite once more, asked in other words: a gap between the two says what was learned by its wording."""
+
+    count: PositiveInt | None = None
+    """So many items, those whose ids hash lowest; all where there are fewer."""
+    share: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """About this share of the items, by the hash of their ids, so that another item changes no other choice."""
+    frames: Annotated[tuple[str, ...], Field(min_length=1)] = TWIN_FRAMES
+    """Each holds `{question}` once. Which one an item gets is decided by its hash."""
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> "Twins":
+        if (self.count is None) == (self.share is None):
+            raise ValueError("expected count or share, one of the two")
+        return self
+
+    @model_validator(mode="after")
+    def _frames_hold_the_question(self) -> "Twins":
+        for frame in self.frames:
+            if frame.count("{question}") != 1 or frame.strip() == "{question}":
+                raise ValueError(f"frame {frame!r}: expected other words around {{question}}, which stands in it once")
+        return self
+
+
+class SuiteSource(Section):
+    """What sources of short questions share. Long prompts have no twins: words around 100,000 tokens are no other question, and
+    would spend the budget that they were packed to."""
+
+    twins: Twins | None = Field(default=None, exclude_if=lambda twins: twins is None)
+    """Only in evaluate.suites. Absent it is in no dump: the fingerprints of earlier runs stay as they are."""
+
+
+class ReasoningGymSource(SuiteSource):
     """Items of one reasoning-gym task. Which side of the split an item falls on is decided by the hash of its text."""
 
     type: Literal["reasoning_gym"] = "reasoning_gym"
@@ -29,10 +70,10 @@ class ReasoningGymSource(Section):
 # --- rows --------------------------------------------------------------------------------------------------------
 
 
-class RowSource(Section):
+class RowSource(SuiteSource):
     """A prompt a row: `question` or `messages`; optional `answer`, `task`, `verifier`, `details` (what the verifier needs: an
     object or a list, or its JSON text), `split`, `domain`, `known`, `tools` (a list, or its JSON text), `max_tokens`,
-    `reasoning_budget`."""
+    `reasoning_budget`, `id`, `twin_of` (the id of the row that this one asks in other words)."""
 
     path: str
     """Relative paths are looked up beside the recipe first, then in the working directory."""
@@ -64,6 +105,20 @@ class DatasetsSource(RowSource):
     type: Literal["datasets"] = "datasets"
     split_name: str | None = None
     """Which part of a DatasetDict; a folder that holds a single dataset has none."""
+
+
+class OmniscienceSource(RowSource):
+    """Closed-book facts with leave to decline, as AA-Omniscience has them: columns question, answer, domain, and optionally
+    topic, aliases, answerable, split. Their task is `facts/DOMAIN`. Rows without `split` are on the side that reads them."""
+
+    type: Literal["omniscience"] = "omniscience"
+    path: str
+    """A file that ends in .jsonl or .csv."""
+    template: str = "answer-or-decline"
+    """Asks for the answer or for `I don't know`; may use question, domain, topic, aliases, answerable."""
+    verifier: Literal["exact", "llm_judge"] = "exact"
+    """exact: the answer or one of its aliases. Nobody asks a judge in an evaluation: under llm_judge answers are `ungraded`
+    there."""
 
 
 # --- long contexts -----------------------------------------------------------------------------------------------
@@ -145,6 +200,6 @@ class DocumentsSource(LongContextSource):
 
 
 PromptSource = Annotated[
-    ReasoningGymSource | JsonlSource | ParquetSource | DatasetsSource | RepositorySource | DocumentsSource,
+    ReasoningGymSource | JsonlSource | ParquetSource | DatasetsSource | OmniscienceSource | RepositorySource | DocumentsSource,
     Field(discriminator="type"),
 ]

@@ -13,7 +13,7 @@ from configs.exports import Export
 from configs.filters import AnswerPresentFilter, ControlTokensFilter, FilterSettings, FinishReasonFilter, ThinkTagsFilter
 from configs.judging import Judging
 from configs.planning import Planning
-from configs.prompt_sources import PromptSource
+from configs.prompt_sources import PromptSource, SuiteSource
 from configs.sampling import Sampling
 from configs.section import Section
 from configs.training import CrossEntropy, Share, Student, Train
@@ -167,6 +167,13 @@ class Generate(Section):
     """Go on with a run that other code began."""
     logits: KeptLogits | None = None
     """Kept beside the traces in a folder of their own; absent, none are. Only of a teacher that runs here (not http)."""
+
+    @model_validator(mode="after")
+    def _twins_are_for_evaluation(self) -> "Generate":
+        for number, source in enumerate(self.prompts):
+            if isinstance(source, SuiteSource) and source.twins is not None:
+                raise ValueError(f"prompts {number}: twins measure, they do not teach; expected them in evaluate.suites")
+        return self
 
 
 # --- data --------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 
 from configs.errors import UnusableInput
 from data.records import Prompt, Split
-from data.schema import PROMPT, SCHEMA_VERSION, from_table, schema_hash, to_table
+from data.schema import PROMPT, SCHEMA_VERSION, from_table, is_readable, schema_hash, to_table
 from data.store import RunFolder, fsync_folder, read_rollup
 
 BATCH_ROWS = 64
@@ -111,12 +111,13 @@ class PromptSet:
         self.path = path
         verify_streaming(path, sha256)
         self._source = pa.OSFile(str(path), "rb")
-        if (found := schema_hash(pa.ipc.open_file(self._source).schema)) != schema_hash(PROMPT):
+        self._schema = pa.ipc.open_file(self._source).schema
+        if not is_readable(self._schema, Prompt):
             raise UnusableInput(
-                f"{path}: schema {found}, expected {schema_hash(PROMPT)} (version {SCHEMA_VERSION}); "
+                f"{path}: schema {schema_hash(self._schema)}, expected {schema_hash(PROMPT)} (version {SCHEMA_VERSION}); "
                 "use the release that wrote it, or delete the prompts folder and run its stage again"
             )
-        self._reader = self._columns(*PROMPT.names)
+        self._reader = self._columns(*self._schema.names)
         self._starts: list[int] = []
         self._sorted: tuple[np.ndarray, np.ndarray] | None = None
         self._cache: OrderedDict[int, pa.RecordBatch] = OrderedDict()
@@ -224,7 +225,7 @@ class PromptSet:
     def _columns(self, *names: str) -> pa.RecordBatchFileReader:
         """A reader that decompresses these columns alone, in this thread: for batches this small the pool costs three times
         the decompression."""
-        wanted = [PROMPT.get_field_index(name) for name in names]
+        wanted = [self._schema.get_field_index(name) for name in names]
         return pa.ipc.open_file(self._source, options=pa.ipc.IpcReadOptions(included_fields=wanted, use_threads=False))
 
 

@@ -35,6 +35,7 @@ class Prompt:
     tools: JSON text of a list of tool schemas, or "". max_tokens, reasoning_budget: bounds of this prompt's own; 0 is the
     recipe's, or none. evidence: JSON text, where in a long prompt the answer stands (places with token offset and depth in
     [0, 1]), or "". provenance: JSON text, which files a long prompt is made of (path, sha256, licence, tokens), or "".
+    twin_of: prompt_id of the item that this one asks in other words, or ""; no part of its identity.
     """
 
     prompt_id: str
@@ -53,6 +54,7 @@ class Prompt:
     reasoning_budget: int = 0
     evidence: str = ""
     provenance: str = ""
+    twin_of: str = ""
 
 
 def prompt_identity(messages: tuple[Message, ...] | list[Message], prompt_version: str) -> str:

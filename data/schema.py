@@ -37,6 +37,7 @@ CHANGES: Mapping[int, Change] = {
         rebuilt=("data",),
     ),
     4: Change("rows of the dataset say what tools they were prompted with", added={"Row": {"tools": ""}}, rebuilt=("data",)),
+    5: Change("prompts say which item they ask in other words", added={"Prompt": {"twin_of": ""}}),
 }
 """Every version that this release reads, and what came with it."""
 OLDEST_VERSION, SCHEMA_VERSION = min(CHANGES), max(CHANGES)
@@ -66,6 +67,7 @@ PROMPT = pa.schema(
         ("reasoning_budget", pa.int32()),
         ("evidence", pa.string()),
         ("provenance", pa.string()),
+        ("twin_of", pa.string()),
     ]
 )
 TRACE = pa.schema(
@@ -201,6 +203,13 @@ def upgraded(table: pa.Table) -> pa.Table:
         if table.schema.equals(earlier.schema):
             return filled(table, current, earlier.defaults)
     return table
+
+
+def is_readable(schema: pa.Schema, kind: type[Record]) -> bool:
+    """Whether rows of that schema are records of `kind`, of this version or an earlier one."""
+    return schema.equals(_SCHEMAS[kind]) or any(
+        current is _SCHEMAS[kind] and schema.equals(earlier.schema) for current, earlier in _EARLIER
+    )
 
 
 def filled(table: pa.Table, schema: pa.Schema, defaults: Mapping[str, object]) -> pa.Table:

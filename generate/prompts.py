@@ -21,11 +21,13 @@ from configs.prompt_sources import (
     DatasetsSource,
     DocumentsSource,
     JsonlSource,
+    OmniscienceSource,
     ParquetSource,
     PromptSource,
     ReasoningGymSource,
     RepositorySource,
     RowSource,
+    SuiteSource,
 )
 from data.records import Prompt, Split, digest
 from data.store import sha256_file
@@ -38,6 +40,7 @@ from generate.references import TIMEOUT_S, References
 from generate.repository import read_repository
 from generate.sources.datasets_folder import read_datasets
 from generate.sources.jsonl import read_jsonl
+from generate.sources.omniscience import read_omniscience
 from generate.sources.parquet import read_parquet
 from generate.sources.paths import find_file, find_folder, find_parts, hash_files
 from generate.sources.reasoning_gym import read_reasoning_gym
@@ -45,6 +48,7 @@ from generate.sources.rows import Candidate, Side
 from generate.sources.texts import find_documents
 from generate.templates import template_path
 from generate.tree import scan_tree, tree_hash
+from generate.twins import Framing
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +84,8 @@ class LostRows:
 class Tally:
     """What a stream of prompts has let pass so far: prompts a side, training prompts a task, candidates left out by reason, and
     control tokens that were escaped, by the source of the prompts they stand in. rows: those left out for a reason in WHY.
-    judged_by_model: training prompts whose answers only a model can grade."""
+    judged_by_model: training prompts whose answers only a model can grade. twins: those that ask another in other
+    words."""
 
     train: int = 0
     eval: int = 0
@@ -89,6 +94,7 @@ class Tally:
     escaped: Counter[str] = field(default_factory=Counter)
     rows: dict[str, LostRows] = field(default_factory=lambda: {reason: LostRows() for reason in WHY})
     judged_by_model: int = 0
+    twins: int = 0
 
 
 class PromptStream:
@@ -145,20 +151,40 @@ class PromptStream:
 
     def _distinct(self, split: Split, references: References) -> Iterator[Prompt]:
         """A side's prompts without those whose id has passed before: the first one counts."""
-        seen = DigestTable()
+        seen, originals = DigestTable(), dict[str, str]()
         for number, source in enumerate(self._sources[split]):
+            framing = Framing(source.twins if isinstance(source, SuiteSource) else None, self._control)
             for candidate in self._read(source, split, references):
-                prompt, judged_by = candidate.prompt, judging_label(candidate.prompt)
-                first = seen.add(bytes.fromhex(prompt.prompt_id), judged_by)
-                if first is None:
-                    self._refuse_overlap(prompt, number)
-                    if escaped := num_escaped(prompt):
-                        self.tally.escaped[prompt.source] += escaped
-                    yield prompt
-                elif candidate.where and first != judged_by:
-                    self._leave_out(OTHERWISE, candidate.where)
-                else:
-                    self.tally.left_out["duplicate"] += 1
+                if self._passes(candidate, number, seen):
+                    framing.see(candidate.prompt)
+                    if candidate.prompt.twin_of:
+                        originals[candidate.prompt.twin_of] = candidate.where
+                    yield candidate.prompt
+            for twin in framing.twins():
+                if self._passes(Candidate(twin), number, seen):
+                    yield twin
+        for prompt_id, where in originals.items():
+            if seen.find(bytes.fromhex(prompt_id)) is None:
+                raise UnusableInput(
+                    f"{where}: the original of this twin is not in the set: it was left out, or another source's count ended "
+                    "before it; expected both, or leave the twin out too"
+                )
+
+    def _passes(self, candidate: Candidate, number: int, seen: DigestTable) -> bool:
+        """Whether it is the first of its id, and no training prompt in the evaluation (UnusableInput)."""
+        prompt, judged_by = candidate.prompt, judging_label(candidate.prompt)
+        first = seen.add(bytes.fromhex(prompt.prompt_id), judged_by)
+        if first is None:
+            self._refuse_overlap(prompt, number)
+            if escaped := num_escaped(prompt):
+                self.tally.escaped[prompt.source] += escaped
+            self.tally.twins += bool(prompt.twin_of)
+            return True
+        if candidate.where and first != judged_by:
+            self._leave_out(OTHERWISE, candidate.where)
+        else:
+            self.tally.left_out["duplicate"] += 1
+        return False
 
     def _leave_out(self, reason: str, row: str) -> None:
         self.tally.left_out[reason] += 1
@@ -190,6 +216,8 @@ class PromptStream:
                 rows = read_parquet(source, side, self._folders, self.tally.left_out, self._control)
             case DatasetsSource():
                 rows = read_datasets(source, side, self._folders, self.tally.left_out, self._control)
+            case OmniscienceSource():
+                rows = read_omniscience(source, side, self._folders, self.tally.left_out, self._control)
             case RepositorySource():
                 return map(Candidate, read_repository(source, split, self._folders, self._counter(source), self._control))
             case DocumentsSource():
@@ -269,7 +297,7 @@ def source_hashes(sources: Iterable[PromptSource], folders: Sequence[Path]) -> d
 
 def _content_hashes(source: PromptSource, folders: Sequence[Path]) -> Mapping[str, str]:
     match source:
-        case JsonlSource():
+        case JsonlSource() | OmniscienceSource():
             return {source.path: sha256_file(find_file(source.path, folders))}
         case ParquetSource():
             parts = find_parts(source.path, folders, ".parquet", "prompt file")

@@ -35,6 +35,7 @@ def _prompts(context: Context, show: Callable[[Count], None]) -> Outcome:
     counts = {
         "train": tally.train,
         "eval": tally.eval,
+        "twins": tally.twins,
         "requests": tally.train * context.recipe.generate.samples_per_prompt,
         "by_task": dict(tally.by_task),
         "left_out": dict(tally.left_out),

@@ -229,7 +229,7 @@ def _result(item: Prompt, output: Output, parsed: Parsed, score: float | None) -
         finish_reason=output.finish_reason,
         cost=output.cost or None,
         is_unseen=False,
-        twin_of="",
+        twin_of=item.twin_of,
     )
 
 

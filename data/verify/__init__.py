@@ -46,7 +46,7 @@ def is_reference(prompt: Prompt, answer: str) -> float | None:
 
 
 VERIFIERS: dict[str, Verifier] = {
-    "exact": Verifier(exact.score, 1, inline=True),
+    "exact": Verifier(exact.score, exact.VERSION, inline=True),
     "math": Verifier(math.score, math.VERSION, math.prepare, quick=math.quick),
     "reasoning_gym": Verifier(reasoning_gym.score, 1, reasoning_gym.prepare, quick=is_reference),
     "json_schema": Verifier(

@@ -1,9 +1,13 @@
 """Exact match after normalisation, and what counts as saying "I don't know"."""
 
+import functools
+import json
 import unicodedata
 
 from data.records import Prompt
 
+VERSION = 2
+"""2: aliases."""
 _TRAILING = " .!?,;:"
 _APOSTROPHES = str.maketrans({"’": "'", "‘": "'", "`": "'", "´": "'"})
 
@@ -37,11 +41,25 @@ def is_abstention(answer: str) -> bool:
 
 
 def score(prompt: Prompt, answer: str) -> float:
-    """1.0 when the normalised answer equals the normalised reference, else 0.0.
+    """1.0 when the normalised answer equals the normalised reference or one of its aliases (`details`: {"aliases": [...]}), else
+    0.0.
 
     A reference that is itself an abstention (an entity nobody has described) is matched by any form of it.
     """
     if is_abstention(prompt.answer):
         return float(is_abstention(answer))
-    reference = normalise(prompt.answer)
-    return float(bool(reference) and normalise(answer) == reference)
+    reference, said = normalise(prompt.answer), normalise(answer)
+    return float(bool(reference) and (said == reference or said in _aliases(prompt.details)))
+
+
+@functools.lru_cache(maxsize=1024)
+def _aliases(details: str) -> frozenset[str]:
+    """Normalised, without empty ones. Of details of any other form, none: this verifier is total."""
+    if '"aliases"' not in details:
+        return frozenset()
+    try:
+        aliases = json.loads(details)["aliases"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return frozenset()
+    texts = aliases if isinstance(aliases, list) else []
+    return frozenset(filter(None, (normalise(alias) for alias in texts if isinstance(alias, str))))

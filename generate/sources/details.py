@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from configs.errors import UnusableInput
 from data.records import Prompt
-from data.verify import VERIFIERS, code, json_schema
+from data.verify import VERIFIERS, code, exact, json_schema
 from data.verify.runner import LLM_JUDGE
 
 JUDGES = (*VERIFIERS, LLM_JUDGE)
@@ -91,7 +91,20 @@ def _require_entry(prompt: Prompt) -> None:
         raise ValueError('details hold no reasoning-gym entry; expected {"task": "...", "params": {...}, "entry": {...}}')
 
 
+def _require_aliases(prompt: Prompt) -> None:
+    """Other details than aliases are not read."""
+    details = json.loads(prompt.details or "{}")
+    if not isinstance(details, dict) or "aliases" not in details:
+        return
+    aliases = details["aliases"]
+    if not isinstance(aliases, list) or not all(isinstance(alias, str) and exact.normalise(alias) for alias in aliases):
+        raise ValueError('details hold aliases that are no list of texts; expected {"aliases": ["...", ...]}')
+    if exact.is_abstention(prompt.answer) or any(map(exact.is_abstention, aliases)):
+        raise ValueError("an alias stands beside or is a way to decline; expected aliases of an answer alone")
+
+
 _NEEDS: dict[str, Callable[[Prompt], None]] = {
+    "exact": _require_aliases,
     "code": _require_tests,
     "json_schema": _require_schema,
     "reasoning_gym": _require_entry,

@@ -15,11 +15,12 @@ from data.split import is_held_out
 from generate.control_tokens import ControlTokens, RowControl, provenance_of
 from generate.sources.details import JUDGES, details_text, require_judgeable
 from generate.templates import Template, load_template
+from generate.twins import Originals
 
 KEYS = frozenset(
     {
         "question", "messages", "answer", "task", "verifier", "details", "split", "known", "domain", "tools", "max_tokens",
-        "reasoning_budget",
+        "reasoning_budget", "id", "twin_of",
     }
 )  # fmt: skip
 PLAIN_VERSION = f"jsonl@{digest('plain', size=4)}"
@@ -63,7 +64,8 @@ def select(
     read: Callable[[], Iterator[Row]],
 ) -> Iterator[Candidate]:
     """The prompts of `side`, in the order of `read()`; with source.count, those whose ids hash lowest, so that a row added
-    elsewhere changes no other choice. Rows are read once more then: choosing holds `count` hashes, not the prompts.
+    elsewhere changes no other choice. Rows are read once more then: choosing holds `count` hashes, not the prompts. Twins are
+    not counted: they come and go with their originals.
 
     Raises:
         UnusableInput: naming the first row that is no prompt.
@@ -72,19 +74,25 @@ def select(
     made = partial(
         to_prompt, source=name, licence=source.licence, template=template, control=RowControl(control, source.control_tokens)
     )
-    last = _last_chosen(source.count, side.split, map(made, read())) if source.count is not None else None
-    for row in read():
-        prompt = made(row)
+    originals = Originals(lambda: ((row.where, row.values, made(row)) for row in read() if "id" in row.values))
+
+    def prompts() -> Iterator[tuple[Row, Prompt]]:
+        return ((row, originals.resolved(made(row), row.values, row.where)) for row in read())
+
+    last = None
+    if source.count is not None:
+        last = _last_chosen(source.count, side.split, (prompt for _, prompt in prompts()))
+    for row, prompt in prompts():
         if prompt.split != side.split:
             if side.alone:
                 left_out[OTHER_SIDE[side.split]] += 1
-        elif last is None or digest(prompt.prompt_id) <= last:
+        elif last is None or digest(prompt.twin_of or prompt.prompt_id) <= last:
             yield Candidate(prompt, row.where)
 
 
 def _last_chosen(count: int, split: Split, prompts: Iterable[Prompt]) -> str:
     """The highest hash that is still among the `count` lowest; "" when there is no row at all."""
-    ranked = (digest(prompt.prompt_id) for prompt in prompts if prompt.split == split)
+    ranked = (digest(prompt.prompt_id) for prompt in prompts if prompt.split == split and not prompt.twin_of)
     return max(nsmallest(count, ranked), default="")
 
 

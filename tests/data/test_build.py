@@ -111,7 +111,7 @@ def test_one_verdict_file_stands_for_each_judge_and_version(run: RunFolder) -> N
     files = build_and_seal(run).files
     assert [path.name for path in files if path.parent == run.verdicts] == [
         "answer_present-v1.arrow", "control_tokens-v1.arrow", "decontaminate-v2.arrow", "dedup-v2.arrow", "evidence.arrow",
-        "finish_reason-v1.arrow", "think_tags-v1.arrow", "verifier-exact-v1.arrow", "view.arrow", "view.json",
+        "finish_reason-v1.arrow", "think_tags-v1.arrow", "verifier-exact-v2.arrow", "view.arrow", "view.json",
     ]  # fmt: skip
 
 

@@ -204,7 +204,7 @@ def test_the_dataset_has_its_section_once_a_build_has_left_evidence(tmp_path: Pa
     page = write_report(run).read_text()
     found = collected(page)
     assert not found.open and not found.unbalanced and "<b>sums" not in page and "#0102" not in page
-    for part in ("What became of the traces", "Efficiency", "Cost of all attempts", "verifier-exact-v1", "Duplicates"):
+    for part in ("What became of the traces", "Efficiency", "Cost of all attempts", "verifier-exact-v2", "Duplicates"):
         assert part in found.text, part
     assert sum(tag == "svg" for tag, _ in found.tags) == 3 and "Reliability" not in found.text
     assert write_report(run).read_text() == page
@@ -371,7 +371,7 @@ def test_the_page_shows_accuracy_by_depth_where_there_is_any(deep_run: RunFolder
 def test_depths_of_a_changed_file_are_refused(deep_run: RunFolder, tmp_path: Path) -> None:
     shutil.copytree(deep_run.root, tmp_path / "run")
     changed = RunFolder(tmp_path / "run")
-    for path in (prompt_file(changed), next(changed.traces.glob("*.arrow")), changed.verdicts / "verifier-exact-v1.arrow"):
+    for path in (prompt_file(changed), next(changed.traces.glob("*.arrow")), changed.verdicts / "verifier-exact-v2.arrow"):
         content = path.read_bytes()
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         with pytest.raises(UnusableInput, match=f"{path.name}: sha256"):

@@ -83,7 +83,7 @@ def test_every_figure_of_a_small_run_is_the_one_counted_by_hand(run: RunFolder) 
         "dedup-v2": (4, 0, 0, {}),
         "finish_reason-v1": (4, 0, 0, {}),
         "think_tags-v1": (4, 0, 0, {}),
-        "verifier-exact-v1": (2, 2, 0, {"wrong": 2}),
+        "verifier-exact-v2": (2, 2, 0, {"wrong": 2}),
     }
     assert [(one.part, one.completed.p50, one.kept.longest) for one in stats.lengths] == [
         ("prompt", 7, 7), ("reasoning", 5, 5), ("answer", 2, 2),

@@ -29,7 +29,7 @@ def test_a_trace_is_shown_with_its_fate_and_every_verdict(run: RunFolder) -> Non
     assert (shown.decision.fate, shown.decision.reason, shown.decision.judgement) == ("rejected", "wrong", "verifier")
     assert {name: verdict.verdict for name, verdict in shown.verdicts.items()} == {
         "answer_present-v1": "pass", "control_tokens-v1": "pass", "decontaminate-v2": "pass", "dedup-v2": "pass",
-        "finish_reason-v1": "pass", "think_tags-v1": "pass", "verifier-exact-v1": "fail",
+        "finish_reason-v1": "pass", "think_tags-v1": "pass", "verifier-exact-v2": "fail",
     }  # fmt: skip
 
 
@@ -43,9 +43,9 @@ def test_traces_are_found_by_task_fate_and_reason_up_to_a_limit(run: RunFolder) 
 
 
 def test_changed_verdicts_are_not_shown(run: RunFolder) -> None:
-    path = run.verdicts / "verifier-exact-v1.arrow"
+    path = run.verdicts / "verifier-exact-v2.arrow"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UnusableInput, match=r"verifier-exact-v1\.arrow: sha256"):
+    with pytest.raises(UnusableInput, match=r"verifier-exact-v2\.arrow: sha256"):
         list(show(run))
 
 
