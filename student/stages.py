@@ -176,7 +176,7 @@ def check_serving(context: Context) -> list[Any]:
                         speaker,
                         tokenizer,
                         prompts,
-                        dtype=SERVED_IN.get(name, recipe.export.dtype),
+                        dtype=dtype,
                         log=log,
                     )
                 )
