@@ -10,7 +10,7 @@ from generate.needles import VARIABLES as NEEDLE_VARIABLES
 from generate.repository import VARIABLES as REPOSITORY_VARIABLES
 from generate.templates import SHIPPED, Template, load_template, template_path
 
-VARIABLES = {"two-facts": DOCUMENT_VARIABLES, "vault-codes": NEEDLE_VARIABLES}
+VARIABLES = {"two-facts": DOCUMENT_VARIABLES, "vault-codes": NEEDLE_VARIABLES, "answer-or-decline": ("question",)}
 
 
 @pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.md")), ids=lambda path: path.stem)
