@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
+STAGES = ("prompts", "headroom", "generate", "data", "train", "evaluate", "export", "report")
 
 # The embedded recipe with every number turned down: the same joints, a minute instead of ten.
 SMALL = (

@@ -20,11 +20,10 @@ from data.ledger import read_ledger
 from data.store import RunFolder
 from student.provenance import unresolved
 from student.results import read_results
-from tests.e2e.commands import command, environment, kill_when, tracestill
+from tests.e2e.commands import STAGES, command, environment, kill_when, tracestill
 
 KEYS = {"accuracy", "by_family", "hallucination_rate", "abstention_rate", "omniscience_index", "reasoning_tokens_per_correct"}
 LEDGER_KEYS = {"requested", "completed", "failed", "pending", "kept", "rejected", "unjudged"}
-STAGES = ("prompts", "headroom", "generate", "data", "train", "evaluate", "export", "report")
 
 
 def summary(run: RunFolder) -> dict:
