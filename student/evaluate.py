@@ -24,6 +24,7 @@ from student.grades import Grade, grade_answer
 from student.item_store import AttemptKey, ItemStore, Output
 from student.results import ItemResult, write_results
 from student.scoring import Metrics, measure
+from student.unseen import origin_of
 
 Progress = Callable[[int, int], None]
 """Called with (items done, items in all)."""
@@ -109,8 +110,8 @@ def evaluate_model(
         outputs = store.outputs()
     results = grade_outputs([(item, outputs[key]) for item, key in attempts], tokenizer, harness, judge_timeout_s)
     results = [
-        dataclasses.replace(result, cost=cost_of(result, price), is_unseen=result.graded.family not in trained_families)
-        for result in results
+        dataclasses.replace(result, cost=cost_of(result, price), is_unseen=origin_of(item, trained_families) == "unseen")
+        for result, (item, _) in zip(results, attempts, strict=True)
     ]
     metrics = measure([result.graded for result in results], seed=settings.seed)
     write_results(run, name, results, metrics, dataclasses.asdict(harness) | {"key": harness.key})

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from data.records import FinishReason
+from student.unseen import family_of
 
 TWINS, UNSEEN = "twins", "unseen"
 """Slices beside families and domains."""
@@ -44,7 +45,7 @@ class GradedItem:
     @property
     def family(self) -> str:
         """`facts/metals` and `facts/colours` are one family."""
-        return self.task.partition("/")[0]
+        return family_of(self.task)
 
     @property
     def slices(self) -> tuple[str, ...]:

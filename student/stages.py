@@ -7,7 +7,7 @@ from configs.errors import Refused, UnusableInput
 from configs.progress import Count
 from data.dataset import load_dataset
 from data.engine import Engine
-from data.prompt_set import read_prompts
+from data.prompt_set import PromptSet, read_prompts
 from data.records import Message
 from data.stage import Context, Outcome, Stage
 from data.store import ROLLUP, write_bytes, write_json
@@ -18,6 +18,7 @@ from student.gates import GateRow, judge, require
 from student.results import evaluation_files, read_evaluated, read_metrics, write_gates
 from student.scoring import Metrics
 from student.targets import TargetSpec
+from student.unseen import trained_families
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,7 +60,8 @@ def evaluate_models(
     if not items:
         raise UnusableInput("evaluate.suites: no evaluation item in the prompt set; expected at least one suite")
     measured: dict[str, Metrics] = {}
-    trained_families = {prompt.task.partition("/")[0] for prompt in read_prompts(context.run, "train")}
+    with PromptSet.open(context.run) as prompts:
+        taught = trained_families(prompts)
     for position, name in enumerate(names):
         target = open_target(context, name)
 
@@ -70,7 +72,7 @@ def evaluate_models(
             measured[name] = evaluate_model(
                 target.spec.file, target.engine, target.tokenizer, items, context.recipe.evaluate, context.run, progress,
                 model_fingerprint=target.fingerprint, judge_timeout_s=context.recipe.data.verify_timeout_s,
-                price=target.spec.price, trained_families=trained_families,
+                price=target.spec.price, trained_families=taught,
             )  # fmt: skip
         finally:
             target.engine.close()
