@@ -14,7 +14,7 @@ from data.store import ROLLUP, write_bytes, write_json
 from student import gates
 from student.certificate import read_certificate
 from student.folders import resolve, weights_sha256
-from student.gates import GateRow, judge, require
+from student.gates import GateRow, gate_table, judge, require, unmeasured
 from student.results import evaluation_files, read_evaluated, read_metrics, write_gates
 from student.scoring import Metrics
 from student.targets import TargetSpec
@@ -95,9 +95,13 @@ def gate_rows(context: Context) -> list[GateRow]:
 
 
 def gate_refusal(context: Context) -> Refused | None:
-    """What the gates say: None when every one passed. The verdicts are written down for the report."""
+    """What the gates say, shown as a table: None when every one passed. The verdicts are written down for the report."""
     rows = gate_rows(context)
     write_gates(context.run, rows)
+    if rows:
+        context.console.print(gate_table(rows), highlight=False, markup=False, soft_wrap=True)
+    if (said := unmeasured(read_metrics(context.run, "student"))) is not None:
+        context.console.print(f"evaluate  {said}", highlight=False, markup=False, soft_wrap=True)
     try:
         require(rows)
     except Refused as refusal:
