@@ -74,6 +74,11 @@ def evaluate_models(
                 model_fingerprint=target.fingerprint, judge_timeout_s=context.recipe.data.verify_timeout_s,
                 price=target.spec.price, trained_families=taught,
             )  # fmt: skip
+        except UnusableInput as error:
+            if target.spec.server is None:
+                raise
+            # The http engine is most often a teacher, and speaks of its settings as such.
+            raise UnusableInput(str(error).replace("teacher.engine", f"evaluate.models.{name}.server")) from error
         finally:
             target.engine.close()
     return measured
