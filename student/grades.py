@@ -81,3 +81,8 @@ def grade_answer(*, known: bool | None, answer: str, abstained: bool, score: flo
         return Grade.UNGRADED
     # Only a full score counts. reasoning-gym pays 0.01 to 0.5 for a well-formed wrong answer; that is no partial credit.
     return Grade.CORRECT if score == 1.0 else Grade.INCORRECT
+
+
+def judged_grade(outcome: str) -> Grade:
+    """Of what a judge said (data.grading.OUTCOMES): whatever is no grade of its own is `ungraded`."""
+    return Grade(outcome) if outcome in set(Grade) else Grade.UNGRADED
