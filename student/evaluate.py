@@ -18,6 +18,7 @@ from data.engine import Engine, Request, request_under
 from data.records import Prompt, digest, request_seed
 from data.store import RunFolder
 from data.structure import count_reasoning_tokens, split_reasoning
+from data.verify import VERIFIERS
 from data.verify.exact import is_abstention
 from data.verify.runner import LLM_JUDGE, Item, judge
 from student.grades import Grade, grade_answer, judged_grade
@@ -119,8 +120,21 @@ def evaluate_model(
         for result, (item, _) in zip(results, attempts, strict=True)
     ]
     metrics = measure([result.graded for result in results], seed=settings.seed)
-    write_results(run, name, results, metrics, dataclasses.asdict(harness) | {"key": harness.key})
+    recorded = dataclasses.asdict(harness) | {"key": harness.key} | asked_with(items, settings, engine)
+    write_results(run, name, results, metrics, recorded)
     return metrics
+
+
+def asked_with(items: Sequence[Prompt], settings: Evaluate, engine: Engine) -> dict[str, object]:
+    """What else a reader needs to ask the same again: attempts an item, how often a lost request was repeated, who judged.
+    No part of the key: completions do not depend on it."""
+    used = sorted({item.verifier for item in items if item.verifier and item.verifier != LLM_JUDGE})
+    return {
+        "samples": settings.samples,
+        "retries": getattr(engine, "max_retries", 0),
+        "verifiers": {name: VERIFIERS[name].version for name in used},
+        "prompt_versions": sorted({item.prompt_version for item in items}),
+    }
 
 
 def check_items(items: Sequence[Prompt], ask_judge: AskJudge | None = None) -> None:
