@@ -1,120 +1,17 @@
-"""Accuracy by where in a long prompt the answer stood: is what lies in the middle lost?
+"""Accuracy by depth (data/depth.py) of the teacher's traces of a run.
 
-The depth of a place is the share of the prompt's tokens before it, as measured when the prompt was built. Right and wrong are the
-verifier's, whatever a filter said (a trace that was cut has no answer, and is wrong); what it did not judge is counted and stands
-outside every share. A trace whose prompt has two facts needs both, so it counts in the bucket of each, and as `middle` when
-either of them lies there. Intervals treat traces as independent, which samples of one prompt are not quite.
+Right and wrong are the verifier's, whatever a filter said (a trace that was cut has no answer, and is wrong).
 """
 
-import json
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, TypedDict
 
 import pyarrow as pa
 
-from data.calibration_metrics import wilson_interval
 from data.columns import words_of
+from data.depth import DepthFigures, Outcome, depth_figures, places_of
 from data.prompt_set import prompt_file, verify_streaming
 from data.store import Rollup, RunFolder, read_rollup, read_table, segments
-
-NUM_BUCKETS = 10
-MIDDLE = range(3, 7)
-"""Buckets from depth 0.3 to 0.7. Of the 42 pairs of depths of the documents source 24 have a fact there, and 18 have none."""
-
-
-class Share(TypedDict):
-    """Right ones among judged traces. accuracy and the 95 % Wilson interval are null where there are none."""
-
-    traces: int
-    correct: int
-    accuracy: float | None
-    interval: tuple[float, float] | None
-
-
-class DepthBucket(Share):
-    """Traces with a place at a depth in [low, high)."""
-
-    low: float
-    high: float
-
-
-class DepthFigures(TypedDict):
-    """One task of `accuracy_by_depth` in `tracestill report --json`. by_depth: buckets that have traces. ends: no place in [0.3,
-    0.7); middle: at least one. lost_in_the_middle: accuracy of ends less that of middle, null unless both were measured;
-    its interval is Newcombe's, of 95 %."""
-
-    traces: int
-    unjudged: int
-    by_depth: list[DepthBucket]
-    ends: Share
-    middle: Share
-    lost_in_the_middle: float | None
-    lost_in_the_middle_interval: tuple[float, float] | None
-
-
-class Outcome(NamedTuple):
-    """A trace of a prompt whose places are known. correct: None when nobody judged it."""
-
-    task: str
-    depths: tuple[float, ...]
-    correct: bool | None
-
-
-# --- figures -----------------------------------------------------------------------------------------------------
-
-
-def depth_figures(outcomes: Iterable[Outcome]) -> dict[str, DepthFigures]:
-    """By task, in name order."""
-    by_task: dict[str, list[Outcome]] = {}
-    for outcome in outcomes:
-        by_task.setdefault(outcome.task, []).append(outcome)
-    return {task: _figures_of(by_task[task]) for task in sorted(by_task)}
-
-
-def _figures_of(outcomes: Sequence[Outcome]) -> DepthFigures:
-    judged = [(frozenset(map(bucket_of, outcome.depths)), outcome.correct) for outcome in outcomes if outcome.correct is not None]
-    in_bucket = [[correct for buckets, correct in judged if number in buckets] for number in range(NUM_BUCKETS)]
-    ends = share_of([correct for buckets, correct in judged if not buckets.intersection(MIDDLE)])
-    middle = share_of([correct for buckets, correct in judged if buckets.intersection(MIDDLE)])
-    lost = difference(ends, middle)
-    return DepthFigures(
-        traces=len(judged),
-        unjudged=len(outcomes) - len(judged),
-        by_depth=[
-            DepthBucket(low=number / NUM_BUCKETS, high=(number + 1) / NUM_BUCKETS, **share_of(verdicts))
-            for number, verdicts in enumerate(in_bucket)
-            if verdicts
-        ],
-        ends=ends,
-        middle=middle,
-        lost_in_the_middle=None if lost is None else lost[0],
-        lost_in_the_middle_interval=None if lost is None else lost[1:],
-    )
-
-
-def bucket_of(depth: float) -> int:
-    """Depths are recorded with four digits: rounded before it is cut, so that 0.7 is not 6.999... tenths."""
-    return min(NUM_BUCKETS - 1, int(round(depth * NUM_BUCKETS, 6)))
-
-
-def share_of(verdicts: Sequence[bool]) -> Share:
-    if not verdicts:
-        return Share(traces=0, correct=0, accuracy=None, interval=None)
-    correct, total = sum(verdicts), len(verdicts)
-    return Share(traces=total, correct=correct, accuracy=correct / total, interval=wilson_interval(correct, total))
-
-
-def difference(first: Share, second: Share) -> tuple[float, float, float] | None:
-    """first less second, with its 95 % interval from the two Wilson intervals. Source: Newcombe 1998, method 10."""
-    if first["accuracy"] is None or second["accuracy"] is None or first["interval"] is None or second["interval"] is None:
-        return None
-    (p, (low, high)), (q, (under, over)) = (first["accuracy"], first["interval"]), (second["accuracy"], second["interval"])
-    return p - q, p - q - math.hypot(p - low, over - q), p - q + math.hypot(high - p, q - under)
-
-
-# --- reading -----------------------------------------------------------------------------------------------------
 
 
 def accuracy_by_depth(run: RunFolder) -> dict[str, DepthFigures] | None:
@@ -142,7 +39,7 @@ def read_places(run: RunFolder, rollup: Rollup) -> dict[str, tuple[str, tuple[fl
     for batch in _columns(path, "prompt_id", "task", "evidence"):
         for prompt_id, task, evidence in zip(*(batch[name].to_pylist() for name in batch.schema.names), strict=True):
             if evidence:
-                found[prompt_id] = task, tuple(place["depth"] for place in json.loads(evidence)["places"])
+                found[prompt_id] = task, places_of(evidence).depths
     return found
 
 

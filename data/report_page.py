@@ -8,8 +8,8 @@ import yaml
 
 from configs.errors import UnusableInput
 from data import plots
+from data.depth import DepthFigures
 from data.report_dataset import DatasetPart, dataset_part
-from data.report_depth import DepthFigures
 from data.report_experts import ExpertPart, expert_part
 from data.report_items import COMPARED, Comparison, GradeBar, comparisons, failures, grade_bars, item_rows
 from data.report_summary import ModelFigures, Summary, percent

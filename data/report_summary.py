@@ -3,10 +3,11 @@
 from typing import TypedDict
 
 from configs.errors import UnusableInput
+from data.depth import DepthFigures
 from data.expert_counts import ALARMS_COUNT, read_counts, whole_run
 from data.expert_figures import mean_over_layers, read_load
 from data.ledger import read_ledger
-from data.report_depth import DepthFigures, accuracy_by_depth
+from data.report_depth import accuracy_by_depth
 from data.store import RunFolder, read_json, read_rollup
 
 MODELS = ("teacher", "base", "student", "export")

@@ -2,19 +2,22 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
 from configs.schema import Recipe
+from data.depth import DepthFigures
 from data.prompt_set import read_prompts
 from data.store import RunFolder, code_revision, read_rollup, sha256_file
 from student.certificate import Certified, read_certificate
+from student.depth import depth_rows
 from student.figures import cell, figure_rows, markdown_table
 from student.gates import GateRow, bound_text, shown_with_interval
-from student.grades import TWINS, UNSEEN
+from student.grades import ENDS, MIDDLE, TWINS, UNSEEN
 from student.matrix import ParityRow
+from student.results import read_depths
 from student.scoring import Metrics
 
 if TYPE_CHECKING:
@@ -33,7 +36,8 @@ class PromptSource(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class CardFacts:
-    """Everything the card states. dataset_sha256 is of the dataset's manifest, which holds the hash of every file."""
+    """Everything the card states. dataset_sha256 is of the dataset's manifest, which holds the hash of every file. depths:
+    accuracy by depth, by task, of the models that have it."""
 
     recipe: Recipe
     sources: tuple[PromptSource, ...]
@@ -44,6 +48,7 @@ class CardFacts:
     gates: Sequence[GateRow]
     revision: str
     certificate: Certified | None = None
+    depths: Mapping[str, Mapping[str, DepthFigures]] = field(default_factory=dict)
 
 
 def gather(run: RunFolder, recipe: Recipe, metrics: Mapping[str, Metrics], gates: Sequence[GateRow]) -> CardFacts:
@@ -60,6 +65,7 @@ def gather(run: RunFolder, recipe: Recipe, metrics: Mapping[str, Metrics], gates
         gates=gates,
         revision=code_revision(),
         certificate=read_certificate(run, recipe),
+        depths={name: found for name in metrics if (found := read_depths(run, name)) is not None},
     )
 
 
@@ -91,6 +97,7 @@ def render_card(facts: CardFacts, exported: "Sequence[Exported]") -> str:
                 "## Results",
                 f"On the same held-out items for all models; {gate_summary(facts.gates)}",
                 metrics_table(facts.metrics),
+                *([depth_table(facts.depths)] if facts.depths else []),
                 *([gates_table(facts.gates)] if facts.gates else []),
                 "## Limits",
                 limits(facts),
@@ -155,6 +162,16 @@ def metrics_table(metrics: Mapping[str, Metrics]) -> str:
     return markdown_table(header, rows)
 
 
+def depth_table(depths: Mapping[str, Mapping[str, DepthFigures]]) -> str:
+    """Long prompts, by where the answer stood."""
+    models = [name for name in COMPARED if name in depths]
+    rows = [[cell(row.title), *(text or "n/a" for text in row.cells)] for row in depth_rows(depths[name] for name in models)]
+    return (
+        "Long prompts, by where in them the answer stood. Middle: something it needs has 30 % to 70 % of the prompt's tokens "
+        "before it. Ends: nothing has. Lost in the middle: ends less middle.\n\n" + markdown_table(["", *models], rows)
+    )
+
+
 def gates_table(gates: Sequence[GateRow]) -> str:
     rows = [
         [cell(row.metric), shown_with_interval(row), bound_text(row), "passed" if row.passed else "**refused**"] for row in gates
@@ -172,9 +189,9 @@ def limits(facts: CardFacts) -> str:
         said.append(f"It does **not** keep {', '.join(refused)}.")
     if student is None:
         return "\n".join(f"- {text}" for text in [*said, "It was **not evaluated**."])
+    tasks = ", ".join(sorted(student.slices.keys() - {TWINS, UNSEEN, MIDDLE, ENDS}))
     said.append(
-        f"Figures are of {student.num_items} items, of {', '.join(sorted(student.slices.keys() - {UNSEEN, TWINS}))} alone; "
-        "intervals are of drawing such items again, not of other tasks."
+        f"Figures are of {student.num_items} items, of {tasks} alone; intervals are of drawing such items again, not of other tasks."
     )
     if (unseen := student.slices.get(UNSEEN)) is None:
         said.append("No item comes from a family without training traces: how it does elsewhere was **not measured**.")

@@ -8,7 +8,8 @@ from configs.errors import UnusableInput
 from configs.progress import Display
 from data.stage import Context
 from data.store import write_bytes, write_json
-from student.figures import aligned, figure_rows, markdown_table
+from student.depth import accuracy_by_depth, depth_rows
+from student.figures import aligned, cell, figure_rows, markdown_table
 from student.gates import Evaluated
 from student.paired import Paired, difference
 from student.results import read_evaluated
@@ -44,6 +45,7 @@ def compare_models(context: Context, names: Sequence[str], open_target: OpenTarg
     }
     values = {
         "models": {name: one.metrics.to_json() for name, one in evaluated.items()},
+        "accuracy_by_depth": {name: accuracy_by_depth(one.items) for name, one in evaluated.items()},
         "against": first,
         "paired": {name: [one._asdict() for one in tests] for name, tests in paired.items()},
     }
@@ -55,8 +57,10 @@ def compare_models(context: Context, names: Sequence[str], open_target: OpenTarg
 
 
 def comparison_rows(evaluated: Mapping[str, Evaluated], paired: Mapping[str, Sequence[Paired]]) -> list[list[str]]:
-    """Figures of each model, then how it differs from the first one, item by item."""
+    """Figures of each model, by depth where prompts are long, then how it differs from the first one, item by item."""
     rows = figure_rows({name: one.metrics for name, one in evaluated.items()})
+    by_depth = depth_rows([accuracy_by_depth(one.items) for one in evaluated.values()])
+    rows += [[cell(row.title), *(text or "-" for text in row.cells)] for row in by_depth]
     for index, metric in enumerate(PAIRED):
         texts = ["" if name not in paired else paired_text(paired[name][index]) for name in evaluated]
         if any(texts):

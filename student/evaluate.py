@@ -14,6 +14,7 @@ from configs.evaluation import Evaluate, Price
 from configs.sampling import Sampling
 from data.chat import dialect_of, encode_prompt
 from data.confidence import FLOOR
+from data.depth import places_of
 from data.engine import Engine, Request, request_under
 from data.records import Prompt, digest, request_seed
 from data.store import RunFolder
@@ -247,6 +248,7 @@ def _result(item: Prompt, output: Output, parsed: Parsed, score: float | None, j
     grade = judged or grade_answer(known=item.known, answer=parsed.answer, abstained=is_abstention(parsed.answer), score=score)
     if output.finish_reason == "abort":
         grade = Grade.UNGRADED  # the engine failed, not the model; `grades` in the figures says how often
+    places = places_of(item.evidence)
     return ItemResult(
         prompt_id=item.prompt_id,
         sample=output.sample,
@@ -266,6 +268,8 @@ def _result(item: Prompt, output: Output, parsed: Parsed, score: float | None, j
         cost=output.cost or None,
         is_unseen=False,
         twin_of=item.twin_of,
+        depths=places.depths,
+        context_tokens=places.total_tokens,
     )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from student.grades import ENDS, MIDDLE
 from student.scoring import Metrics
 
 PERCENT = (
@@ -19,7 +20,8 @@ PLAIN = (
 
 
 def figure_rows(metrics: Mapping[str, Metrics]) -> list[list[str]]:
-    """A header, then a row a figure; those that no model has are left out. Accuracy and hallucination rate stand by slice too."""
+    """A header, then a row a figure; those that no model has are left out. Accuracy and hallucination rate stand by slice too;
+    where in long prompts answers stood is told by task (student/depth.py)."""
     rows = [["", *(cell(name) for name in metrics)]]
 
     def add(title: str, found: Sequence[Metrics | None], metric: str, scale: float, unit: str) -> None:
@@ -31,7 +33,7 @@ def figure_rows(metrics: Mapping[str, Metrics]) -> list[list[str]]:
         add(title, list(metrics.values()), metric, 100.0, " %")
     for metric, title in PLAIN:
         add(title, list(metrics.values()), metric, 1.0, "")
-    for name in sorted({name for one in metrics.values() for name in one.slices}):
+    for name in sorted({name for one in metrics.values() for name in one.slices} - {ENDS, MIDDLE}):
         slices = [one.slices.get(name) for one in metrics.values()]
         add(f"accuracy in {cell(name)}", slices, "accuracy", 100.0, " %")
         add(f"hallucination rate in {cell(name)}", slices, "hallucination_rate", 100.0, " %")

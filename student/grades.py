@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
+from data.depth import is_middle
 from data.records import FinishReason
 from student.unseen import family_of
 
-TWINS, UNSEEN = "twins", "unseen"
-"""Slices beside families and domains."""
+TWINS, UNSEEN, MIDDLE, ENDS = "twins", "unseen", "middle", "ends"
+"""Slices beside families, domains and context lengths."""
 
 
 class Grade(StrEnum):
@@ -26,7 +27,8 @@ class GradedItem:
 
     item: which one; attempts at one share it, and one without a name stands alone. confidence: forecast probability that the
     answer is right, in [0, 1], or None. cost: dollars, None where nobody named a price. is_unseen: no training trace came from
-    its family. twin_of: the item that it rephrases, or "".
+    its family. twin_of: the item that it rephrases, or "". depths: in [0, 1], of the places in a long prompt that the answer
+    needs. context_tokens: of that prompt by the teacher's tokenizer, so that a slice holds the same items whoever answers; or 0.
     """
 
     task: str
@@ -41,6 +43,8 @@ class GradedItem:
     cost: float | None = None
     is_unseen: bool = False
     twin_of: str = ""
+    depths: tuple[float, ...] = ()
+    context_tokens: int = 0
 
     @property
     def family(self) -> str:
@@ -49,10 +53,12 @@ class GradedItem:
 
     @property
     def slices(self) -> tuple[str, ...]:
-        """Names under which its figures are also told: family, domain, and what it is there for."""
+        """Names under which its figures are also told: family, domain, what it is there for, and of a prompt with known places
+        whether one is in the middle, and its length."""
         domain = self.task.partition("/")[2]
         named = (self.family, domain, UNSEEN if self.is_unseen else "", TWINS if self.twin_of else "")
-        return tuple(dict.fromkeys(filter(None, named)))
+        placed = (MIDDLE if is_middle(self.depths) else ENDS, length_name(self.context_tokens)) if self.depths else ()
+        return tuple(dict.fromkeys(filter(None, (*named, *placed))))
 
     @property
     def is_answerable(self) -> bool:
@@ -62,6 +68,12 @@ class GradedItem:
     def is_attempted(self) -> bool:
         """An answer was given and graded: what a confidence speaks of."""
         return self.grade in (Grade.CORRECT, Grade.INCORRECT, Grade.PARTIAL)
+
+
+def length_name(tokens: int) -> str:
+    """`32k`: at most 32,768 tokens, and more than half of that. `1k` is the least, `1M` is 1,048,576."""
+    thousands = 1 << ((tokens - 1) // 1024).bit_length() if tokens > 1024 else 1
+    return f"{thousands}k" if thousands < 1024 else f"{thousands // 1024}M"
 
 
 def grade_answer(*, known: bool | None, answer: str, abstained: bool, score: float | None) -> Grade:

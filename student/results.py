@@ -10,8 +10,10 @@ from pathlib import Path
 import pyarrow as pa
 
 from configs.errors import UnusableInput
+from data.depth import DepthFigures
 from data.records import FinishReason, digest
 from data.store import RunFolder, read_json, read_table, segments, table_bytes, write_bytes, write_json
+from student.depth import accuracy_by_depth
 from student.gates import Evaluated, GateRow
 from student.grades import Grade, GradedItem
 from student.scoring import Metrics
@@ -21,7 +23,7 @@ from student.scoring import Metrics
 class ItemResult:
     """One row of MODEL.arrow: an attempt at an item, what came back, and its grade. problem: why there is no answer, or "".
     confidence: the answer's length-normalised likelihood in [0, 1], or None. cost: dollars, None where nobody named a price.
-    is_unseen, twin_of: as in student.grades.GradedItem."""
+    is_unseen, twin_of, depths, context_tokens: as in student.grades.GradedItem; rows of earlier versions lack the last two."""
 
     prompt_id: str
     sample: int
@@ -41,18 +43,22 @@ class ItemResult:
     cost: float | None
     is_unseen: bool
     twin_of: str
+    depths: tuple[float, ...] = ()
+    context_tokens: int = 0
 
     @property
     def graded(self) -> GradedItem:
         return GradedItem(
             self.task, self.known, Grade(self.grade), self.reasoning_tokens, self.output_tokens, self.finish_reason,
             self.prompt_id, self.sample, self.confidence, self.cost, self.is_unseen, self.twin_of,
+            self.depths, self.context_tokens,
         )  # fmt: skip
 
 
 _RESULT_TYPES = {
     "sample": pa.int32(), "known": pa.bool_(), "confidence": pa.float64(), "prompt_tokens": pa.int32(),
     "reasoning_tokens": pa.int32(), "output_tokens": pa.int32(), "cost": pa.float64(), "is_unseen": pa.bool_(),
+    "depths": pa.list_(pa.float64()), "context_tokens": pa.int32(),
 }  # fmt: skip
 RESULT = pa.schema([(field.name, _RESULT_TYPES.get(field.name, pa.string())) for field in dataclasses.fields(ItemResult)])
 
@@ -70,6 +76,7 @@ def write_results(
         "metrics": metrics.to_json(),
         "harness": dict(harness),
         "items": {"num": len(items), "digest": digest(items)},
+        "accuracy_by_depth": accuracy_by_depth(result.graded for result in results),
         "rows_sha256": hashlib.sha256(rows).hexdigest(),
     }
     write_json(run.evaluation / f"{name}.json", record)
@@ -103,11 +110,17 @@ def read_metrics(run: RunFolder, name: str, folder: Path | None = None) -> Metri
         ) from error
 
 
+def read_depths(run: RunFolder, name: str) -> dict[str, DepthFigures] | None:
+    """Accuracy by depth of an evaluated model, by task; None when it was not evaluated, or no item has places."""
+    path = run.evaluation / f"{name}.json"
+    return read_json(path).get("accuracy_by_depth") if path.is_file() else None
+
+
 def read_results(run: RunFolder, name: str, folder: Path | None = None) -> list[ItemResult]:
     """The per-item rows of an evaluated model, verified against the hash in its figures. Raises UnusableInput."""
     figures = (folder or run.evaluation) / f"{name}.json"
     table = read_table(figures.with_name(f"{name}.arrow"), sha256=read_json(figures)["rows_sha256"])
-    return [ItemResult(**row) for row in table.to_pylist()]
+    return [ItemResult(**row | {"depths": tuple(row.get("depths") or ())}) for row in table.to_pylist()]
 
 
 def read_evaluated(run: RunFolder, name: str, folder: Path | None = None) -> Evaluated | None:

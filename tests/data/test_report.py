@@ -13,12 +13,12 @@ from configs.errors import UnusableInput
 from configs.prompt_sources import DocumentsSource
 from data import plots
 from data.calibration_metrics import wilson_interval
+from data.depth import Outcome, Share, bucket_of, depth_figures, difference, share_of
 from data.expert_counts import TaskCounts
 from data.expert_figures import read_load
 from data.prompt_set import prompt_file, read_prompts
 from data.records import Prompt
 from data.report import report_json, result_table, write_report
-from data.report_depth import Outcome, Share, bucket_of, depth_figures, difference, share_of
 from data.report_experts import relative_load
 from data.report_items import MAX_TEXT, shortened
 from data.report_page import GateLine, verdict_of
