@@ -191,7 +191,8 @@ def limits(facts: CardFacts) -> str:
         return "\n".join(f"- {text}" for text in [*said, "It was **not evaluated**."])
     tasks = ", ".join(sorted(student.slices.keys() - {TWINS, UNSEEN, MIDDLE, ENDS}))
     said.append(
-        f"Figures are of {student.num_items} items, of {tasks} alone; intervals are of drawing such items again, not of other tasks."
+        f"Figures are of {student.num_items} items, of {tasks} alone; "
+        "intervals are of drawing such items again, not of other tasks."
     )
     if (unseen := student.slices.get(UNSEEN)) is None:
         said.append("No item comes from a family without training traces: how it does elsewhere was **not measured**.")
