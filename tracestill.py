@@ -154,7 +154,7 @@ def _check_models(named: Invocation) -> None:
     from student.folders import resolve
     from teacher.folders import model_folder, weights_folder
 
-    if not recipe.evaluate.suites:
+    if not recipe.evaluate.prompt_suites:
         raise UnusableInput(
             "evaluate.suites: none given, so nothing could be measured; add at least one, or run the stages one by one"
         )

@@ -107,12 +107,38 @@ class OtherModel(Section):
         return self
 
 
+# --- suites ------------------------------------------------------------------------------------------------------
+
+
+class LmEvalSuite(Section):
+    """Tasks of lm-evaluation-harness from a folder, with data files beside them. Nothing is fetched. Their figures stand beside
+    the others, in evaluation/MODEL.lm_eval.json, and in no gate."""
+
+    type: Literal["lm_eval"] = "lm_eval"
+    path: str
+    """A folder of lm-eval YAML files; relative paths of their data files begin there. Functions that they name (`!function`) are
+    Python of that folder, and run."""
+    tasks: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Names of tasks, groups or tags; empty: every task of the folder."""
+    limit: PositiveInt | None = None
+    """Only the first so many documents of each task."""
+    chat_template: bool = True
+    """Of tasks that generate: contexts are chat turns, answers are what follows the reasoning. Tasks that compare likelihoods are
+    always plain text."""
+    context_tokens: PositiveInt = 4096
+    """Longest sequence whose likelihood is asked for. Longer contexts lose their beginning, longer texts are cut into windows."""
+
+
+Suite = Annotated[PromptSource | LmEvalSuite, Field(discriminator="type")]
+
+
 # --- the stage ---------------------------------------------------------------------------------------------------
 
 
 class Evaluate(Section):
-    suites: tuple[PromptSource, ...] = ()
-    """Held-out items: reasoning_gym sources take the held-out side of the hash, JSONL ones the rows with split `eval`."""
+    suites: tuple[Suite, ...] = ()
+    """Held-out items: reasoning_gym sources take the held-out side of the hash, JSONL ones the rows with split `eval`; and
+    lm_eval folders."""
     sampling: Sampling = Sampling(temperature=0.0, top_p=1.0, max_tokens=8192)
     samples: PositiveInt = 1
     """Attempts at each item; intervals draw an item with all its attempts."""
@@ -128,6 +154,15 @@ class Evaluate(Section):
     prices: dict[str, Price] = Field(default={})
     """By model (`teacher`, `base`, `student`, `export`, one of `models`), for the cost of a completed task. A server's own prices
     (price_input_per_million) need not be said again."""
+
+    @property
+    def prompt_suites(self) -> tuple[PromptSource, ...]:
+        """Those whose items stand in the prompt set."""
+        return tuple(suite for suite in self.suites if not isinstance(suite, LmEvalSuite))
+
+    @property
+    def lm_eval_suites(self) -> tuple[LmEvalSuite, ...]:
+        return tuple(suite for suite in self.suites if isinstance(suite, LmEvalSuite))
 
     @model_validator(mode="after")
     def _samples_differ(self) -> "Evaluate":

@@ -61,19 +61,19 @@ def prompt_stream(context: Context) -> "PromptStream":
         return [len(ids) for ids in found]
 
     control = control_tokens_of(tokenizer)
-    return PromptStream(recipe.generate.prompts, recipe.evaluate.suites, context.folders, count_tokens, control)
+    return PromptStream(recipe.generate.prompts, recipe.evaluate.prompt_suites, context.folders, count_tokens, control)
 
 
 def _prompts_identity(context: Context) -> dict[str, Any]:
     from generate.prompts import source_hashes
 
     recipe = context.recipe
-    sources = [*recipe.generate.prompts, *recipe.evaluate.suites]
+    sources = [*recipe.generate.prompts, *recipe.evaluate.prompt_suites]
     from teacher.folders import fingerprint_tokenizer_only
 
     found = {
         "prompts": [source.model_dump(mode="json") for source in recipe.generate.prompts],
-        "suites": [source.model_dump(mode="json") for source in recipe.evaluate.suites],
+        "suites": [source.model_dump(mode="json") for source in recipe.evaluate.prompt_suites],
         "samples": recipe.generate.samples_per_prompt,
         "files": source_hashes(sources, context.folders),
         # Its control tokens are refused or escaped in every prompt, and long ones are packed to a budget of its tokens.
@@ -154,7 +154,7 @@ def _prompts_plan(context: Context) -> str:
     sources = context.recipe.generate.prompts
     if not sources:
         raise UnusableInput("generate.prompts: the prompt set is empty; expected at least one source")
-    return f"{len(sources)} training sources, {len(context.recipe.evaluate.suites)} evaluation suites"
+    return f"{len(sources)} training sources, {len(context.recipe.evaluate.prompt_suites)} evaluation suites"
 
 
 def _refuse_new_prompts(context: Context) -> None:

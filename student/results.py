@@ -84,9 +84,12 @@ def write_results(
 
 def evaluation_files(run: RunFolder, name: str) -> list[Path]:
     """What the stage's manifest hashes for one model: figures, rows, and the committed completions they come from."""
-    log = segments(run.evaluation / f"{name}.items")
+    base = run.evaluation / name
+    figures = [path for path in (base.with_name(f"{name}.lm_eval.json"),) if path.is_file()]
+    kinds = ("items", "lm_eval.items", "lm_eval.scores") if figures else ("items",)
+    log = [segment for kind in kinds for segment in segments(run.evaluation / f"{name}.{kind}")]
     committed = [path for segment in log for path in (segment.path, segment.path.with_suffix(".json"))]
-    return [run.evaluation / f"{name}.json", run.evaluation / f"{name}.arrow", *committed]
+    return [run.evaluation / f"{name}.json", run.evaluation / f"{name}.arrow", *figures, *committed]
 
 
 def write_gates(run: RunFolder, rows: Sequence[GateRow]) -> Path:

@@ -57,10 +57,12 @@ never imports."""
 
 
 def evaluate_models(
-    context: Context, names: Sequence[str], open_target: OpenTarget, show: Callable[[Count], None]
+    context: Context, names: Sequence[str], open_target: OpenTarget, show: Callable[[Count], None], *, items_alone: bool = False
 ) -> dict[str, Metrics]:
-    """Metrics of each named model on the run's held-out items; what an earlier attempt committed is not asked again."""
+    """Metrics of each named model on the run's held-out items, and its lm-eval suites unless items_alone; what an earlier attempt
+    committed is not asked again."""
     from student.evaluate import evaluate_model
+    from student.lm_eval_suite import evaluate_lm_suites
 
     items = read_prompts(context.run, "eval")
     if not items:
@@ -80,6 +82,11 @@ def evaluate_models(
                 model_fingerprint=target.fingerprint, judge_timeout_s=context.recipe.data.verify_timeout_s,
                 price=target.spec.price, trained_families=taught, ask_judge=_judge_of(context, target, show),
             )  # fmt: skip
+            if context.recipe.evaluate.lm_eval_suites and not items_alone:
+                evaluate_lm_suites(
+                    target.spec.file, target.engine, target.tokenizer, context.recipe.evaluate, context.run, context.folders,
+                    model_fingerprint=target.fingerprint,
+                )  # fmt: skip
         except UnusableInput as error:
             if target.spec.server is None:
                 raise
@@ -234,7 +241,13 @@ def evaluate_stage(open_target: OpenTarget, teacher_fingerprint: Callable[[Conte
     """Teacher, base and student on the items of the prompt set. Gates are no part of it: they judge its figures."""
 
     def identity(context: Context) -> dict[str, Any]:
-        return evaluated_under(context, teacher_fingerprint)
+        known_by = evaluated_under(context, teacher_fingerprint)
+        settings = context.recipe.evaluate
+        if not settings.lm_eval_suites:
+            return known_by
+        from student.lm_eval_suite import suite_hashes
+
+        return known_by | {"lm_eval": suite_hashes(settings, context.folders)}
 
     def plan(context: Context) -> str:
         settings = context.recipe.evaluate
@@ -256,7 +269,7 @@ def headroom_stage(open_target: OpenTarget, teacher_fingerprint: Callable[[Conte
         return "teacher and base on the held-out items: is there something to distil?"
 
     def act(context: Context, show: Callable[[Count], None]) -> Outcome:
-        metrics = evaluate_models(context, ("teacher", "base"), open_target, show)
+        metrics = evaluate_models(context, ("teacher", "base"), open_target, show, items_alone=True)
         files = []
         for name in metrics:
             for path in (context.run.evaluation / f"{name}.json", context.run.evaluation / f"{name}.arrow"):
@@ -270,13 +283,13 @@ def headroom_stage(open_target: OpenTarget, teacher_fingerprint: Callable[[Conte
 def headroom_stands(context: Context) -> bool:
     """Whether it was measured, or nobody asks for it."""
     settings = context.recipe.evaluate
-    return settings.headroom is None or not settings.suites or (context.run.headroom / ROLLUP).is_file()
+    return settings.headroom is None or not settings.prompt_suites or (context.run.headroom / ROLLUP).is_file()
 
 
 def headroom_refusal(context: Context) -> Refused | None:
     """What the finished headroom stage says against training; None: nothing."""
     settings = context.recipe.evaluate
-    if settings.headroom is None or not settings.suites:
+    if settings.headroom is None or not settings.prompt_suites:
         return None
     teacher, base = (read_evaluated(context.run, name, context.run.headroom) for name in ("teacher", "base"))
     if teacher is None or base is None:
