@@ -25,8 +25,8 @@ _EARLIER = {"accuracy_of_teacher": "accuracy of teacher", "hallucination_above_t
 
 class Gated(NamedTuple):
     """What a gate is about. relation: `of`, the student's figure over the reference's; `above`, the difference of the two; "",
-    the student's own. slice: a family, a domain, `unseen`, `twins`, and of long prompts `middle`, `ends` or a length such as `32k`;
-    "" for all items."""
+    the student's own. slice: a family, a domain, `unseen`, `twins`, and of long prompts `middle`, `ends` or a length (`32k`); ""
+    for all items."""
 
     metric: MetricName
     relation: Literal["of", "above", ""] = ""
