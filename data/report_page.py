@@ -133,17 +133,16 @@ def held_out_depths(run: RunFolder, models: Iterable[str]) -> tuple[HeldOutDepth
 
 def depth_plot(figures: Mapping[str, DepthFigures] | None) -> str | None:
     """A line for each name; None where nothing was judged."""
-    if not figures:
-        return None
     curves = {
         task: [
             plots.Point((bucket["low"] + bucket["high"]) / 2, bucket["accuracy"], *bucket["interval"])
             for bucket in found["by_depth"]
             if bucket["accuracy"] is not None and bucket["interval"] is not None
         ]
-        for task, found in figures.items()
+        for task, found in (figures or {}).items()
+        if found["by_depth"]
     }
-    return plots.accuracy_by_depth(curves)
+    return plots.accuracy_by_depth(curves) if curves else None
 
 
 def read_recipe(run: RunFolder) -> dict[str, object]:

@@ -11,7 +11,6 @@ from data.store import write_bytes, write_json
 from student.card import cell, markdown_table
 from student.depth import accuracy_by_depth, depth_rows
 from student.gates import Evaluated
-from student.grades import ENDS, MIDDLE
 from student.paired import Paired, difference
 from student.results import read_evaluated
 from student.scoring import Metrics
@@ -83,12 +82,10 @@ def comparison_rows(evaluated: Mapping[str, Evaluated], paired: Mapping[str, Seq
         add(title, [figure_text(one, metric, 100.0, " %") for one in metrics.values()])
     for metric, title in PLAIN:
         add(title, [figure_text(one, metric, 1.0, "") for one in metrics.values()])
-    by_depth = depth_rows([accuracy_by_depth(one.items) for one in evaluated.values()])
-    told = (ENDS, MIDDLE) if by_depth else ()  # by task below, over what was graded
-    for name in sorted({name for one in metrics.values() for name in one.slices if name not in told}):
+    for name in sorted({name for one in metrics.values() for name in one.slices}):
         slices = [one.slices.get(name) for one in metrics.values()]
         add(f"accuracy in {name}", ["" if one is None else figure_text(one, "accuracy", 100.0, " %") for one in slices])
-    for row in by_depth:
+    for row in depth_rows([accuracy_by_depth(one.items) for one in evaluated.values()]):
         add(cell(row.title), row.cells)
     add("output tokens", [f"{one.output_tokens:,}" for one in metrics.values()])
     add("items, attempts", [f"{one.num_items}, {one.num_attempts}" for one in metrics.values()])

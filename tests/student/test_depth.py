@@ -242,11 +242,10 @@ def test_comparison_and_card_show_it(finished: Finished) -> None:
     context = finished.context
     compared = compare_models(context, ["teacher", "base"], opener(finished.items))
     lines = {line.partition("  ")[0]: line for line in compared.text.splitlines()}
-    assert (
-        "100.0 % (86.2 to 100.0) of 24" in lines[f"{DOCUMENTS}, middle"]
-        and "0.0 % (0.0 to 13.8) of 24" in lines[f"{DOCUMENTS}, middle"]
-    )
-    assert lines[f"{DOCUMENTS}, lost in the middle"].count("+0.0 points") == 2 and "accuracy in middle" not in lines
+    for text in ("100.0 % (86.2 to 100.0) of 24", "0.0 % (0.0 to 13.8) of 24"):
+        assert text in lines[f"{DOCUMENTS}, middle"]
+    assert lines[f"{DOCUMENTS}, lost in the middle"].count("+0.0 points") == 2
+    assert "accuracy in middle" in lines  # what a gate is about: all tasks, the ungraded too
     assert read_json(compared.path.with_suffix(".json"))["accuracy_by_depth"]["base"][BUGS]["middle"]["correct"] == 0
     metrics = {
         name: one.metrics for name in ("teacher", "base", "student") if (one := read_evaluated(context.run, name)) is not None
