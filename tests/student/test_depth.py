@@ -236,6 +236,8 @@ def test_a_student_that_is_right_only_outside_the_middle_has_lost_what_is_comput
     ]  # fmt: skip
     graded = read_evaluated(run, "student")
     assert graded is not None and graded.metrics.slices["8k"].num_items == 62
+    places = [places_of(item.evidence) for item in finished.items]
+    assert [(one.depths, one.context_tokens) for one in graded.items] == [tuple(one) for one in places]
 
 
 def test_comparison_and_card_show_it(finished: Finished) -> None:
