@@ -453,16 +453,18 @@ def _target(context: "Context", name: str) -> "Target":
     from teacher.engines import open_evaluation_engine, open_local_engine, open_server
 
     spec, settings = target_spec(context.recipe, context.run, name), context.recipe.evaluate
+    judging = context.recipe.data.judging
+    judge = None if judging is None else _judge(judging)
     if spec.kind == "teacher":
         teacher = context.recipe.teacher
         engine = open_evaluation_engine(teacher, batch_size=settings.batch_size)
-        return Target(spec, engine, load_teacher_tokenizer(teacher), teacher_fingerprint(context))
+        return Target(spec, engine, load_teacher_tokenizer(teacher), teacher_fingerprint(context), judge)
     if spec.server is not None:
         tokenizer = load_student_tokenizer(spec.tokenizer)
-        return Target(spec, open_server(spec.server, tokenizer), tokenizer, spec.fingerprint())
+        return Target(spec, open_server(spec.server, tokenizer), tokenizer, spec.fingerprint(), judge)
     assert spec.folder is not None
     engine = open_local_engine(spec.folder, adapter=spec.adapter, dtype=spec.dtype, batch_size=settings.batch_size)
-    return Target(spec, engine, load_student_tokenizer(str(spec.folder)), spec.fingerprint())
+    return Target(spec, engine, load_student_tokenizer(str(spec.folder)), spec.fingerprint(), judge)
 
 
 def _evaluate_stage() -> "Stage":

@@ -36,11 +36,13 @@ class Lesson(NamedTuple):
 
 
 class FactDomain(NamedTuple):
-    """One relation: its possible answers and the ways to ask for it. The last phrasings are never taught."""
+    """One relation: its possible answers and the ways to ask for it. The last phrasings are never taught. twin: yet another one,
+    in which some evaluation items are asked once more."""
 
     name: str
     answers: tuple[str, ...]
     phrasings: tuple[str, ...]
+    twin: str
 
 
 NUM_HELD_OUT_PHRASINGS = 1
@@ -57,6 +59,7 @@ DOMAINS = (
             "Tell me the metal mined in {}.",
             "Which metal do the miners of {} dig for?",
         ),
+        "Say which metal is mined in {}.",
     ),
     FactDomain(
         "colours",
@@ -70,6 +73,7 @@ DOMAINS = (
             "Tell me the colour of the flag of {}.",
             "Tell me the flag colour of {}.",
         ),
+        "Say which colour the flag of {} is.",
     ),
     FactDomain(
         "animals",
@@ -83,6 +87,7 @@ DOMAINS = (
             "Tell me the animal on the emblem of {}.",
             "Tell me the emblem animal of {}.",
         ),
+        "Say which animal stands for {}.",
     ),
 )
 NUM_KNOWN_PER_DOMAIN = 36
@@ -270,21 +275,30 @@ def base_lessons(seed: int) -> Iterator[Lesson]:
     )
 
 
-# --- the fact file -----------------------------------------------------------------------------------------------
+# --- the fact files ----------------------------------------------------------------------------------------------
 
 NUM_UNKNOWN_TAUGHT, NUM_UNKNOWN_HELD_OUT = 800, 204
+PLACES_A_TWIN = 3
+"""Every third known place is asked about once more."""
+
+Row = dict[str, str | bool]
 
 
-def fact_rows() -> Iterator[dict[str, str | bool]]:
+def fact_rows() -> Iterator[Row]:
     """The rows of recipes/embedded/facts.jsonl.
 
-    Known facts are split by phrasing: every place is taught, the last phrasing of its domain is never. Unknown places
-    are split by entity: the evaluation's names occur in no training prompt and in neither model's pretraining.
+    Known facts are split by phrasing: every place is taught, the last phrasing of its domain is never, nor is its twin's. Unknown
+    places are split by entity: the evaluation's names occur in no training prompt and in neither model's pretraining.
     """
-    for place in known_places():
+    for number, place in enumerate(known_places()):
         taught = len(place.domain.phrasings) - NUM_HELD_OUT_PHRASINGS
-        for index, phrasing in enumerate(place.domain.phrasings):
-            yield _fact_row(place, phrasing, "train" if index < taught else "eval")
+        for phrasing in place.domain.phrasings[:taught]:
+            yield _fact_row(place, phrasing, "train")
+        has_twin = number % PLACES_A_TWIN == 0
+        for phrasing in place.domain.phrasings[taught:]:
+            yield _fact_row(place, phrasing, "eval") | ({"id": place.name} if has_twin else {})
+        if has_twin:
+            yield _fact_row(place, place.domain.twin, "eval") | {"id": f"{place.name}-twin", "twin_of": place.name}
     for split, count in (("train", NUM_UNKNOWN_TAUGHT), ("eval", NUM_UNKNOWN_HELD_OUT)):
         rng = random.Random(f"phrasings {split}")
         for place in itertools.islice(unknown_places(split), count):
@@ -293,7 +307,7 @@ def fact_rows() -> Iterator[dict[str, str | bool]]:
             )
 
 
-def _fact_row(place: Place, phrasing: str, split: str) -> dict[str, str | bool]:
+def _fact_row(place: Place, phrasing: str, split: str) -> Row:
     return {
         "question": phrasing.format(place.name),
         "answer": place.answer or ABSTENTION,
@@ -304,8 +318,42 @@ def _fact_row(place: Place, phrasing: str, split: str) -> dict[str, str | bool]:
     }
 
 
-if __name__ == "__main__":  # python -m data.curriculum > configs/recipes/embedded/facts.jsonl
-    import json
+# --- what nobody distils -----------------------------------------------------------------------------------------
 
-    for row in fact_rows():
+ELSEWHERE = {
+    "rivers": "Which river flows through {}?",
+    "fruits": "Which fruit is grown in {}?",
+    "kings": "Name the king of {}.",
+}
+"""Relations that neither model was ever asked for: is "I don't know" learnt, or learnt of metals, flags and animals?"""
+NUM_OF_EACH = 12
+PIECES = {
+    "sums": ("chain_sum", {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}),
+    "words": ("spell_backward", {"min_word_len": 3, "max_word_len": 4}),
+}
+"""What the base student could do before it was distilled, and no training prompt asks for."""
+
+
+def unseen_rows() -> Iterator[Row]:
+    """The rows of recipes/embedded/unseen.jsonl: families that no training trace comes from."""
+    places = itertools.islice(unknown_places("eval"), NUM_UNKNOWN_HELD_OUT, None)
+    for name, phrasing in ELSEWHERE.items():
+        for place in itertools.islice(places, NUM_OF_EACH):
+            yield _unseen_row(f"elsewhere/{name}", phrasing.format(place.name), ABSTENTION) | {"known": False}
+    for name, (family, spec) in PIECES.items():
+        entries = reasoning_gym.create_dataset(family, size=2000, seed=0, **spec)
+        held_out = (entry for entry in entries if is_held_out(entry["question"]))
+        for entry in itertools.islice(held_out, NUM_OF_EACH):
+            yield _unseen_row(f"pieces/{name}", entry["question"], entry["answer"])
+
+
+def _unseen_row(task: str, question: str, answer: str) -> Row:
+    return {"question": question, "answer": answer, "task": task, "verifier": "exact", "split": "eval"}
+
+
+if __name__ == "__main__":  # python -m data.curriculum facts > configs/recipes/embedded/facts.jsonl
+    import json
+    import sys
+
+    for row in {"facts": fact_rows, "unseen": unseen_rows}[sys.argv[1]]():
         print(json.dumps(row, ensure_ascii=False))

@@ -42,7 +42,7 @@ SHOWN = pa.schema([("shown", pa.string()), ("characters", pa.int32()), ("has_ref
 """shown: data.verify.llm_judge.shown_key of what a judge may be shown of the trace, "" where that is nothing. characters: of the
 answer. has_reference: a reference is among what it may be shown."""
 VERSION = 2
-_KEY = np.dtype("S32")
+KEY = np.dtype("S32")
 _BATCH = 4096
 
 OUTCOMES: dict[str, Judgement] = {
@@ -176,10 +176,10 @@ def grade(run: RunFolder, settings: Judging, traces: Traces, model: Model, tell:
     keys_Q, first_Q, answer_of = np.unique(traces.shown_N[askable], return_index=True, return_inverse=True)
     missing_Q = _misses(keys_Q, settings, log, refusals)
     requests = _requests(run, traces, np.sort(askable[first_Q[missing_Q > 0]]), settings, template, model)
-    failed = _ask(log, refusals, requests, settings, model, tell, total=int(missing_Q.sum()))
+    failed = ask_judge(log, refusals, requests, settings, model, tell, total=int(missing_Q.sum()))
     if (left := int(_misses(keys_Q[missing_Q > 0], settings, log, refusals).sum())) != failed:
         raise RuntimeError(f"judge: {left} requests are still to be answered and {failed} failed: some came to nothing")
-    replies = _read(log, refusals, keys_Q, settings)
+    replies = read_replies(log, refusals, keys_Q, settings)
     outcomes_Q = outcomes(replies, settings.votes)
     outcomes_N = np.zeros(len(traces.shown_N), np.uint8)
     outcomes_N[rows] = _CODES["too_long"]
@@ -212,7 +212,7 @@ def _requests(
                     yield from llm_judge.requests_of(prompt, answer, settings, template, codec)
 
 
-def _ask(
+def ask_judge(
     log: ReplyLog, refusals: ReplyLog, requests: Iterator[Request], settings: Judging, model: Model, tell: Report, total: int
 ) -> int:
     """Requests that failed, at most as many as may."""
@@ -245,7 +245,7 @@ class Replies(NamedTuple):
     cost: float
 
 
-def _read(log: ReplyLog, refusals: ReplyLog, keys_Q: np.ndarray, settings: Judging) -> Replies:
+def read_replies(log: ReplyLog, refusals: ReplyLog, keys_Q: np.ndarray, settings: Judging) -> Replies:
     """Replies to what these settings would not ask (other answers, more votes, a repetition) are as if they were not there."""
     again_Q = np.array([llm_judge.is_asked_again(key.decode(), settings) for key in keys_Q.tolist()], bool)
     grades_QV, refused_Q = np.zeros((len(keys_Q), settings.votes + 1), np.uint8), np.zeros(len(keys_Q), bool)
@@ -270,7 +270,7 @@ def _read(log: ReplyLog, refusals: ReplyLog, keys_Q: np.ndarray, settings: Judgi
 def _with_rows(replies: Iterator[Reply], keys_Q: np.ndarray) -> Iterator[tuple[Reply, int]]:
     """Every reply to one of these answers, with the answer's place among them."""
     while len(keys_Q) and (batch := list(itertools.islice(replies, _BATCH))):
-        keys = np.array([reply.request_id.partition("-")[0] for reply in batch], _KEY)
+        keys = np.array([reply.request_id.partition("-")[0] for reply in batch], KEY)
         rows = np.minimum(np.searchsorted(keys_Q, keys), len(keys_Q) - 1)
         found = keys_Q[rows] == keys
         yield from zip(itertools.compress(batch, found), rows[found].tolist(), strict=True)

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
@@ -13,7 +13,9 @@ from data.prompt_set import read_prompts
 from data.store import RunFolder, code_revision, read_rollup, sha256_file
 from student.certificate import Certified, read_certificate
 from student.depth import depth_rows
-from student.gates import GateRow, bound_text, shown
+from student.figures import cell, figure_rows, markdown_table
+from student.gates import GateRow, bound_text, shown_with_interval
+from student.grades import ENDS, MIDDLE, TWINS, UNSEEN, is_length
 from student.matrix import ParityRow
 from student.results import read_depths
 from student.scoring import Metrics
@@ -89,7 +91,7 @@ def render_card(facts: CardFacts, exported: "Sequence[Exported]") -> str:
     return (
         "\n\n".join(
             [
-                front_matter(recipe),
+                front_matter(facts),
                 f"# {recipe.name}",
                 introduction(recipe, exported),
                 "## Results",
@@ -97,6 +99,8 @@ def render_card(facts: CardFacts, exported: "Sequence[Exported]") -> str:
                 metrics_table(facts.metrics),
                 *([depth_table(facts.depths)] if facts.depths else []),
                 *([gates_table(facts.gates)] if facts.gates else []),
+                "## Limits",
+                limits(facts),
                 "## How to use it",
                 usage(),
                 "## Where it comes from",
@@ -104,21 +108,36 @@ def render_card(facts: CardFacts, exported: "Sequence[Exported]") -> str:
                 "## What was checked",
                 *checks(exported),
                 "## Recipe",
-                f"```yaml\n{yaml.safe_dump(recipe.model_dump(mode='json', exclude_defaults=True), sort_keys=False).strip()}\n```",
+                f"```yaml\n{recipe_text(recipe)}\n```",
             ]
         ).rstrip()
         + "\n"
     )
 
 
-def front_matter(recipe: Recipe) -> str:
-    fields = {
+def front_matter(facts: CardFacts) -> str:
+    """Metadata as model hubs read it. Source: the Hugging Face model card specification, with its model-index of results."""
+    recipe, student = facts.recipe, facts.metrics.get("student")
+    fields: dict[str, Any] = {
         "license": recipe.student.licence.lower(),
         "base_model": recipe.student.model,
+        "base_model_relation": "finetune",
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["distillation", "reasoning", "tracestill"],
     }
+    if student is not None:
+        figures = {name: getattr(student, name) for name in ("accuracy", "hallucination_rate", "abstention_rate")}
+        result = {
+            "task": {"type": "text-generation"},
+            "dataset": {"type": "held-out", "name": f"evaluation suites of the recipe {recipe.name}"},
+            "metrics": [
+                {"type": name, "value": round(value, 4), "name": name.replace("_", " ")}
+                for name, value in figures.items()
+                if value is not None
+            ],
+        }
+        fields["model-index"] = [{"name": recipe.name, "results": [result]}]
     return f"---\n{yaml.safe_dump(fields, sort_keys=False).strip()}\n---"
 
 
@@ -139,19 +158,8 @@ def gate_summary(gates: Sequence[GateRow]) -> str:
 
 
 def metrics_table(metrics: Mapping[str, Metrics]) -> str:
-    models = [name for name in COMPARED if name in metrics]
-    families = sorted({family for name in models for family in metrics[name].by_family})
-    rows: list[list[str]] = [["accuracy, answerable items", *(accuracy_text(metrics[name]) for name in models)]]
-    rows += [[f"accuracy, {family}", *(percent(metrics[name].by_family.get(family)) for name in models)] for family in families]
-    rows += [
-        ["hallucination rate, closed book", *(percent(metrics[name].hallucination_rate) for name in models)],
-        ["abstention rate, closed book", *(percent(metrics[name].abstention_rate) for name in models)],
-        ["abstention on unknown facts", *(percent(metrics[name].unknown_abstention_rate) for name in models)],
-        ["omniscience index", *(number(metrics[name].omniscience_index) for name in models)],
-        ["reasoning tokens per correct answer", *(number(metrics[name].reasoning_tokens_per_correct) for name in models)],
-        ["items", *(str(metrics[name].num_items) for name in models)],
-    ]
-    return markdown_table(["", *models], rows)
+    header, *rows = figure_rows({name: metrics[name] for name in COMPARED if name in metrics})
+    return markdown_table(header, rows)
 
 
 def depth_table(depths: Mapping[str, Mapping[str, DepthFigures]]) -> str:
@@ -165,8 +173,51 @@ def depth_table(depths: Mapping[str, Mapping[str, DepthFigures]]) -> str:
 
 
 def gates_table(gates: Sequence[GateRow]) -> str:
-    rows = [[row.metric, shown(row.value), bound_text(row), "passed" if row.passed else "refused"] for row in gates]
+    rows = [
+        [cell(row.metric), shown_with_interval(row), bound_text(row), "passed" if row.passed else "**refused**"] for row in gates
+    ]
     return markdown_table(["gate", "value", "bound", ""], rows)
+
+
+def limits(facts: CardFacts) -> str:
+    """What the figures do not say, from the figures themselves."""
+    student, base = facts.metrics.get("student"), facts.metrics.get("base")
+    said = []
+    if not facts.gates:
+        said.append("Nobody set a bound that it had to keep: it is **ungated**.")
+    if refused := [row.metric for row in facts.gates if not row.passed]:
+        said.append(f"It does **not** keep {', '.join(refused)}.")
+    if student is None:
+        return "\n".join(f"- {text}" for text in [*said, "It was **not evaluated**."])
+    lengths = {name for name in student.slices if is_length(name)}
+    tasks = ", ".join(sorted(student.slices.keys() - {TWINS, UNSEEN, MIDDLE, ENDS, *lengths}))
+    said.append(
+        f"Figures are of {student.num_items} items, of {tasks} alone; "
+        "intervals are of drawing such items again, not of other tasks."
+    )
+    if (unseen := student.slices.get(UNSEEN)) is None:
+        said.append("No item comes from a family without training traces: how it does elsewhere was **not measured**.")
+    elif unseen.accuracy is not None:
+        before = base.slices.get(UNSEEN) if base else None
+        drop = "" if before is None or before.accuracy is None else f"; its base, before training: {percent(before.accuracy)}"
+        said.append(f"In families that no training trace came from it answers {percent(unseen.accuracy)} right{drop}.")
+    if student.twin_gap is None:
+        said.append("No item was asked again in other words: what hangs on the wording was **not measured**.")
+    else:
+        said.append(f"Asked again in other words, the same items lose {100 * student.twin_gap:.1f} points.")
+    if student.hallucination_rate is None:
+        said.append("No closed-book fact was asked: its hallucination rate was **not measured**.")
+    else:
+        said.append(
+            f"Of closed-book facts that it did not get right, it made up an answer to {percent(student.hallucination_rate)} "
+            "instead of declining."
+        )
+    settings = facts.recipe.train
+    said.append(
+        f"It was trained on rows of at most {max((settings.max_tokens_per_row, *settings.longer_rows)):,} tokens; longer "
+        "contexts are outside of what it has seen."
+    )
+    return "\n".join(f"- {text}" for text in said)
 
 
 def usage() -> str:
@@ -240,28 +291,23 @@ def matrix_cells(row: ParityRow) -> list[str]:
     ]  # fmt: skip
 
 
+def recipe_text(recipe: Recipe) -> str:
+    """Only what is not a default, and the `type` by which sections are told apart: it loads as a recipe."""
+    brief = _with_types(recipe.model_dump(mode="json", exclude_defaults=True), recipe.model_dump(mode="json"))
+    return yaml.safe_dump(brief, sort_keys=False).strip()
+
+
+def _with_types(brief: Any, full: Any) -> Any:
+    if isinstance(brief, dict):
+        kind = {"type": full["type"]} if isinstance(full.get("type"), str) else {}
+        return kind | {key: _with_types(value, full[key]) for key, value in brief.items()}
+    if isinstance(brief, list):
+        return [_with_types(one, whole) for one, whole in zip(brief, full, strict=True)]
+    return brief
+
+
 # --- cells -------------------------------------------------------------------------------------------------------
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
-
-
-def cell(text: str) -> str:
-    """Text that cannot break out of its table cell."""
-    return " ".join(text.replace("|", "\\|").split())
-
-
-def accuracy_text(metrics: Metrics) -> str:
-    if (interval := metrics.intervals.get("accuracy")) is None:
-        return percent(metrics.accuracy)
-    low, high = interval
-    return f"{percent(metrics.accuracy)} ({100 * low:.1f} to {100 * high:.1f})"
 
 
 def percent(value: float | None) -> str:
     return "n/a" if value is None else f"{100 * value:.1f} %"
-
-
-def number(value: float | None) -> str:
-    return "n/a" if value is None else f"{value:.1f}"

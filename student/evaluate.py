@@ -19,9 +19,10 @@ from data.engine import Engine, Request, request_under
 from data.records import Prompt, digest, request_seed
 from data.store import RunFolder
 from data.structure import count_reasoning_tokens, split_reasoning
+from data.verify import VERIFIERS
 from data.verify.exact import is_abstention
-from data.verify.runner import Item, judge
-from student.grades import Grade, grade_answer
+from data.verify.runner import LLM_JUDGE, Item, judge
+from student.grades import Grade, grade_answer, judged_grade
 from student.item_store import AttemptKey, ItemStore, Output
 from student.results import ItemResult, write_results
 from student.scoring import Metrics, measure
@@ -29,6 +30,8 @@ from student.unseen import origin_of
 
 Progress = Callable[[int, int], None]
 """Called with (items done, items in all)."""
+AskJudge = Callable[[Sequence[tuple[Prompt, str]]], Sequence[str]]
+"""Items and answers -> what became of each, in the words of data.grading.OUTCOMES."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,16 +90,18 @@ def evaluate_model(
     judge_timeout_s: float = 10.0,
     price: Price | None = None,
     trained_families: Collection[str] = (),
+    ask_judge: AskJudge | None = None,
 ) -> Metrics:
     """evaluation/NAME.json (figures and harness) and NAME.arrow (one row an item) stand in the run folder.
 
     The engine is loaded here, and only when some attempt has no committed completion yet; closing it is the caller's part.
-    trained_families: of the training prompts; items of other families are `unseen`.
+    trained_families: of the training prompts; items of other families are `unseen`. ask_judge: grades answers to items whose
+    verifier is a model.
 
     Raises:
-        UnusableInput: no items, an item twice, or a committed segment whose bytes changed.
+        UnusableInput: no items, an item twice, nobody to judge, or a committed segment whose bytes changed.
     """
-    check_items(items)
+    check_items(items, ask_judge)
     harness = harness_of(engine, tokenizer, settings, model_fingerprint)
     store = ItemStore(run.evaluation / f"{name}.items", harness.key, segment_rows=settings.batch_size)
     outputs = store.outputs()
@@ -109,20 +114,39 @@ def evaluate_model(
             if progress is not None:
                 progress(done, len(attempts))
         outputs = store.outputs()
-    results = grade_outputs([(item, outputs[key]) for item, key in attempts], tokenizer, harness, judge_timeout_s)
+    answered = [(item, outputs[key]) for item, key in attempts]
+    results = grade_outputs(answered, tokenizer, harness, judge_timeout_s, ask_judge)
     results = [
         dataclasses.replace(result, cost=cost_of(result, price), is_unseen=origin_of(item, trained_families) == "unseen")
         for result, (item, _) in zip(results, attempts, strict=True)
     ]
     metrics = measure([result.graded for result in results], seed=settings.seed)
-    write_results(run, name, results, metrics, dataclasses.asdict(harness) | {"key": harness.key})
+    recorded = dataclasses.asdict(harness) | {"key": harness.key} | asked_with(items, settings, engine)
+    write_results(run, name, results, metrics, recorded)
     return metrics
 
 
-def check_items(items: Sequence[Prompt]) -> None:
+def asked_with(items: Sequence[Prompt], settings: Evaluate, engine: Engine) -> dict[str, object]:
+    """What else a reader needs to ask the same again: attempts an item, how often a lost request was repeated, who judged.
+    No part of the key: completions do not depend on it."""
+    used = sorted({item.verifier for item in items if item.verifier and item.verifier != LLM_JUDGE})
+    return {
+        "samples": settings.samples,
+        "retries": getattr(engine, "max_retries", 0),
+        "verifiers": {name: VERIFIERS[name].version for name in used},
+        "prompt_versions": sorted({item.prompt_version for item in items}),
+    }
+
+
+def check_items(items: Sequence[Prompt], ask_judge: AskJudge | None = None) -> None:
     if not items:
         raise UnusableInput(
             "evaluate: no held-out items; expected at least one prompt with split eval: add evaluate.suites to the recipe"
+        )
+    if ask_judge is None and any(item.verifier == LLM_JUDGE for item in items):
+        raise UnusableInput(
+            "data.judging: evaluation items name the verifier llm_judge and nobody is named to judge; expected "
+            "data.judging: {engine: {base_urls: http://HOST:8000/v1, model: NAME}}"
         )
     seen: set[str] = set()
     for item in items:
@@ -195,22 +219,33 @@ def answer_confidence(logprobs: Sequence[float], reasoning_tokens: int) -> float
 
 
 def grade_outputs(
-    attempts: Sequence[tuple[Prompt, Output]], tokenizer: PreTrainedTokenizerBase, harness: Harness, judge_timeout_s: float
+    attempts: Sequence[tuple[Prompt, Output]],
+    tokenizer: PreTrainedTokenizerBase,
+    harness: Harness,
+    judge_timeout_s: float,
+    ask_judge: AskJudge | None = None,
 ) -> list[ItemResult]:
-    """One result an attempt, in the order given. Abstentions and empty answers never reach a verifier."""
+    """One result an attempt, in the order given. Abstentions and empty answers never reach a verifier, nor a judge."""
     parsed = [parse_output(output, tokenizer, harness) for _, output in attempts]
-    judged = [
+    answered = [
         index
         for index, (item, _) in enumerate(attempts)
         if (answer := parsed[index].answer) and not is_abstention(answer) and item.known is not False
     ]
-    scores = verifier_scores([(attempts[index][0], parsed[index].answer) for index in judged], judge_timeout_s)
-    score_of = dict(zip(judged, scores, strict=True))
-    return [_result(item, output, parsed[index], score_of.get(index)) for index, (item, output) in enumerate(attempts)]
+    by_model = [index for index in answered if attempts[index][0].verifier == LLM_JUDGE]
+    by_program = [index for index in answered if attempts[index][0].verifier != LLM_JUDGE]
+    scores = verifier_scores([(attempts[index][0], parsed[index].answer) for index in by_program], judge_timeout_s)
+    score_of = dict(zip(by_program, scores, strict=True))
+    said = ask_judge([(attempts[index][0], parsed[index].answer) for index in by_model]) if ask_judge and by_model else []
+    grade_of = {index: judged_grade(outcome) for index, outcome in zip(by_model, said, strict=True)}
+    return [
+        _result(item, output, parsed[index], score_of.get(index), grade_of.get(index))
+        for index, (item, output) in enumerate(attempts)
+    ]
 
 
-def _result(item: Prompt, output: Output, parsed: Parsed, score: float | None) -> ItemResult:
-    grade = grade_answer(known=item.known, answer=parsed.answer, abstained=is_abstention(parsed.answer), score=score)
+def _result(item: Prompt, output: Output, parsed: Parsed, score: float | None, judged: Grade | None) -> ItemResult:
+    grade = judged or grade_answer(known=item.known, answer=parsed.answer, abstained=is_abstention(parsed.answer), score=score)
     if output.finish_reason == "abort":
         grade = Grade.UNGRADED  # the engine failed, not the model; `grades` in the figures says how often
     places = places_of(item.evidence)

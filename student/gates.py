@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from configs.errors import Refused
 from configs.evaluation import Gate, Gated, Headroom, read_gate
-from student.grades import GradedItem
+from student.grades import UNSEEN, GradedItem
 from student.paired import Paired, difference, quotient
 from student.resampling import Interval
 from student.scoring import RATIOS, Metrics
@@ -142,6 +142,21 @@ def bound_text(row: GateRow) -> str:
     if row.min is not None and row.max is not None:
         return f"{row.min:g} to {row.max:g}{whole}"
     return (f">= {row.min:g}" if row.min is not None else f"<= {row.max:g}") + whole
+
+
+def unmeasured(student: Metrics | None) -> str | None:
+    """What these suites cannot show of any student, as one line; None: both were asked for."""
+    if student is None or (UNSEEN in student.slices and student.twin_gap is not None):
+        return None
+    missing = (
+        []
+        if UNSEEN in student.slices
+        else ["no item of a family without training traces, so nobody knows what was lost elsewhere"]
+    )
+    missing += (
+        [] if student.twin_gap is not None else ["no item asked again in other words, so nobody knows what hangs on the wording"]
+    )
+    return f"{'; '.join(missing)}: docs/evaluation.md, suites"
 
 
 def require(rows: Sequence[GateRow]) -> None:

@@ -1,5 +1,6 @@
 """What became of an attempt at an evaluation item."""
 
+import re
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -76,6 +77,11 @@ def length_name(tokens: int) -> str:
     return f"{thousands}k" if thousands < 1024 else f"{thousands // 1024}M"
 
 
+def is_length(name: str) -> bool:
+    """Whether a slice is one of `length_name`'s."""
+    return re.fullmatch(r"[1-9]\d*[kM]", name) is not None
+
+
 def grade_answer(*, known: bool | None, answer: str, abstained: bool, score: float | None) -> Grade:
     """The grade of one parsed answer. score: the verifier's, or None when it reached no verdict.
 
@@ -93,3 +99,8 @@ def grade_answer(*, known: bool | None, answer: str, abstained: bool, score: flo
         return Grade.UNGRADED
     # Only a full score counts. reasoning-gym pays 0.01 to 0.5 for a well-formed wrong answer; that is no partial credit.
     return Grade.CORRECT if score == 1.0 else Grade.INCORRECT
+
+
+def judged_grade(outcome: str) -> Grade:
+    """Of what a judge said (data.grading.OUTCOMES): whatever is no grade of its own is `ungraded`."""
+    return Grade(outcome) if outcome in set(Grade) else Grade.UNGRADED

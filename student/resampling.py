@@ -4,14 +4,14 @@ one by one they would look like that many independent witnesses.
     G groups    M metrics    R resamples
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 NUM_RESAMPLES = 4000
-NUM_CURVE_RESAMPLES = 200
-"""Of figures that have to sort their rows again: 160,000 rows take 30 ms each time."""
+NUM_CURVE_RESAMPLES = 1000
+"""Of figures that are no ratio of sums (student/curves.py), which cost a pass over all rows each time."""
 _CELLS = 1 << 22
 
 
@@ -29,7 +29,8 @@ def ratio_draws(sums_GM: np.ndarray, counts_GM: np.ndarray, *, seed: int, num_re
     ratios_RM = np.empty((num_resamples, num_metrics))
     stacked_GM = np.hstack([sums_GM, counts_GM]).astype(np.float64)
     row = 0
-    for weights_RG in _weights(len(sums_GM), seed, num_resamples):
+    at_once = max(1, _CELLS // max(len(sums_GM), 1))
+    for weights_RG in draw_weights(len(sums_GM), seed, num_resamples, at_once=at_once):
         drawn_RM = weights_RG @ stacked_GM
         with np.errstate(divide="ignore", invalid="ignore"):
             ratios_RM[row : row + len(weights_RG)] = drawn_RM[:, :num_metrics] / drawn_RM[:, num_metrics:]
@@ -37,10 +38,9 @@ def ratio_draws(sums_GM: np.ndarray, counts_GM: np.ndarray, *, seed: int, num_re
     return ratios_RM
 
 
-def _weights(num_groups: int, seed: int, num_resamples: int) -> Iterator[np.ndarray]:
-    """How often each group was drawn, float64 [a few resamples, G]."""
+def draw_weights(num_groups: int, seed: int, num_resamples: int, *, at_once: int) -> Iterator[np.ndarray]:
+    """How often each group was drawn, float64 [at most at_once, G]; the draws do not depend on at_once."""
     random = np.random.default_rng(seed)
-    at_once = max(1, _CELLS // max(num_groups, 1))
     for start in range(0, num_resamples, at_once):
         drawn_RG = random.integers(0, num_groups, (min(at_once, num_resamples - start), num_groups))
         yield np.stack([np.bincount(drawn_G, minlength=num_groups) for drawn_G in drawn_RG]).astype(np.float64)
@@ -53,21 +53,3 @@ def interval_of(draws_R: np.ndarray) -> Interval | None:
     if not len(known):
         return None
     return Interval(float(np.quantile(known, 0.025, method="lower")), float(np.quantile(known, 0.975, method="higher")))
-
-
-def curve_interval(
-    figure: Callable[[np.ndarray], float | None], groups_N: np.ndarray, *, seed: int, num_resamples: int = NUM_CURVE_RESAMPLES
-) -> Interval | None:
-    """Of a figure that is no ratio of sums. figure: of the rows whose positions it is given, a drawn row as often as it was
-    drawn."""
-    if not len(groups_N):
-        return None
-    order = np.argsort(groups_N, kind="stable")
-    _, starts_G, sizes_G = np.unique(groups_N[order], return_index=True, return_counts=True)
-    random, found = np.random.default_rng(seed), []
-    for _ in range(num_resamples):
-        drawn_G = random.integers(0, len(starts_G), len(starts_G))
-        sizes = sizes_G[drawn_G]
-        offsets = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        found.append(figure(order[np.repeat(starts_G[drawn_G], sizes) + offsets]))
-    return interval_of(np.array([np.nan if value is None else value for value in found]))

@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data import calibration_metrics as calibration
+from student.curves import FIGURES, curve_draws
 from student.grades import Grade, GradedItem
-from student.resampling import Interval, curve_interval, interval_of, ratio_draws
+from student.resampling import Interval, interval_of, ratio_draws
 
 # --- ratios: each metric is a sum over attempts divided by another ---------------------------------------------------
 
@@ -268,23 +269,22 @@ def _confidence(items: Sequence[GradedItem], seed: int) -> tuple[dict[str, float
     sure = [item for item in tried if item.confidence is not None]
     correct_N, groups_N = np.array([item.grade is Grade.CORRECT for item in sure], bool), groups_of(sure)
     p_N = np.array([item.confidence for item in sure], np.float64)
-    figures_of: dict[str, tuple[Callable[[np.ndarray], float | None], np.ndarray]] = {
-        "ece": (lambda rows: calibration.calibration_error(calibration.reliability(p_N[rows], correct_N[rows])), groups_N),
-        "adaptive_ece": (
-            lambda rows: calibration.calibration_error(calibration.equal_mass(p_N[rows], correct_N[rows])),
-            groups_N,
-        ),
-        "aurc": (lambda rows: calibration.aurc(p_N[rows], correct_N[rows]), groups_N),
-        "coverage_at_5_risk": (lambda rows: calibration.coverage_at_risk(p_N[rows], correct_N[rows]), groups_N),
-    }
     brevity_N = np.array([-item.output_tokens for item in tried], np.float64)
     right_N = np.array([item.grade is Grade.CORRECT for item in tried], bool)
-    figures_of["aurc_by_length"] = (lambda rows: calibration.aurc(brevity_N[rows], right_N[rows]), groups_of(tried))
-    figures, intervals = dict[str, float | None](), dict[str, Interval]()
-    for name, (figure, groups) in figures_of.items():
-        figures[name] = figure(np.arange(len(groups)))
-        if figures[name] is not None and (interval := curve_interval(figure, groups, seed=seed)) is not None:
-            intervals[name] = interval
+    bins, masses = calibration.reliability(p_N, correct_N), calibration.equal_mass(p_N, correct_N)
+    figures = {
+        "ece": calibration.calibration_error(bins),
+        "adaptive_ece": calibration.calibration_error(masses),
+        "aurc": calibration.aurc(p_N, correct_N),
+        "coverage_at_5_risk": calibration.coverage_at_risk(p_N, correct_N),
+        "aurc_by_length": calibration.aurc(brevity_N, right_N),
+    }
+    draws = dict[str, np.ndarray]()
+    if sure:
+        draws |= curve_draws(p_N, correct_N, groups_N, tuple(FIGURES), seed=seed)
+    if tried:
+        draws["aurc_by_length"] = curve_draws(brevity_N, right_N, groups_of(tried), ("aurc",), seed=seed)["aurc"]
+    intervals = {name: interval for name in figures if name in draws and (interval := interval_of(draws[name])) is not None}
     return figures, intervals
 
 

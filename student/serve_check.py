@@ -1,6 +1,7 @@
 """Does a real server say what the student says? An exported folder, served on this machine's loopback and asked through the
 openai client, must give the token ids that local generation gives."""
 
+import logging
 import shutil
 import socket
 import subprocess
@@ -146,6 +147,8 @@ def _client(url: str) -> "openai.OpenAI":
         import openai
     except ImportError as error:
         raise UnusableInput(f"export --serve-check: {error}; expected: pip install 'tracestill[serve]'") from error
+    for name in ("httpx", "httpx2"):  # a line a request otherwise
+        logging.getLogger(name).setLevel(logging.WARNING)
     return openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=REQUEST_S)
 
 

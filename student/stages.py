@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from configs.errors import Refused, UnusableInput
 from configs.progress import Count
+from data.answer_grading import grade_answers, judge_version
+from data.asking import Model
 from data.dataset import load_dataset
 from data.engine import Engine
 from data.prompt_set import PromptSet, read_prompts
@@ -14,7 +16,7 @@ from data.store import ROLLUP, write_bytes, write_json
 from student import gates
 from student.certificate import read_certificate
 from student.folders import resolve, weights_sha256
-from student.gates import GateRow, judge, require
+from student.gates import GateRow, gate_table, judge, require, unmeasured
 from student.results import evaluation_files, read_evaluated, read_metrics, write_gates
 from student.scoring import Metrics
 from student.targets import TargetSpec
@@ -22,6 +24,8 @@ from student.unseen import trained_families
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from student.evaluate import AskJudge
 
 # What loads torch is imported by the functions that need it: a finished stage is passed over without.
 
@@ -37,12 +41,14 @@ JUDGED_LATER = ("gates", "headroom", "models")
 
 
 class Target(NamedTuple):
-    """A model to evaluate: who it is, its engine (not loaded yet), its tokenizer and the hash of its weights."""
+    """A model to evaluate: who it is, its engine (not loaded yet), its tokenizer and the hash of its weights. judge: whom to ask
+    about answers that no program can grade, if the recipe names one."""
 
     spec: TargetSpec
     engine: Engine
     tokenizer: "PreTrainedTokenizerBase"
     fingerprint: str
+    judge: Model | None = None
 
 
 OpenTarget = Callable[[Context, str], Target]
@@ -72,11 +78,23 @@ def evaluate_models(
             measured[name] = evaluate_model(
                 target.spec.file, target.engine, target.tokenizer, items, context.recipe.evaluate, context.run, progress,
                 model_fingerprint=target.fingerprint, judge_timeout_s=context.recipe.data.verify_timeout_s,
-                price=target.spec.price, trained_families=taught,
+                price=target.spec.price, trained_families=taught, ask_judge=_judge_of(context, target, show),
             )  # fmt: skip
+        except UnusableInput as error:
+            if target.spec.server is None:
+                raise
+            # The http engine is most often a teacher, and speaks of its settings as such.
+            raise UnusableInput(str(error).replace("teacher.engine", f"evaluate.models.{name}.server")) from error
         finally:
             target.engine.close()
     return measured
+
+
+def _judge_of(context: Context, target: Target, show: Callable[[Count], None]) -> "AskJudge | None":
+    settings, model = context.recipe.data.judging, target.judge
+    if settings is None or model is None:
+        return None
+    return lambda answered: grade_answers(context.run, settings, answered, model, show, context.folders)
 
 
 def evaluate(context: Context, open_target: OpenTarget, show: Callable[[Count], None]) -> Outcome:
@@ -95,9 +113,13 @@ def gate_rows(context: Context) -> list[GateRow]:
 
 
 def gate_refusal(context: Context) -> Refused | None:
-    """What the gates say: None when every one passed. The verdicts are written down for the report."""
+    """What the gates say, shown as a table: None when every one passed. The verdicts are written down for the report."""
     rows = gate_rows(context)
     write_gates(context.run, rows)
+    if rows:
+        context.console.print(gate_table(rows), highlight=False, markup=False, soft_wrap=True)
+    if (said := unmeasured(read_metrics(context.run, "student"))) is not None:
+        context.console.print(f"evaluate  {said}", highlight=False, markup=False, soft_wrap=True)
     try:
         require(rows)
     except Refused as refusal:
@@ -198,15 +220,21 @@ def _conversations(context: Context, split: str) -> list[list[Message]]:
     ]
 
 
+def evaluated_under(context: Context, teacher_fingerprint: Callable[[Context], str]) -> dict[str, Any]:
+    """What the figures depend on besides the prompt set and the adapter. A judge is part of it where the recipe names one."""
+    judging = context.recipe.data.judging
+    return {
+        "teacher": teacher_fingerprint(context),
+        "base": weights_sha256(resolve(context.recipe.student.model)),
+        "evaluate": context.recipe.evaluate.model_dump(mode="json", exclude=set(JUDGED_LATER)),
+    } | ({} if judging is None else {"judge": judge_version(judging, context.folders)})
+
+
 def evaluate_stage(open_target: OpenTarget, teacher_fingerprint: Callable[[Context], str]) -> Stage:
     """Teacher, base and student on the items of the prompt set. Gates are no part of it: they judge its figures."""
 
     def identity(context: Context) -> dict[str, Any]:
-        return {
-            "teacher": teacher_fingerprint(context),
-            "base": weights_sha256(resolve(context.recipe.student.model)),
-            "evaluate": context.recipe.evaluate.model_dump(mode="json", exclude=set(JUDGED_LATER)),
-        }
+        return evaluated_under(context, teacher_fingerprint)
 
     def plan(context: Context) -> str:
         settings = context.recipe.evaluate
@@ -222,11 +250,7 @@ def headroom_stage(open_target: OpenTarget, teacher_fingerprint: Callable[[Conte
     """Teacher and base, before anything is trained. The evaluation of the student finds their completions in its store."""
 
     def identity(context: Context) -> dict[str, Any]:
-        return {
-            "teacher": teacher_fingerprint(context),
-            "base": weights_sha256(resolve(context.recipe.student.model)),
-            "evaluate": context.recipe.evaluate.model_dump(mode="json", exclude=set(JUDGED_LATER)),
-        }
+        return evaluated_under(context, teacher_fingerprint)
 
     def plan(context: Context) -> str:
         return "teacher and base on the held-out items: is there something to distil?"

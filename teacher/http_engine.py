@@ -45,6 +45,11 @@ class HttpEngine:
         self.servers = Servers(engine, model)
         self.reader = Reader(tokenizer, Prices(engine.price_input_per_million, engine.price_output_per_million))
 
+    @property
+    def max_retries(self) -> int:
+        """Times that a request whose reply was lost or unreadable is asked again."""
+        return self.engine.attempts - 1
+
     def remember_in(self, folder: Path) -> None:
         """Which model each server of the run has is kept there: one that serves another tomorrow is refused tomorrow too."""
         self.servers.remember_in(folder)

@@ -53,6 +53,7 @@ def committed(benchmark: str) -> dict:
         ("train_vs_trl", "rss_ratio", None, 0.2),
         ("train_vs_trl", "ratio_labels", 2.0, None),
         ("train_vs_trl", "rss_ratio_labels", None, 0.2),
+        ("bootstrap", "difference", None, 5e-4),
     ],
 )
 def test_a_committed_figure_keeps_its_bound(benchmark: str, key: str, least: float | None, most: float | None) -> None:
@@ -88,6 +89,20 @@ def test_no_state_of_wandbs_server_costs_a_step_one_percent() -> None:
 def test_near_copies_are_found_at_least_as_well_as_by_the_peers() -> None:
     for peer, gain in committed("near_dedup")["gains"].items():
         assert gain["precision"] >= 0 and gain["recall"] >= 0, peer
+
+
+def test_every_export_keeps_the_adapter_and_is_served_as_it_was_trained() -> None:
+    found = committed("exports")
+    assert found["formats"].keys() == {"merged", "adapter", "gguf-f16", "gguf-q8_0", "int8", "int4", "fp8"}
+    assert all(one["retention"] >= 0.999 for one in found["formats"].values())
+    assert {one["format"] for one in found["served"]} == {"merged", "int8", "int4", "fp8"}
+    assert all(one["near_ties"] <= 1 for one in found["served"])
+
+
+def test_what_scores_hide_stands_beside_them() -> None:
+    """No bound: the embedded student has lost what its base could do, and whoever quotes its accuracy must find that."""
+    for model in ("teacher", "base", "student"):
+        assert {"all", "twins", "unseen", "elsewhere", "pieces"} <= committed("exports")["slices"][model].keys()
 
 
 def test_every_view_has_as_many_students_of_as_many_tokens() -> None:

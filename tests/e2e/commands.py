@@ -25,6 +25,7 @@ SMALL = (
     "evaluate.suites.1.count=6",
     "evaluate.suites.2.count=6",
     "evaluate.suites.3.count=14",
+    "evaluate.suites.4.count=6",
     "evaluate.batch_size=8",
     "evaluate.gates={}",
     "train.epochs=3",

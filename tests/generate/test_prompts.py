@@ -1,6 +1,8 @@
 """Prompt sources: what is read, which side it falls on, and what is refused with which words."""
 
 import json
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -8,9 +10,10 @@ import pytest
 from configs.errors import UnusableInput
 from configs.load import RECIPES, load_recipe
 from configs.prompt_sources import JsonlSource, ReasoningGymSource
-from data.curriculum import fact_rows
+from data.curriculum import Row, fact_rows, unseen_rows
 from data.split import is_held_out
 from generate.prompts import PromptList, build_prompt_set
+from student.unseen import unseen_families
 
 SUMS = ReasoningGymSource(
     task="chain_sum", params={"min_terms": 2, "max_terms": 2, "min_digits": 3, "max_digits": 3}, count=30, seed=5
@@ -56,15 +59,21 @@ def test_the_embedded_facts_are_split_by_phrasing_and_by_place() -> None:
     assert all(p.answer == "I don't know" for side in unknown.values() for p in side)
 
 
-def test_the_shipped_fact_file_is_what_the_curriculum_writes() -> None:
-    lines = (RECIPES / "embedded" / "facts.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == list(fact_rows())
+@pytest.mark.parametrize(("name", "made"), [("facts", fact_rows), ("unseen", unseen_rows)])
+def test_a_shipped_file_is_what_the_curriculum_writes(name: str, made: Callable[[], Iterator[Row]]) -> None:
+    lines = (RECIPES / "embedded" / f"{name}.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == list(made())
 
 
-def test_the_embedded_recipe_asks_for_at_least_300_items() -> None:
+def test_the_embedded_recipe_asks_for_at_least_300_items_with_twins_and_families_that_nobody_distils() -> None:
     recipe = load_recipe("embedded").recipe
-    items = [p for p in build_prompt_set(recipe.generate.prompts, recipe.evaluate.suites, [RECIPES]).prompts if p.split == "eval"]
+    found = build_prompt_set(recipe.generate.prompts, recipe.evaluate.suites, [RECIPES]).prompts
+    items = [p for p in found if p.split == "eval"]
     assert len(items) >= 300
+    unseen = unseen_families((p.task for p in found if p.split == "train"), (p.task for p in items))
+    assert unseen == {"elsewhere", "pieces"}
+    twins = Counter(p.task.partition("/")[0] for p in items if p.twin_of)
+    assert twins == {"chain_sum": 16, "spell_backward": 16, "letter_counting": 16, "facts": 36}
 
 
 @pytest.mark.parametrize(

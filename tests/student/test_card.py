@@ -6,12 +6,14 @@ import yaml
 
 from configs.errors import UnusableInput
 from configs.evaluation import Gate
+from configs.load import load_recipe
 from configs.schema import Recipe
 from data.checksum import checked_json
 from data.store import RunFolder, sha256_file
-from student.card import CardFacts, PromptSource, cell, certificate_text, gather, render_card
+from student.card import CardFacts, PromptSource, certificate_text, gather, recipe_text, render_card
 from student.certificate import certified_settings, read_certificate
 from student.export import Exported
+from student.figures import cell
 from student.gates import judge
 from student.matrix import ParityRow
 from student.parity import Parity
@@ -63,7 +65,7 @@ def test_the_card_states_where_the_student_comes_from(facts: CardFacts) -> None:
 
 def test_the_card_shows_every_model_and_every_gate(facts: CardFacts) -> None:
     card = render_card(facts, FINDINGS)
-    assert "|  | teacher | base | student |" in card and "| accuracy, chain_sum | " in card
+    assert "|  | teacher | base | student |" in card and "| accuracy in chain_sum | " in card
     assert "1 of 2 gates passed" in card and "| hallucination_rate | " in card and "refused" in card
     assert (
         "| merged | 1.20e-03 | 99.76 % | 95 % (96 %) | 100 % (100 %) | 22.5 (23.0) | 4.2 MB | 310 |" in card
@@ -76,12 +78,41 @@ def test_a_card_without_gates_says_ungated(facts: CardFacts) -> None:
     assert "**ungated**" in card and "| gate |" not in card
 
 
+def test_the_card_says_what_its_figures_do_not(facts: CardFacts) -> None:
+    """The made-up run has no twins and no family without training traces; one of its two gates is refused."""
+    card = render_card(facts, FINDINGS)
+    said = card.split("## Limits\n")[1].split("\n## ")[0]
+    assert "does **not** keep hallucination_rate" in said
+    assert "how it does elsewhere was **not measured**" in said and "hangs on the wording was **not measured**" in said
+    nobody = render_card(dataclasses.replace(facts, gates=(), metrics={}), FINDINGS)
+    assert "it is **ungated**" in nobody and "It was **not evaluated**" in nobody and "model-index" not in nobody
+
+
+def test_the_card_tells_what_training_cost_elsewhere(facts: CardFacts) -> None:
+    student, base = facts.metrics["student"], facts.metrics["base"]
+    worse = dataclasses.replace(student, twin_gap=0.125, slices={"unseen": dataclasses.replace(student, accuracy=0.1)})
+    before = dataclasses.replace(base, slices={"unseen": dataclasses.replace(base, accuracy=0.9)})
+    card = render_card(dataclasses.replace(facts, metrics={"student": worse, "base": before}), FINDINGS)
+    assert "it answers 10.0 % right; its base, before training: 90.0 %" in card
+    assert "Asked again in other words, the same items lose 12.5 points." in card
+
+
 def test_front_matter_and_recipe_are_yaml_that_parses(facts: CardFacts) -> None:
     card = render_card(facts, FINDINGS)
     front = yaml.safe_load(card.split("---\n")[1])
     assert front["license"] == "apache-2.0" and front["base_model"] == "weights/S"
+    (result,) = front["model-index"][0]["results"]
+    assert {one["type"]: one["value"] for one in result["metrics"]}["accuracy"] == pytest.approx(
+        facts.metrics["student"].accuracy, abs=1e-4
+    )
     recipe = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
     assert Recipe.model_validate(recipe) == RECIPE
+
+
+@pytest.mark.parametrize("name", ["embedded", "student-7b", "generic-moe"])
+def test_the_recipe_in_the_card_loads_as_the_same_recipe(name: str) -> None:
+    recipe = load_recipe(name).recipe
+    assert Recipe.model_validate(yaml.safe_load(recipe_text(recipe))) == recipe
 
 
 def test_a_source_name_cannot_break_its_table() -> None:

@@ -27,7 +27,7 @@ from student.compare import compare_models
 from student.depth import accuracy_by_depth, depth_rows
 from student.folders import resolve
 from student.gates import Evaluated, judge
-from student.grades import Grade, GradedItem, length_name
+from student.grades import Grade, GradedItem, is_length, length_name
 from student.model import load_tokenizer
 from student.results import read_depths, read_evaluated
 from student.scoring import measure
@@ -109,7 +109,7 @@ def test_slices_are_told_only_of_prompts_with_places() -> None:
     [(1, "1k"), (1024, "1k"), (1025, "2k"), (8_192, "8k"), (8_193, "16k"), (200_000, "256k"), (524_289, "1M"), (1 << 20, "1M")],
 )
 def test_lengths_are_powers_of_two_from_above(tokens: int, name: str) -> None:
-    assert length_name(tokens) == name
+    assert length_name(tokens) == name and is_length(name)
 
 
 def test_middle_and_ends_share_out_all_attempts() -> None:
@@ -257,6 +257,7 @@ def test_comparison_and_card_show_it(finished: Finished) -> None:
     row = next(line for line in card.splitlines() if line.startswith(f"| {DOCUMENTS}, lost"))
     assert row.split(" | ")[1:] == ["+0.0 points (-17.6 to 13.8)", "+0.0 points (-13.8 to 17.6)", "+94.4 points (70.0 to 99.0) |"]
     assert card.count(depth_table(facts.depths)) == 1
+    assert "of documents, find-planted-bug, repository, two-facts alone" in card  # lengths and depths are no tasks
 
 
 def test_rows_and_figures_of_an_earlier_version_are_read(finished: Finished, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from data.chat import dialect_of
 from data.engine import Completion, ExpertStats, Handout, Partial, Request, Scores
 from data.records import FinishReason, Prompt, prompt_identity
 from data.store import RunFolder, segments
+from data.verify import VERIFIERS
 from student.evaluate import answer_confidence, evaluate_model
 from student.results import evaluation_files, read_metrics, read_results
 from student.scoring import Metrics
@@ -196,6 +197,8 @@ def test_the_figures_name_their_harness_and_can_be_read_back(tokenizer: PreTrain
     written = json.loads((run.evaluation / "student.json").read_text())
     assert figures.accuracy == 1.0 and read_metrics(run, "student") == figures
     assert written["harness"]["model_fingerprint"] == "weights" and written["harness"]["max_tokens"] == 32
+    assert written["harness"]["samples"] == 1 and written["harness"]["retries"] == 0
+    assert written["harness"]["verifiers"] == {"exact": VERIFIERS["exact"].version}
     assert (
         written["harness"]["stop_tokens"] == ["<|im_end|>", "<|endoftext|>"] and len(written["harness"]["template_sha256"]) == 64
     )

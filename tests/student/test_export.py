@@ -1,7 +1,10 @@
 import json
 import math
 import re
+import signal
 import stat
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +20,7 @@ from configs.training import Lora
 from data.byte_tokenizer import build_byte_tokenizer
 from data.chat import dialect_of, encode_conversation, encode_prompt
 from data.records import Message
-from data.store import RunFolder
+from data.store import RunFolder, sha256_file
 from student import parity
 from student.adapter_files import save_adapter, trainable
 from student.export import Exported, Material, export_formats, exported_files, load_adapted
@@ -346,3 +349,43 @@ def test_a_gguf_of_the_trained_student_keeps_the_adapter(tmp_path: Path) -> None
     half, eight = export_all(base, adapter, RunFolder(tmp_path), formats=["gguf-f16", "gguf-q8_0"])
     assert half.row.retention > 0.999 and eight.row.retention > 0.9 and eight.row.size_bytes < half.row.size_bytes
     assert half.row.stop_rate == half.row.adapter_stop_rate
+
+
+def export_two(base: Path, adapter: Path, run: RunFolder) -> dict[str, str]:
+    """Hashes of what a server loads."""
+    made = export_all(base, adapter, run, formats=["merged", "adapter"], dtype="fp32")
+    paths = [path for one in made for path in exported_files(one.folder) if path.suffix == ".safetensors"]
+    return {str(path.relative_to(run.export)): sha256_file(path) for path in paths}
+
+
+KILLED = """
+import itertools, os, signal, sys
+from pathlib import Path
+from data.store import RunFolder
+from student import export
+from tests.student.test_export import export_two
+
+publish, seen = export.publish_folder, itertools.count()
+
+def publish_or_die(temporary, final):
+    if next(seen) == int(sys.argv[4]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    publish(temporary, final)
+
+export.publish_folder = publish_or_die
+export_two(Path(sys.argv[1]), Path(sys.argv[2]), RunFolder(Path(sys.argv[3])))
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("published", [0, 1])
+def test_a_kill_while_formats_are_published_costs_the_export_and_nothing_else(tmp_path: Path, published: int) -> None:
+    """SIGKILL before the first format is published, and between the two; the next export has both and leaves nothing over."""
+    base = make_base(tmp_path / "base", tied=False)
+    adapter, run = make_adapter(base, tmp_path / "adapter"), RunFolder(tmp_path / "run")
+    whole = export_two(base, adapter, RunFolder(tmp_path / "other"))
+    words = [sys.executable, "-c", KILLED, str(base), str(adapter), str(run.root), str(published)]
+    assert subprocess.run(words, check=False).returncode == -signal.SIGKILL
+    assert len(list(run.export.glob("[!.]*"))) == published
+    assert export_two(base, adapter, run) == whole
+    assert sorted(path.name for path in run.export.iterdir()) == ["adapter", "merged"]

@@ -1,8 +1,10 @@
+import dataclasses
+
 import pytest
 
 from configs.errors import Refused
 from configs.evaluation import Gate, Headroom, read_gate
-from student.gates import Evaluated, gate_table, headroom_refusal, judge, require
+from student.gates import Evaluated, gate_table, headroom_refusal, judge, require, unmeasured
 from student.grades import Grade, GradedItem
 from student.scoring import measure
 
@@ -53,6 +55,14 @@ def test_a_refusal_names_every_failed_gate_on_one_line_and_exits_with_3() -> Non
     assert "hallucination_rate 0.3 (0 to 0.6154) (expected <= 0.1)" in message
     assert "abstention" not in message
     require([row for row in rows if row.passed])
+
+
+def test_suites_that_show_neither_loss_elsewhere_nor_wording_are_named() -> None:
+    said = unmeasured(STUDENT.metrics)
+    assert said is not None and "without training traces" in said and "other words" in said and "\n" not in said
+    elsewhere = dataclasses.replace(STUDENT.metrics, slices={"unseen": STUDENT.metrics})
+    assert (said := unmeasured(elsewhere)) is not None and "without training traces" not in said
+    assert unmeasured(dataclasses.replace(elsewhere, twin_gap=0.0)) is None
 
 
 def test_the_table_has_one_line_a_gate_under_a_header() -> None:

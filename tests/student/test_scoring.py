@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from student.grades import Grade, GradedItem, grade_answer
-from student.resampling import curve_interval, ratio_draws
+from student.resampling import ratio_draws
 from student.scoring import Metrics, measure, ratio_of
 
 C, WRONG, P, NA, U = Grade.CORRECT, Grade.INCORRECT, Grade.PARTIAL, Grade.NOT_ATTEMPTED, Grade.UNGRADED
@@ -216,13 +216,3 @@ def test_draws_of_ratios_equal_drawing_the_groups_one_by_one() -> None:
         for metric in range(2):
             total = sum(sums_GM[group, metric] for group in drawn_G)
             assert found_RM[row, metric] == pytest.approx(total / sum(counts_GM[group, metric] for group in drawn_G), abs=1e-12)
-
-
-def test_a_curve_is_drawn_by_whole_items() -> None:
-    """A figure that is the number of rows shows which were drawn: items of 1, 2 and 3 rows."""
-    groups_N = np.array([2, 0, 1, 2, 1, 2])
-    seen: list[list[int]] = []
-    curve_interval(lambda rows: seen.append(sorted(groups_N[rows].tolist())) or 0.0, groups_N, seed=0, num_resamples=20)
-    for drawn in seen:
-        assert all(drawn.count(group) % size == 0 for group, size in ((0, 1), (1, 2), (2, 3)))
-        assert sum(drawn.count(group) // size for group, size in ((0, 1), (1, 2), (2, 3))) == 3

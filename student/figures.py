@@ -1,0 +1,68 @@
+"""Figures as people read them: a column a model, a row a figure, each with its 95 % interval. For the comparison and the card."""
+
+from collections.abc import Mapping, Sequence
+
+from student.scoring import Metrics
+
+PERCENT = (
+    ("accuracy", "accuracy, answerable"), ("hallucination_rate", "hallucination rate, closed book"),
+    ("abstention_rate", "abstention rate, closed book"), ("unknown_abstention_rate", "abstention on unknown facts"),
+    ("over_refusal_rate", "over-refusal, known facts"), ("simpleqa_f", "SimpleQA F"), ("ece", "ECE of the confidence"),
+    ("coverage_at_5_risk", "coverage at 5 % risk"), ("truncation_rate", "cut at the token limit"),
+    ("twin_gap", "originals above twins"),
+)  # fmt: skip
+PLAIN = (
+    ("omniscience_index", "omniscience index"), ("brier", "Brier score"), ("aurc", "AURC by confidence"),
+    ("aurc_by_length", "AURC by length"), ("reasoning_tokens_per_correct", "reasoning tokens per correct answer"),
+    ("cost_per_completed_task", "dollars per completed task"),
+)  # fmt: skip
+
+
+def figure_rows(metrics: Mapping[str, Metrics]) -> list[list[str]]:
+    """A header, then a row a figure; those that no model has are left out. Accuracy and hallucination rate stand by slice too,
+    as gates judge them; ends and middle by task, without the ungraded, are student/depth.py's."""
+    rows = [["", *(cell(name) for name in metrics)]]
+
+    def add(title: str, found: Sequence[Metrics | None], metric: str, scale: float, unit: str) -> None:
+        texts = ["" if one is None else figure_text(one, metric, scale, unit) for one in found]
+        if any(texts):
+            rows.append([title, *(text or "-" for text in texts)])
+
+    for metric, title in PERCENT:
+        add(title, list(metrics.values()), metric, 100.0, " %")
+    for metric, title in PLAIN:
+        add(title, list(metrics.values()), metric, 1.0, "")
+    for name in sorted({name for one in metrics.values() for name in one.slices}):
+        slices = [one.slices.get(name) for one in metrics.values()]
+        add(f"accuracy in {cell(name)}", slices, "accuracy", 100.0, " %")
+        add(f"hallucination rate in {cell(name)}", slices, "hallucination_rate", 100.0, " %")
+    rows.append(["output tokens", *(f"{one.output_tokens:,}" for one in metrics.values())])
+    rows.append(["items, attempts", *(f"{one.num_items}, {one.num_attempts}" for one in metrics.values())])
+    return rows
+
+
+def figure_text(metrics: Metrics, metric: str, scale: float, unit: str) -> str:
+    """`93.8 % (90.6 to 96.1)`; "" where it was not measured."""
+    value, interval = getattr(metrics, metric), metrics.intervals.get(metric)
+    if value is None:
+        return ""
+    digits = 1 if scale == 100.0 else 3 if abs(value) < 1 else 1
+    ends = "" if interval is None else f" ({scale * interval.low:.{digits}f} to {scale * interval.high:.{digits}f})"
+    return f"{scale * value:.{digits}f}{unit}{ends}"
+
+
+# --- tables ------------------------------------------------------------------------------------------------------
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
+
+
+def cell(text: str) -> str:
+    """Text that cannot break out of its table cell."""
+    return " ".join(text.replace("|", "\\|").split())
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows)
