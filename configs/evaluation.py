@@ -25,7 +25,8 @@ _EARLIER = {"accuracy_of_teacher": "accuracy of teacher", "hallucination_above_t
 
 class Gated(NamedTuple):
     """What a gate is about. relation: `of`, the student's figure over the reference's; `above`, the difference of the two; "",
-    the student's own. slice: a family, a domain, `unseen` or `twins`; "" for all items."""
+    the student's own. slice: a family, a domain, `unseen`, `twins`, and of long prompts `middle`, `ends` or a length (`32k`); ""
+    for all items."""
 
     metric: MetricName
     relation: Literal["of", "above", ""] = ""
@@ -137,8 +138,8 @@ Suite = Annotated[PromptSource | LmEvalSuite, Field(discriminator="type")]
 
 class Evaluate(Section):
     suites: tuple[Suite, ...] = ()
-    """Held-out items: reasoning_gym sources take the held-out side of the hash, JSONL ones the rows with split `eval`; and
-    lm_eval folders."""
+    """Held-out items: reasoning_gym sources take the held-out side of the hash, JSONL ones the rows with split `eval`, documents
+    the questions and repository the files on the held-out side; and lm_eval folders."""
     sampling: Sampling = Sampling(temperature=0.0, top_p=1.0, max_tokens=8192)
     samples: PositiveInt = 1
     """Attempts at each item; intervals draw an item with all its attempts."""

@@ -134,7 +134,8 @@ class LongContextSource(Section):
     seed: NonNegativeInt = 0
     licence: str = "unknown"
     max_tokens: NonNegativeInt = 0
-    """Output tokens of each of these prompts; 0: generate.sampling.max_tokens."""
+    """Output tokens of each of these prompts; 0: generate.sampling.max_tokens. In evaluate.suites it says nothing: all items have
+    evaluate.sampling's."""
     reasoning_budget: NonNegativeInt = 0
     """Most tokens of reasoning before its block is closed; 0 is no bound."""
 

@@ -2,7 +2,8 @@
 
 The depth of a place is the share of the prompt's tokens before it, by the teacher's tokenizer, as measured when the prompt was
 built. An answer that needs two places counts in the bucket of each, and as `middle` when either of them lies there. What nobody
-judged is counted and stands outside every share. Intervals treat attempts as independent, which samples of one prompt are not quite.
+judged is counted and stands outside every share. Intervals treat attempts as independent, which samples of one prompt are not
+quite.
 """
 
 import json

@@ -1,8 +1,9 @@
 """What the page shows, read from a run folder into plain values; report.html.j2 only lays it out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 
@@ -47,6 +48,14 @@ class Measure:
     interval: tuple[float, float] | None
 
 
+class HeldOutDepth(NamedTuple):
+    """Accuracy by depth of every model on the evaluation items of one task."""
+
+    name: str
+    svg: str | None
+    models: dict[str, DepthFigures]
+
+
 @dataclass(frozen=True, slots=True)
 class Page:
     """Everything on the page; a part whose stage has not run is None or empty."""
@@ -68,6 +77,7 @@ class Page:
     length_facts: tuple[tuple[str, str], ...]
     experts: ExpertPart | None
     depth_svg: str | None
+    held_out_depths: tuple[HeldOutDepth, ...]
     dataset: DatasetPart | None
     summary: Summary
     comparisons: tuple[Comparison, ...]
@@ -101,6 +111,7 @@ def read_page(run: RunFolder, summary: Summary) -> Page:
         length_facts=length_facts(lengths),
         experts=expert_part(run, summary["experts"]),
         depth_svg=depth_plot(summary["accuracy_by_depth"]),
+        held_out_depths=held_out_depths(run, found),
         dataset=dataset_part(run),
         summary=summary,
         comparisons=comparisons(rows),
@@ -111,18 +122,27 @@ def read_page(run: RunFolder, summary: Summary) -> Page:
     )
 
 
+def held_out_depths(run: RunFolder, models: Iterable[str]) -> tuple[HeldOutDepth, ...]:
+    """By task; evaluations of earlier versions have no such figures."""
+    tasks: dict[str, dict[str, DepthFigures]] = {}
+    for model in models:
+        for task, figures in (read_json(run.evaluation / f"{model}.json").get("accuracy_by_depth") or {}).items():
+            tasks.setdefault(task, {})[model] = figures
+    return tuple(HeldOutDepth(task, depth_plot(figures), figures) for task, figures in sorted(tasks.items()))
+
+
 def depth_plot(figures: Mapping[str, DepthFigures] | None) -> str | None:
-    if figures is None:
-        return None
+    """A line for each name; None where nothing was judged."""
     curves = {
         task: [
             plots.Point((bucket["low"] + bucket["high"]) / 2, bucket["accuracy"], *bucket["interval"])
             for bucket in found["by_depth"]
             if bucket["accuracy"] is not None and bucket["interval"] is not None
         ]
-        for task, found in figures.items()
+        for task, found in (figures or {}).items()
+        if found["by_depth"]
     }
-    return plots.accuracy_by_depth(curves)
+    return plots.accuracy_by_depth(curves) if curves else None
 
 
 def read_recipe(run: RunFolder) -> dict[str, object]:

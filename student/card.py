@@ -13,11 +13,11 @@ from data.prompt_set import read_prompts
 from data.store import RunFolder, code_revision, read_rollup, sha256_file
 from student.certificate import Certified, read_certificate
 from student.depth import depth_rows
-from student.figures import cell, figure_rows, markdown_table
+from student.figures import cell, figure_rows, lm_eval_rows, markdown_table
 from student.gates import GateRow, bound_text, shown_with_interval
-from student.grades import ENDS, MIDDLE, TWINS, UNSEEN
+from student.grades import ENDS, MIDDLE, TWINS, UNSEEN, is_length
 from student.matrix import ParityRow
-from student.results import read_depths
+from student.results import read_depths, read_lm_eval
 from student.scoring import Metrics
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class PromptSource(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class CardFacts:
     """Everything the card states. dataset_sha256 is of the dataset's manifest, which holds the hash of every file. depths:
-    accuracy by depth, by task, of the models that have it."""
+    accuracy by depth, by task, of the models that have it. lm_eval: rows of a table."""
 
     recipe: Recipe
     sources: tuple[PromptSource, ...]
@@ -49,6 +49,7 @@ class CardFacts:
     revision: str
     certificate: Certified | None = None
     depths: Mapping[str, Mapping[str, DepthFigures]] = field(default_factory=dict)
+    lm_eval: Sequence[Sequence[str]] = ()
 
 
 def gather(run: RunFolder, recipe: Recipe, metrics: Mapping[str, Metrics], gates: Sequence[GateRow]) -> CardFacts:
@@ -66,6 +67,7 @@ def gather(run: RunFolder, recipe: Recipe, metrics: Mapping[str, Metrics], gates
         revision=code_revision(),
         certificate=read_certificate(run, recipe),
         depths={name: found for name in metrics if (found := read_depths(run, name)) is not None},
+        lm_eval=lm_eval_rows({name: read_lm_eval(run, name) for name in metrics}),
     )
 
 
@@ -98,6 +100,7 @@ def render_card(facts: CardFacts, exported: "Sequence[Exported]") -> str:
                 f"On the same held-out items for all models; {gate_summary(facts.gates)}",
                 metrics_table(facts.metrics),
                 *([depth_table(facts.depths)] if facts.depths else []),
+                *([markdown_table(facts.lm_eval[0], facts.lm_eval[1:])] if facts.lm_eval else []),
                 *([gates_table(facts.gates)] if facts.gates else []),
                 "## Limits",
                 limits(facts),
@@ -189,7 +192,8 @@ def limits(facts: CardFacts) -> str:
         said.append(f"It does **not** keep {', '.join(refused)}.")
     if student is None:
         return "\n".join(f"- {text}" for text in [*said, "It was **not evaluated**."])
-    tasks = ", ".join(sorted(student.slices.keys() - {TWINS, UNSEEN, MIDDLE, ENDS}))
+    lengths = {name for name in student.slices if is_length(name)}
+    tasks = ", ".join(sorted(student.slices.keys() - {TWINS, UNSEEN, MIDDLE, ENDS, *lengths}))
     said.append(
         f"Figures are of {student.num_items} items, of {tasks} alone; "
         "intervals are of drawing such items again, not of other tasks."

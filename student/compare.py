@@ -9,10 +9,10 @@ from configs.progress import Display
 from data.stage import Context
 from data.store import write_bytes, write_json
 from student.depth import accuracy_by_depth, depth_rows
-from student.figures import aligned, cell, figure_rows, markdown_table
+from student.figures import aligned, cell, figure_rows, lm_eval_rows, markdown_table
 from student.gates import Evaluated
 from student.paired import Paired, difference
-from student.results import read_evaluated
+from student.results import read_evaluated, read_lm_eval
 from student.stages import OpenTarget, evaluate_models
 from student.targets import target_spec
 
@@ -50,10 +50,12 @@ def compare_models(context: Context, names: Sequence[str], open_target: OpenTarg
         "paired": {name: [one._asdict() for one in tests] for name, tests in paired.items()},
     }
     rows = comparison_rows(evaluated, paired)
+    lm_eval = lm_eval_rows({name: read_lm_eval(context.run, spec.file) for name, spec in specs.items()})
+    tables = [rows, *([lm_eval] if lm_eval else [])]
     path = context.run.evaluation / "comparison.md"
-    write_bytes(path, (markdown_table(rows[0], rows[1:]) + "\n").encode())
+    write_bytes(path, ("\n\n".join(markdown_table(table[0], table[1:]) for table in tables) + "\n").encode())
     write_json(path.with_suffix(".json"), values)
-    return Compared(aligned(rows), path, values)
+    return Compared("\n\n".join(map(aligned, tables)), path, values)
 
 
 def comparison_rows(evaluated: Mapping[str, Evaluated], paired: Mapping[str, Sequence[Paired]]) -> list[list[str]]:

@@ -1,8 +1,8 @@
 """Figures as people read them: a column a model, a row a figure, each with its 95 % interval. For the comparison and the card."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from student.grades import ENDS, MIDDLE
 from student.scoring import Metrics
 
 PERCENT = (
@@ -20,8 +20,8 @@ PLAIN = (
 
 
 def figure_rows(metrics: Mapping[str, Metrics]) -> list[list[str]]:
-    """A header, then a row a figure; those that no model has are left out. Accuracy and hallucination rate stand by slice too;
-    where in long prompts answers stood is told by task (student/depth.py)."""
+    """A header, then a row a figure; those that no model has are left out. Accuracy and hallucination rate stand by slice too,
+    as gates judge them; ends and middle by task, without the ungraded, are student/depth.py's."""
     rows = [["", *(cell(name) for name in metrics)]]
 
     def add(title: str, found: Sequence[Metrics | None], metric: str, scale: float, unit: str) -> None:
@@ -33,7 +33,7 @@ def figure_rows(metrics: Mapping[str, Metrics]) -> list[list[str]]:
         add(title, list(metrics.values()), metric, 100.0, " %")
     for metric, title in PLAIN:
         add(title, list(metrics.values()), metric, 1.0, "")
-    for name in sorted({name for one in metrics.values() for name in one.slices} - {ENDS, MIDDLE}):
+    for name in sorted({name for one in metrics.values() for name in one.slices}):
         slices = [one.slices.get(name) for one in metrics.values()]
         add(f"accuracy in {cell(name)}", slices, "accuracy", 100.0, " %")
         add(f"hallucination rate in {cell(name)}", slices, "hallucination_rate", 100.0, " %")
@@ -50,6 +50,30 @@ def figure_text(metrics: Metrics, metric: str, scale: float, unit: str) -> str:
     digits = 1 if scale == 100.0 else 3 if abs(value) < 1 else 1
     ends = "" if interval is None else f" ({scale * interval.low:.{digits}f} to {scale * interval.high:.{digits}f})"
     return f"{scale * value:.{digits}f}{unit}{ends}"
+
+
+def lm_eval_rows(suites: Mapping[str, Mapping[str, Any] | None]) -> list[list[str]]:
+    """A header, then a row for each metric of each task of lm-eval's suites; none where no model has any. suites: by model, as
+    student.results.read_lm_eval gives them."""
+    cells: dict[str, dict[str, str]] = {}
+    for name, found in suites.items():
+        for suite in found["suites"] if found else ():
+            for task, figures in suite["tasks"].items():
+                for one in figures.get("metrics", ()):
+                    title = f"{task}, {one['metric']}" + ("" if one["filter"] == "none" else f" ({one['filter']})")
+                    cells.setdefault(title, {})[name] = lm_eval_text(one, figures["n"])
+                if "unmeasured" in figures:
+                    cells.setdefault(task, {})[name] = f"not measured: {figures['unmeasured']}"
+    if not cells:
+        return []
+    return [["lm-eval", *suites], *([cell(title), *(row.get(name, "-") for name in suites)] for title, row in cells.items())]
+
+
+def lm_eval_text(one: Mapping[str, Any], n: int) -> str:
+    """`0.667 (standard error 0.211) of 6`."""
+    if one["value"] is None:
+        return "-"
+    return f"{one['value']:.3f}" + (f" (standard error {one['stderr']:.3f})" if one["stderr"] is not None else "") + f" of {n}"
 
 
 # --- tables ------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """What became of an attempt at an evaluation item."""
 
+import re
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -74,6 +75,11 @@ def length_name(tokens: int) -> str:
     """`32k`: at most 32,768 tokens, and more than half of that. `1k` is the least, `1M` is 1,048,576."""
     thousands = 1 << ((tokens - 1) // 1024).bit_length() if tokens > 1024 else 1
     return f"{thousands}k" if thousands < 1024 else f"{thousands // 1024}M"
+
+
+def is_length(name: str) -> bool:
+    """Whether a slice is one of `length_name`'s."""
+    return re.fullmatch(r"[1-9]\d*[kM]", name) is not None
 
 
 def grade_answer(*, known: bool | None, answer: str, abstained: bool, score: float | None) -> Grade:

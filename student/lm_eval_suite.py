@@ -24,7 +24,7 @@ from configs.errors import TracestillError, UnusableInput
 from configs.evaluation import Evaluate, LmEvalSuite
 from data.engine import Engine
 from data.records import digest
-from data.store import RunFolder, read_json, sha256_file, write_json
+from data.store import RunFolder, sha256_file, write_json
 from student.evaluate import Harness, harness_of
 from student.item_store import ItemStore
 from student.lm_eval_store import ScoreStore
@@ -75,12 +75,6 @@ def evaluate_lm_suites(
     path = base.with_name(f"{base.name}.json")
     write_json(path, {"name": name, "harness": harness.key, "lm_eval": importlib.metadata.version("lm-eval"), "suites": suites})
     return path
-
-
-def read_lm_eval(run: RunFolder, name: str) -> Mapping[str, Any] | None:
-    """The figures of a model's lm-eval suites; None when there are none."""
-    path = run.evaluation / f"{name}.lm_eval.json"
-    return read_json(path) if path.is_file() else None
 
 
 # --- the folder --------------------------------------------------------------------------------------------------

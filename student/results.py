@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -117,6 +118,12 @@ def read_depths(run: RunFolder, name: str) -> dict[str, DepthFigures] | None:
     """Accuracy by depth of an evaluated model, by task; None when it was not evaluated, or no item has places."""
     path = run.evaluation / f"{name}.json"
     return read_json(path).get("accuracy_by_depth") if path.is_file() else None
+
+
+def read_lm_eval(run: RunFolder, name: str) -> Mapping[str, Any] | None:
+    """The figures of a model's lm-eval suites; None when there are none."""
+    path = run.evaluation / f"{name}.lm_eval.json"
+    return read_json(path) if path.is_file() else None
 
 
 def read_results(run: RunFolder, name: str, folder: Path | None = None) -> list[ItemResult]:

@@ -15,9 +15,10 @@ from data.stage import Context, Outcome, Stage
 from data.store import ROLLUP, write_bytes, write_json
 from student import gates
 from student.certificate import read_certificate
+from student.figures import aligned, lm_eval_rows
 from student.folders import resolve, weights_sha256
 from student.gates import GateRow, gate_table, judge, require, unmeasured
-from student.results import evaluation_files, read_evaluated, read_metrics, write_gates
+from student.results import evaluation_files, read_evaluated, read_lm_eval, read_metrics, write_gates
 from student.scoring import Metrics
 from student.targets import TargetSpec
 from student.unseen import trained_families
@@ -125,6 +126,8 @@ def gate_refusal(context: Context) -> Refused | None:
     write_gates(context.run, rows)
     if rows:
         context.console.print(gate_table(rows), highlight=False, markup=False, soft_wrap=True)
+    if lm_eval := lm_eval_rows({name: read_lm_eval(context.run, name) for name in COMPARED}):
+        context.console.print(aligned(lm_eval), highlight=False, markup=False, soft_wrap=True)
     if (said := unmeasured(read_metrics(context.run, "student"))) is not None:
         context.console.print(f"evaluate  {said}", highlight=False, markup=False, soft_wrap=True)
     try:

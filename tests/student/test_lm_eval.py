@@ -23,8 +23,9 @@ from student.folders import EMBEDDED
 from student.item_store import ItemStore
 from student.lm_eval_model import EngineModel
 from student.lm_eval_store import Continuation, ScoreStore
-from student.lm_eval_suite import evaluate_lm_suites, load_tasks, read_lm_eval, suite_hashes
+from student.lm_eval_suite import evaluate_lm_suites, load_tasks, suite_hashes
 from student.model import load_base, load_tokenizer
+from student.results import read_lm_eval
 from teacher.engines import open_local_engine
 
 SUMS = [(19, 56), (3, 4), (20, 30), (7, 8), (64, 17), (2, 2)]
@@ -144,7 +145,8 @@ def test_in_chat_what_follows_the_reasoning_is_the_answer(
     assert list(found) == ["tiny_generate"]
     outputs = ItemStore(run.evaluation / "base.lm_eval.items", _harness(tokenizer).key, segment_rows=8).outputs()
     said = {
-        tokenizer.decode(list(output.token_ids)).split("</think>")[-1].removesuffix("<|im_end|>") for output in outputs.values()
+        str(tokenizer.decode(list(output.token_ids))).split("</think>")[-1].removesuffix("<|im_end|>")
+        for output in outputs.values()
     }
     right = sum(str(a + b) in said for a, b in SUMS)
     assert len(outputs) == len(SUMS) and right >= 4
@@ -161,7 +163,7 @@ def _harness(tokenizer: PreTrainedTokenizerBase) -> Any:
 def test_a_likelihood_is_the_sum_of_one_forward_pass(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, context: str, continuation: str
 ) -> None:
-    engine = Counted()
+    engine: Any = Counted()
     engine.load()
     settings = Evaluate.model_validate({"sampling": {"max_tokens": 64, "temperature": 0.0}})
     stores = ItemStore(tmp_path / "i", "k", segment_rows=8), ScoreStore(tmp_path / "s", "k", segment_rows=8)

@@ -1,0 +1,74 @@
+"""Evaluation on a machine without any network but its own loopback: items, verifiers, the sharded teacher and lm-eval's tasks."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from configs.load import RECIPES, load_recipe
+from data.store import RunFolder
+from student.card import recipe_text
+from tests.e2e.commands import SMALL, command, environment
+
+ALONE = ["unshare", "-rn", "sh", "-c", 'ip link set lo up && exec "$@"', "-"]
+"""A network namespace of its own, with loopback alone: the teacher's ranks meet there."""
+TASK = """task: sums
+dataset_path: json
+dataset_kwargs: {data_files: {test: sums.jsonl}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{q}}"
+doc_to_target: "{{a}}"
+generation_kwargs: {until: ["\\n"], do_sample: false}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+"""
+
+
+def is_permitted() -> bool:
+    try:
+        return subprocess.run([*ALONE, "true"], capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
+def write_recipe(folder: Path) -> dict:
+    """The small embedded recipe with a suite of lm-eval beside it."""
+    shutil.copytree(RECIPES / "embedded", folder / "embedded")
+    tasks = folder / "tasks"
+    tasks.mkdir()
+    asked = "State the final answer to the following arithmetic problem: {} + {} ="
+    rows = [{"q": asked.format(a, b), "a": str(a + b)} for a, b in ((19, 56), (3, 4), (20, 30))]
+    (tasks / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tasks / "sums.yaml").write_text(TASK)
+    recipe = yaml.safe_load(recipe_text(load_recipe("embedded", SMALL).recipe))
+    recipe["evaluate"]["suites"].append({"type": "lm_eval", "path": "tasks"})
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return recipe
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not is_permitted(), reason="unshare -rn is not permitted here, or ip is not installed (iproute2)")
+def test_everything_is_evaluated_without_a_network(finished: RunFolder, tmp_path: Path) -> None:
+    """The figures of the run that had one come out again, and those of lm-eval's task for each model."""
+    write_recipe(tmp_path)
+    run = RunFolder(tmp_path / "r")
+    shutil.copytree(finished.root, run.root)
+    before = {
+        name: json.loads((run.evaluation / f"{name}.json").read_text())["metrics"] for name in ("teacher", "base", "student")
+    }
+    shutil.rmtree(run.evaluation)
+    stored = yaml.safe_load((run.root / "config.yaml").read_text())
+    suite = load_recipe(str(tmp_path / "recipe.yaml")).recipe.evaluate.lm_eval_suites[0]
+    stored["recipe"]["evaluate"]["suites"].append(suite.model_dump(mode="json"))
+    (run.root / "config.yaml").write_text(yaml.safe_dump(stored))
+    words = [*ALONE, *command("evaluate", str(tmp_path / "recipe.yaml"), "--run-dir", "r")]
+    ended = subprocess.run(words, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False, timeout=500)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    for name, figures in before.items():
+        assert json.loads((run.evaluation / f"{name}.json").read_text())["metrics"]["grades"] == figures["grades"]
+        [suite_figures] = json.loads((run.evaluation / f"{name}.lm_eval.json").read_text())["suites"]
+        assert suite_figures["tasks"]["sums"]["n"] == 3
+    assert "lm-eval" in ended.stdout and "sums" in ended.stdout, ended.stdout
