@@ -13,6 +13,7 @@ from student.evaluate import evaluate_model
 from student.folders import resolve, weights_sha256
 from student.model import load_tokenizer
 from student.scoring import Metrics
+from student.unseen import families_of, origin_of
 from teacher.local_engine import LocalEngine
 
 ROOT = Path(__file__).parents[2]
@@ -51,11 +52,9 @@ def measure(folder: Path, name: str, tmp_path: Path) -> Metrics:
     recipe = load_recipe(
         "embedded", [f"evaluate.suites.{index}.count={count}" for index, count in enumerate((40, 40, 40, 120))]
     ).recipe
-    items = [
-        item
-        for item in build_prompt_set(recipe.generate.prompts, recipe.evaluate.suites, [RECIPES]).prompts
-        if item.split == "eval"
-    ]
+    prompts = build_prompt_set(recipe.generate.prompts, recipe.evaluate.prompt_suites, [RECIPES]).prompts
+    taught = families_of(item.task for item in prompts if item.split == "train")
+    items = [item for item in prompts if item.split == "eval" and origin_of(item, taught) == "held_out"]
     engine = LocalEngine(folder, dtype="fp32", batch_size=120)
     return evaluate_model(
         name,

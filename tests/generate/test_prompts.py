@@ -67,7 +67,7 @@ def test_a_shipped_file_is_what_the_curriculum_writes(name: str, made: Callable[
 
 def test_the_embedded_recipe_asks_for_at_least_300_items_with_twins_and_families_that_nobody_distils() -> None:
     recipe = load_recipe("embedded").recipe
-    found = build_prompt_set(recipe.generate.prompts, recipe.evaluate.suites, [RECIPES]).prompts
+    found = build_prompt_set(recipe.generate.prompts, recipe.evaluate.prompt_suites, [RECIPES]).prompts
     items = [p for p in found if p.split == "eval"]
     assert len(items) >= 300
     unseen = unseen_families((p.task for p in found if p.split == "train"), (p.task for p in items))

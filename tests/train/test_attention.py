@@ -78,7 +78,8 @@ def test_a_packed_row_has_the_logits_of_its_documents_alone_as_transformers_comp
 def test_gradients_of_a_packed_row_are_those_of_its_documents_alone(shape: str) -> None:
     documents = documents_to_try()
     model, alone = tiny_model(shape).double(), tiny_model(shape).double()
-    use_documents(model), use_documents(alone)
+    for one in (model, alone):
+        use_documents(one)
     packed(model, documents).square().sum().backward()
     for one in documents:
         alone(one[None], use_cache=False).logits.square().sum().backward()
