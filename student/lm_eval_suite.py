@@ -66,12 +66,13 @@ def evaluate_lm_suites(
     base = run.evaluation / f"{name}.lm_eval"
     suites = []
     engine.load()
-    with offline():
-        for suite in settings.lm_eval_suites:
-            folder = suite_folder(suite, folders)
+    for suite in settings.lm_eval_suites:
+        folder = suite_folder(suite, folders)
+        hashed = folder_sha256(folder)
+        with offline(run.cache / "lm_eval" / hashed):
             tasks = load_tasks(suite, folder)
             measured = run_tasks(tasks, engine, tokenizer, suite, settings, harness, base)
-            suites.append({"path": suite.path, "files_sha256": folder_sha256(folder), "limit": suite.limit, "tasks": measured})
+        suites.append({"path": suite.path, "files_sha256": hashed, "limit": suite.limit, "tasks": measured})
     path = base.with_name(f"{base.name}.json")
     write_json(path, {"name": name, "harness": harness.key, "lm_eval": importlib.metadata.version("lm-eval"), "suites": suites})
     return path
@@ -217,22 +218,27 @@ def config_sha256(config: Mapping[str, object]) -> str:
 
 
 @contextlib.contextmanager
-def offline() -> Iterator[None]:
-    """Hugging Face libraries fetch nothing here. They read the environment when they are imported, which is long past: what they
+def offline(cache: Path) -> Iterator[None]:
+    """Hugging Face libraries fetch nothing here, and keep data sets in `cache`: one of this folder's content alone, because they
+    know a local file by its path and its time. They read the environment when they are imported, which is long past: what they
     made of it is set too."""
     import datasets.config
     import huggingface_hub.constants
 
-    modules = ((datasets.config, "HF_HUB_OFFLINE"), (huggingface_hub.constants, "HF_HUB_OFFLINE"))
-    values = [getattr(module, name) for module, name in modules]
+    changes = (
+        (datasets.config, "HF_HUB_OFFLINE", True),
+        (huggingface_hub.constants, "HF_HUB_OFFLINE", True),
+        (datasets.config, "HF_DATASETS_CACHE", str(cache)),
+    )
+    before = [getattr(module, name) for module, name, _ in changes]
     environment = {name: os.environ.get(name) for name in OFFLINE}
     os.environ.update(OFFLINE)
-    for module, name in modules:
-        setattr(module, name, True)
+    for module, name, value in changes:
+        setattr(module, name, value)
     try:
         yield
     finally:
-        for (module, name), value in zip(modules, values, strict=True):
+        for (module, name, _), value in zip(changes, before, strict=True):
             setattr(module, name, value)
         for name, value in environment.items():
             os.environ.pop(name, None)

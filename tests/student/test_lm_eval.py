@@ -4,6 +4,8 @@ answer asked once, nothing fetched."""
 import importlib.util
 import json
 import math
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -265,6 +267,17 @@ def test_another_file_in_the_folder_is_another_suite(folder: Path) -> None:
     assert before == suite_hashes(settings, [folder.parent])
     (folder / "sums.jsonl").write_text((folder / "sums.jsonl").read_text().replace("75", "76"))
     assert suite_hashes(settings, [folder.parent]) != before
+
+
+def test_a_file_that_changed_in_place_is_read_anew(folder: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """As many bytes, and a copy that keeps the time of the file: `datasets` would hand out what it read before."""
+    run, data = RunFolder(tmp_path / "run"), folder / "sums.jsonl"
+    before, times = data.read_text(), data.stat()
+    right = values(measured(Counted(), tokenizer, folder, run, tasks=["tiny_generate"])["tiny_generate"])["exact_match"]
+    data.write_text(re.sub(r'"a": "\d', '"a": "x', before))
+    os.utime(data, ns=(times.st_atime_ns, times.st_mtime_ns))
+    wrong = values(measured(Counted(), tokenizer, folder, run, tasks=["tiny_generate"])["tiny_generate"])["exact_match"]
+    assert right > 0.5 and wrong == 0.0
 
 
 def test_the_first_token_of_all_is_never_asked_for(tmp_path: Path) -> None:
