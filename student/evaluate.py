@@ -22,7 +22,7 @@ from data.structure import count_reasoning_tokens, split_reasoning
 from data.verify import VERIFIERS
 from data.verify.exact import is_abstention
 from data.verify.runner import LLM_JUDGE, Item, judge
-from student.grades import Grade, grade_answer, judged_grade
+from student.grades import Grade, GradedItem, grade_answer, judged_grade
 from student.item_store import AttemptKey, ItemStore, Output
 from student.results import ItemResult, write_results
 from student.scoring import Metrics, measure
@@ -124,6 +124,15 @@ def evaluate_model(
     recorded = dataclasses.asdict(harness) | {"key": harness.key} | asked_with(items, settings, engine)
     write_results(run, name, results, metrics, recorded)
     return metrics
+
+
+def slices_of(item: Prompt, trained_families: Collection[str]) -> tuple[str, ...]:
+    """Those that its attempts will be in (student.grades.GradedItem.slices)."""
+    places = places_of(item.evidence)
+    return GradedItem(
+        item.task, item.known, Grade.UNGRADED, 0, 0, "stop", twin_of=item.twin_of, depths=places.depths,
+        context_tokens=places.total_tokens, is_unseen=origin_of(item, trained_families) == "unseen",
+    ).slices  # fmt: skip
 
 
 def asked_with(items: Sequence[Prompt], settings: Evaluate, engine: Engine) -> dict[str, object]:

@@ -2,10 +2,10 @@
 decides what a refusal means."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from configs.errors import Refused
+from configs.errors import Refused, UnusableInput
 from configs.evaluation import Gate, Gated, Headroom, read_gate
 from student.grades import UNSEEN, GradedItem
 from student.paired import Paired, difference, quotient
@@ -60,6 +60,16 @@ def judge(
     return rows
 
 
+def check_slices(gates: Iterable[str], slices: Collection[str]) -> None:
+    """Raises UnusableInput for a gate on a slice that no item is in: it could never be passed, and is most often a typo."""
+    for name in gates:
+        if (gated := read_gate(name)).slice and gated.slice not in slices:
+            raise UnusableInput(
+                f"evaluate.gates {name!r}: no evaluation item is in slice {gated.slice!r}; expected one of "
+                f"{', '.join(sorted(slices)) or 'none, there are no slices'}"
+            )
+
+
 def within(value: float | None, gate: Gate) -> bool:
     """Bounds are inclusive. A missing figure is a failure: a gate that cannot be measured has not been passed."""
     if value is None or math.isnan(value):
@@ -95,11 +105,9 @@ def of_slice(evaluated: Evaluated, name: str) -> tuple[Metrics | None, list[Grad
 # --- headroom ----------------------------------------------------------------------------------------------------
 
 
-def headroom_refusal(
-    settings: Headroom, teacher: Sequence[GradedItem], base: Sequence[GradedItem], *, seed: int = 0
-) -> Refused | None:
-    """None when the teacher is better than the base by more than the setting demands and more than chance gives."""
-    found = difference(teacher, base, settings.metric, seed=seed)
+def headroom_refusal(settings: Headroom, found: Paired) -> Refused | None:
+    """None when the teacher is better than the base by more than the setting demands and more than chance gives. found: the
+    paired difference of the two in the setting's metric."""
     if found.interval is not None and found.interval.low > settings.above:
         return None
     return Refused(

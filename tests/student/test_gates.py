@@ -2,10 +2,11 @@ import dataclasses
 
 import pytest
 
-from configs.errors import Refused
+from configs.errors import Refused, UnusableInput
 from configs.evaluation import Gate, Headroom, read_gate
-from student.gates import Evaluated, gate_table, headroom_refusal, judge, require, unmeasured
+from student.gates import Evaluated, check_slices, gate_table, headroom_refusal, judge, require, unmeasured
 from student.grades import Grade, GradedItem
+from student.paired import difference
 from student.scoring import measure
 
 
@@ -110,12 +111,25 @@ def test_a_comparison_is_paired_item_by_item() -> None:
     assert row.value is None and not row.passed
 
 
+def refused(settings: Headroom, teacher: Evaluated, base: Evaluated) -> Refused | None:
+    return headroom_refusal(settings, difference(teacher.items, base.items, settings.metric))
+
+
 def test_a_teacher_that_is_no_better_by_more_than_chance_is_not_distilled() -> None:
     base, better = evaluated(10, 30, 0, 0), evaluated(30, 10, 0, 0)
-    assert headroom_refusal(Headroom(), better.items, base.items) is None
-    refusal = headroom_refusal(Headroom(), evaluated(11, 29, 0, 0).items, base.items)
+    assert refused(Headroom(), better, base) is None
+    refusal = refused(Headroom(), evaluated(11, 29, 0, 0), base)
     assert refusal is not None and refusal.exit_code == 3
     assert "accuracy of the teacher above the base's 0.025 (0 to 0.075, 40 items); expected the lower end above 0" in str(refusal)
-    assert headroom_refusal(Headroom(above=0.6), better.items, base.items) is not None
-    nothing = headroom_refusal(Headroom(metric="omniscience_index"), better.items, base.items)
+    assert refused(Headroom(above=0.6), better, base) is not None
+    nothing = refused(Headroom(metric="omniscience_index"), better, base)
     assert nothing is not None and "was not measured on 40 items" in str(nothing)
+
+
+def test_a_gate_on_a_slice_that_no_item_is_in_is_named_with_those_there_are() -> None:
+    check_slices(["accuracy", "accuracy in x", "hallucination_rate above base in places"], STUDENT.metrics.slices)
+    with pytest.raises(UnusableInput) as raised:
+        check_slices(["accuracy above base in unsen"], STUDENT.metrics.slices)
+    assert "'accuracy above base in unsen': no evaluation item is in slice 'unsen'; expected one of facts, places, x" in str(
+        raised.value
+    )
