@@ -216,6 +216,11 @@ def evaluate(
         print_plan(lambda: [_headroom_stage() if headroom else _evaluate_stage()], named)
         return
     context = named.open()
+    if "RANK" in os.environ:
+        from teacher.ranked_engine import serve_rank
+
+        serve_rank(context.recipe.teacher, _ranks_folder(context))
+        return
     from student.stages import gate_refusal
 
     if compare:
@@ -443,9 +448,15 @@ def _judge(settings: "Judging") -> "Model":
     return Model(lambda: identity_of(settings), lambda: engine().codec, engine)
 
 
+def _ranks_folder(context: "Context") -> Path:
+    return context.run.cache / "teacher"
+
+
 def _target(context: "Context", name: str) -> "Target":
     """An evaluation target: the teacher through its recipe's engine, others through the local one or their server."""
-    from generate.launch import teacher_fingerprint
+    import functools
+
+    from generate.launch import run_evaluation_ranks, teacher_fingerprint
     from student.model import load_tokenizer as load_student_tokenizer
     from student.stages import Target
     from student.targets import target_spec
@@ -457,7 +468,8 @@ def _target(context: "Context", name: str) -> "Target":
     judge = None if judging is None else _judge(judging)
     if spec.kind == "teacher":
         teacher = context.recipe.teacher
-        engine = open_evaluation_engine(teacher, batch_size=settings.batch_size)
+        launch = functools.partial(run_evaluation_ranks, context)
+        engine = open_evaluation_engine(teacher, _ranks_folder(context), launch, batch_size=settings.batch_size)
         return Target(spec, engine, load_teacher_tokenizer(teacher), teacher_fingerprint(context), judge)
     if spec.server is not None:
         tokenizer = load_student_tokenizer(spec.tokenizer)

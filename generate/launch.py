@@ -210,10 +210,19 @@ def join_generation(context: Context) -> None:
         _run_ranks_here(context, nodes, context.run.logs / f"generate.n{nodes.rank if nodes else 0}.log", lambda: None)
 
 
-def _run_ranks_here(context: Context, nodes: Nodes | None, log: Path, poll: Callable[[], None]) -> None:
-    """Runs this same command on every rank of this node."""
+def _run_ranks_here(
+    context: Context, nodes: Nodes | None, log: Path, poll: Callable[[], None], command: str = "generate"
+) -> None:
+    """Runs the command of this run on every rank of this node."""
     processes, extensions = context.recipe.teacher.ranks_per_node, context.run.cache / "torch_extensions"
-    run_ranks(context.words("generate"), processes=processes, extensions=extensions, log=log, poll=poll, nodes=nodes)
+    run_ranks(context.words(command), processes=processes, extensions=extensions, log=log, poll=poll, nodes=nodes)
+
+
+def run_evaluation_ranks(context: Context, poll: Callable[[], None]) -> None:
+    """This node's ranks of the teacher for an evaluation, until they are told to end (teacher/ranked_engine.py)."""
+    nodes = nodes_of(context.recipe)
+    log = context.run.logs / ("evaluate.log" if nodes is None or not nodes.rank else f"evaluate.n{nodes.rank}.log")
+    _run_ranks_here(context, nodes, log, poll, "evaluate")
 
 
 def _generate_on_ranks(context: Context, tell: Callable[[Count], None]) -> None:

@@ -1,6 +1,7 @@
 """Which engine a recipe means, opened but not loaded. Back ends are imported only when they are asked for, so that a
 teacher behind http needs neither DeepSpeed nor weights on this machine."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -81,10 +82,19 @@ def check_cache(teacher: schema.Teacher) -> None:
         )
 
 
-def open_evaluation_engine(teacher: schema.Teacher, *, batch_size: int) -> Engine:
-    """The teacher for evaluation, in this process: its server, or one local copy in the recipe's dtype."""
-    if isinstance(teacher.engine, schema.HttpEngine):
-        return open_engine(teacher)
+def open_evaluation_engine(
+    teacher: schema.Teacher, folder: Path, launch: Callable[[Callable[[], None]], None], *, batch_size: int
+) -> Engine:
+    """The teacher for evaluation: its server, its ranks (started by `launch`, given work through `folder`), or one local copy in
+    the recipe's dtype."""
+    match teacher.engine:
+        case schema.HttpEngine():
+            return open_engine(teacher)
+        case schema.DeepSpeedEngine():
+            from teacher.ranked_engine import RankedTeacher
+
+            check_cache(teacher)
+            return RankedTeacher(folder, teacher.world // teacher.layout.tensor_parallel, launch)
     return open_local_engine(resolve_model(teacher.model), dtype=teacher.engine.dtype, batch_size=batch_size)
 
 
