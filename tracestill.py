@@ -21,7 +21,7 @@ from configs.errors import Interrupted, Refused, Stopped, TracestillError, Unusa
 from configs.options import AsJson, Config, DryRun, Overrides, RunDir, RunFolderArgument
 from data.commands import data_app
 from data.invocation import Invocation, existing_run, print_plan, run_one
-from generate.commands import generate, generate_stage, prompts, prompts_stage
+from generate.commands import generate, generate_stage, is_not_the_first_node, prompts, prompts_stage
 from teacher.commands import Planned, plan_teacher, prepare
 from train.commands import mask_pages, train, train_stage
 
@@ -220,6 +220,11 @@ def evaluate(
         from teacher.ranked_engine import serve_rank
 
         serve_rank(context.recipe.teacher, _ranks_folder(context))
+        return
+    if is_not_the_first_node(named):
+        from generate.launch import join_evaluation
+
+        join_evaluation(context)
         return
     from student.stages import gate_refusal
 

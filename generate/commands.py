@@ -70,7 +70,7 @@ def ask(named: Invocation) -> None:
         from generate.launch import generate_rank
 
         generate_rank(named.open())
-    elif _is_not_the_first_node(named):
+    elif is_not_the_first_node(named):
         from generate.launch import join_generation
 
         join_generation(named.open())
@@ -83,7 +83,8 @@ def ask(named: Invocation) -> None:
         run_stage(generate_stage(), context)
 
 
-def _is_not_the_first_node(named: Invocation) -> bool:
+def is_not_the_first_node(named: Invocation) -> bool:
+    """Of a launch of the teacher's ranks over several nodes. Raises UnusableInput where nothing says which node this is."""
     recipe = named.load().recipe
     from generate.launch import nodes_of
 

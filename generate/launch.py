@@ -14,6 +14,7 @@ from configs.launch import Nodes, StageFailed, read_nodes, run_ranks
 from configs.progress import Count, Display, file_reporter, read_counts
 from configs.schema import DeepSpeedEngine, Recipe
 from data.ledger import Ledger, read_ledger
+from data.prompt_set import PromptSet
 from data.stage import Context, exclusive, folder_stays
 from data.store import ROLLUP, RunFolder, SegmentLog, read_rollup, segments, verify_files
 from data.work import WorkFolder, ages, read_facts
@@ -216,6 +217,17 @@ def _run_ranks_here(
     """Runs the command of this run on every rank of this node."""
     processes, extensions = context.recipe.teacher.ranks_per_node, context.run.cache / "torch_extensions"
     run_ranks(context.words(command), processes=processes, extensions=extensions, log=log, poll=poll, nodes=nodes)
+
+
+def join_evaluation(context: Context) -> None:
+    """Another node's part of an evaluation: its ranks of the teacher, until the first node tells them to end; nothing where the
+    teacher's answers are all committed, for then the first node starts none. Both look before a rank can commit: ranks start
+    once the launchers of all nodes have met."""
+    settings = context.recipe.evaluate
+    with PromptSet.open(context.run) as prompts:
+        wanted = len(prompts.index("eval").task_codes_N) * settings.samples
+    if sum(segment.rows for segment in segments(context.run.evaluation / "teacher.items")) < wanted:
+        run_evaluation_ranks(context, lambda: None)
 
 
 def run_evaluation_ranks(context: Context, poll: Callable[[], None]) -> None:

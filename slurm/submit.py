@@ -9,11 +9,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from configs.schema import Recipe
 from data.store import ROLLUP, RunFolder
-from slurm.topology import STAGES, stage_shape
+from slurm.topology import stage_shape, stages_of
 
 # Stage -> the folder whose manifest proves that its input is whole.
 INPUT = {
     "prompts": None,
+    "headroom": "prompts",
     "generate": "prompts",
     "data": "traces",
     "train": "dataset",
@@ -21,7 +22,7 @@ INPUT = {
     "export": "evaluation",
     "report": None,
 }
-COMMAND = {"data": "data build"}
+COMMAND = {"data": "data build", "headroom": "evaluate --headroom"}
 
 
 class Script(NamedTuple):
@@ -38,14 +39,15 @@ def render_scripts(recipe: Recipe, *, config: str, overrides: Sequence[str], run
     )
     template = environment.get_template("stage.sbatch.j2")
     scripts = []
-    for position, stage in enumerate(STAGES, 1):
-        folder = INPUT[stage]
+    stages = stages_of(recipe)
+    for position, stage in enumerate(stages, 1):
+        folder = "headroom" if stage == "generate" and "headroom" in stages else INPUT[stage]
         text = template.render(
             run_name=recipe.name,
             stage=stage,
             position=position,
-            total=len(STAGES),
-            previous=STAGES[position - 2] if position > 1 else None,
+            total=len(stages),
+            previous=stages[position - 2] if position > 1 else None,
             shape=stage_shape(recipe, stage),
             slurm=recipe.slurm,
             wandb=recipe.train.wandb,

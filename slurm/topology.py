@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from configs.schema import DeepSpeedEngine, Recipe
 
-STAGES = ("prompts", "generate", "data", "train", "evaluate", "export", "report")
+STAGES = ("prompts", "headroom", "generate", "data", "train", "evaluate", "export", "report")
 
 
 class Shape(NamedTuple):
@@ -15,13 +15,19 @@ class Shape(NamedTuple):
     uses_gpus: bool
 
 
+def stages_of(recipe: Recipe) -> tuple[str, ...]:
+    """Those that the recipe asks for, in order."""
+    measured = recipe.evaluate.headroom is not None and bool(recipe.evaluate.prompt_suites)
+    return tuple(stage for stage in STAGES if stage != "headroom" or measured)
+
+
 def stage_shape(recipe: Recipe, stage: str) -> Shape:
     gpus = recipe.teacher.hardware.gpu != "cpu"
     engine = recipe.teacher.engine
     match stage:
-        case "generate" if isinstance(engine, DeepSpeedEngine):
+        case "headroom" | "generate" | "evaluate" if isinstance(engine, DeepSpeedEngine):  # the teacher's own ranks
             return Shape(recipe.teacher.hardware.nodes, recipe.teacher.ranks_per_node, gpus)
-        case "generate":
+        case "headroom" | "generate":
             return Shape(1, 0, gpus)
         case "train":
             return Shape(recipe.train.nodes, recipe.train.processes, gpus)

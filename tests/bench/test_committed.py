@@ -99,6 +99,13 @@ def test_every_export_keeps_the_adapter_and_is_served_as_it_was_trained() -> Non
     assert all(one["near_ties"] <= 1 for one in found["served"])
 
 
+def test_vllm_says_what_transformers_says_from_the_same_folder() -> None:
+    formats = committed("vllm_exports")["formats"]
+    for name in ("merged", "adapter", "int4"):
+        assert formats[name]["other"] == 0 and formats[name]["equal"] >= 28, name
+    assert formats["fp8"]["equal"] >= 28 and "Failed to find a kernel" in formats["int8"]["refused"]
+
+
 def test_what_scores_hide_stands_beside_them() -> None:
     """No bound: the embedded student has lost what its base could do, and whoever quotes its accuracy must find that."""
     for model in ("teacher", "base", "student"):

@@ -168,6 +168,8 @@ READY: dict[str, Callable[[RunFolder], Callable[[], bool]]] = {
 def test_killed_in_every_stage_it_continues_to_the_same_ledger(finished: RunFolder, tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "r")
     words = ("run", "embedded", "--run-dir", "r")
+    asked = run.evaluation / "teacher.journal"
+    assert kill_when(lambda: asked.is_dir() and any(asked.glob("*.log")), *words, cwd=tmp_path) == -signal.SIGKILL
     code = kill_when(_segments(run.traces, 1), *words, cwd=tmp_path, number=signal.SIGTERM)
     assert code == 75  # asked to stop: interrupted and resumable
     ledger = read_ledger(run)

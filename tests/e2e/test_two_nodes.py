@@ -1,4 +1,4 @@
-"""Training over two nodes: two launchers on this machine, which know of each other by their environment alone."""
+"""Training and evaluation over two nodes: two launchers on this machine, which know of each other by their environment alone."""
 
 import json
 import shutil
@@ -17,7 +17,10 @@ from train.tracking import read_metrics
 
 pytestmark = pytest.mark.long
 
-TWO_NODES = ("-s", "train.nodes=2", "-s", "train.processes=1")
+NODES = {
+    "train": ("-s", "train.nodes=2", "-s", "train.processes=1"),
+    "evaluate": ("-s", "teacher.hardware.nodes=2", "-s", "teacher.engine.processes=1"),
+}
 KEYS = ("step", "loss/nats_per_token", "optim/grad_norm", "validation/nats_per_token")
 
 
@@ -28,14 +31,14 @@ def untrained(finished: RunFolder, root: Path) -> RunFolder:
     return RunFolder(root)
 
 
-def start_nodes(run: RunFolder, *words: str) -> list["subprocess.Popen[str]"]:
+def start_nodes(run: RunFolder, *words: str, stage: str = "train") -> list["subprocess.Popen[str]"]:
     """The node that does not own the stage may well come first."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         meeting = {"TRACESTILL_NODES": "2", "TRACESTILL_RENDEZVOUS": f"127.0.0.1:{free.getsockname()[1]}"}
     return [
         subprocess.Popen(
-            command("train", "embedded", "--run-dir", str(run.root), *TWO_NODES, *words, small=True), cwd=run.root,
+            command(stage, "embedded", "--run-dir", str(run.root), *NODES[stage], *words, small=True), cwd=run.root,
             env=environment() | meeting | {"TRACESTILL_NODE_RANK": str(node)}, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, text=True,
         )
@@ -67,3 +70,16 @@ def test_two_nodes_train_what_two_ranks_of_one_train_and_stop_together(finished:
     rows, expected = (read_metrics(one.metrics / "train.jsonl") for one in (run, finished))
     for row, other in zip(rows, expected, strict=True):
         assert [row.get(key) for key in KEYS] == [other.get(key) for key in KEYS]  # gloo adds two ranks up in either order
+
+
+def test_two_nodes_evaluate_the_teacher_as_one_does_and_the_second_one_leaves_when_nothing_is_to_be_asked(
+    finished: RunFolder, tmp_path: Path
+) -> None:
+    run = RunFolder(tmp_path / "r")
+    shutil.copytree(finished.root, run.root)
+    shutil.rmtree(run.headroom)
+    shutil.rmtree(run.evaluation)
+    assert codes_of(start_nodes(run, "--headroom", stage="evaluate")) == [0, 0]
+    figures, expected = (json.loads((one.headroom / "teacher.json").read_text()) for one in (run, finished))
+    assert figures["metrics"]["grades"] == expected["metrics"]["grades"] and (run.logs / "evaluate.n1.log").is_file()
+    assert codes_of(start_nodes(run, "--headroom", stage="evaluate")) == [0, 0]
