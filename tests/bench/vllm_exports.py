@@ -7,8 +7,8 @@
 vLLM loads each folder (the adapter by its LoRA loader, beside the base) and continues held-out prompts greedily in bf16;
 transformers does the same from the same folder. `equal`: continuations of the same ids. `near_ties`: others that part where
 transformers' own lead is within what rounding to bf16 explains (student.serve_check). `other`: neither; fp8 rounds activations to
-eight bits as well, which kernels may do otherwise. `refused`: vLLM's own last words where it does not load a format: its CPU build
-has no kernel for 8-bit weights beside 16-bit activations.
+eight bits as well, which kernels may do otherwise. `refused`: vLLM's own last words where it does not load a format: its CPU
+build has no kernel for 8-bit weights beside 16-bit activations.
 """
 
 import argparse
