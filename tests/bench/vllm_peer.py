@@ -16,8 +16,8 @@ os.environ |= {
 
 def answer(spec: dict) -> list[list[int]]:
     """spec: model, adapter (or null) and its rank, prompts as token ids, stop_token_ids, max_tokens."""
-    from vllm import LLM, SamplingParams
-    from vllm.lora.request import LoRARequest
+    from vllm import LLM, SamplingParams  # type: ignore
+    from vllm.lora.request import LoRARequest  # type: ignore
 
     lora = LoRARequest("student", 1, spec["adapter"]) if spec["adapter"] else None
     more = {"enable_lora": True, "max_lora_rank": spec["rank"]} if lora else {}
