@@ -78,6 +78,15 @@ def evaluate_lm_suites(
     return path
 
 
+def check_lm_suites(settings: Evaluate, run: RunFolder, folders: Sequence[Path]) -> None:
+    """Every task can be loaded, which is known before the first model is asked. Raises UnusableInput."""
+    require_lm_eval()
+    for suite in settings.lm_eval_suites:
+        folder = suite_folder(suite, folders)
+        with offline(run.cache / "lm_eval" / folder_sha256(folder)):
+            load_tasks(suite, folder)
+
+
 # --- the folder --------------------------------------------------------------------------------------------------
 
 

@@ -64,7 +64,7 @@ def evaluate_models(
     """Metrics of each named model on the run's held-out items, and its lm-eval suites unless items_alone; what an earlier attempt
     committed is not asked again."""
     from student.evaluate import evaluate_model, slices_of
-    from student.lm_eval_suite import evaluate_lm_suites
+    from student.lm_eval_suite import check_lm_suites, evaluate_lm_suites
 
     items = read_prompts(context.run, "eval")
     if not items:
@@ -72,6 +72,8 @@ def evaluate_models(
     measured: dict[str, Metrics] = {}
     with PromptSet.open(context.run) as prompts:
         taught = trained_families(prompts)
+    if context.recipe.evaluate.lm_eval_suites:
+        check_lm_suites(context.recipe.evaluate, context.run, context.folders)
     gates.check_slices(context.recipe.evaluate.gates, {name for item in items for name in slices_of(item, taught)})
     for position, name in enumerate(names):
         target = open_target(context, name)

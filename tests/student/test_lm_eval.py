@@ -25,7 +25,7 @@ from student.folders import EMBEDDED
 from student.item_store import ItemStore
 from student.lm_eval_model import EngineModel
 from student.lm_eval_store import Continuation, ScoreStore
-from student.lm_eval_suite import evaluate_lm_suites, load_tasks, suite_hashes
+from student.lm_eval_suite import check_lm_suites, evaluate_lm_suites, load_tasks, suite_hashes
 from student.model import load_base, load_tokenizer
 from student.results import read_lm_eval
 from teacher.engines import open_local_engine
@@ -115,7 +115,7 @@ def measured(engine: Any, tokens: PreTrainedTokenizerBase, folder: Path, run: Ru
 
 
 def settings_of(folder: Path, **suite: object) -> Evaluate:
-    chosen = {"type": "lm_eval", "path": folder.name, **suite}
+    chosen = {"type": "lm_eval", "path": folder.name} | suite
     return Evaluate.model_validate({"suites": [chosen], "sampling": {"max_tokens": 64, "temperature": 0.0}, "batch_size": 8})
 
 
@@ -250,6 +250,14 @@ def test_what_cannot_be_asked_is_one_line(
         measured(Counted(), tokenizer, folder, RunFolder(tmp_path / "run"), **change)
     assert said in str(raised.value) and "\n" not in str(raised.value)
     assert not (tmp_path / "run" / "evaluation" / "base.lm_eval.json").exists()
+
+
+def test_a_task_that_cannot_be_loaded_is_known_before_any_model_is_asked(folder: Path, tmp_path: Path) -> None:
+    check_lm_suites(settings_of(folder), RunFolder(tmp_path / "run"), [tmp_path])
+    (folder / "broken.yaml").write_text("task: [")
+    for change, said in (({"path": "nowhere"}, "no such folder"), ({"tasks": ["other"]}, "no task 'other'")):
+        with pytest.raises(UnusableInput, match=said):
+            check_lm_suites(settings_of(folder, **change), RunFolder(tmp_path / "run"), [tmp_path])
 
 
 def test_without_lm_eval_the_remedy_is_named(
