@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import yaml
 from transformers import PreTrainedTokenizerBase
 
 from configs.errors import TracestillError, UnusableInput
@@ -123,6 +124,7 @@ def load_tasks(suite: LmEvalSuite, folder: Path) -> dict[str, Any]:
     from lm_eval.tasks import TaskManager
 
     where = f"lm_eval {suite.path}"
+    check_syntax(where, folder)
     with _complaints(where), contextlib.chdir(folder):  # data files of a task are relative to the folder
         manager = TaskManager(include_path=str(folder), include_defaults=False)
         if unknown := [name for name in suite.tasks if name not in manager.all_tasks]:
@@ -136,6 +138,25 @@ def load_tasks(suite: LmEvalSuite, folder: Path) -> dict[str, Any]:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
     return tasks
+
+
+class _AnyTag(yaml.SafeLoader):
+    """`!function` is lm-eval's; here only the syntax matters."""
+
+
+_AnyTag.add_multi_constructor("!", lambda loader, suffix, node: None)
+
+
+def check_syntax(where: str, folder: Path) -> None:
+    """lm-eval passes over a file that it cannot parse, and its tasks with it. Raises UnusableInput."""
+    for path in sorted(folder.rglob("*.yaml")):
+        try:
+            yaml.load(path.read_text(), _AnyTag)
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            said = " ".join(str(error).split())
+            raise UnusableInput(
+                f"{where}: {path.relative_to(folder)}: not valid YAML: {said}; correct it or take it out"
+            ) from error
 
 
 # --- running -----------------------------------------------------------------------------------------------------

@@ -254,10 +254,15 @@ def test_what_cannot_be_asked_is_one_line(
 
 def test_a_task_that_cannot_be_loaded_is_known_before_any_model_is_asked(folder: Path, tmp_path: Path) -> None:
     check_lm_suites(settings_of(folder), RunFolder(tmp_path / "run"), [tmp_path])
-    (folder / "broken.yaml").write_text("task: [")
+    (folder / "functions.yaml").write_text(f"task: own\n{DATA}{TASKS['tiny_generate']}process_docs: !function own.process\n")
+    (folder / "own.py").write_text("def process(docs):\n    return docs\n")
+    check_lm_suites(settings_of(folder, tasks=["own"]), RunFolder(tmp_path / "run"), [tmp_path])
     for change, said in (({"path": "nowhere"}, "no such folder"), ({"tasks": ["other"]}, "no task 'other'")):
         with pytest.raises(UnusableInput, match=said):
             check_lm_suites(settings_of(folder, **change), RunFolder(tmp_path / "run"), [tmp_path])
+    (folder / "broken.yaml").write_text("task: [")
+    with pytest.raises(UnusableInput, match="lm_eval tasks: broken.yaml: not valid YAML"):
+        check_lm_suites(settings_of(folder), RunFolder(tmp_path / "run"), [tmp_path])
 
 
 def test_without_lm_eval_the_remedy_is_named(
