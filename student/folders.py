@@ -9,28 +9,28 @@ from configs.errors import UnusableInput
 EMBEDDED = Path(__file__).parent / "embedded"
 
 
-def resolve(model: str) -> Path:
-    """The checkpoint folder that `student.model` means; `embedded` is the shipped base.
+def resolve(model: str, setting: str = "student.model") -> Path:
+    """The checkpoint folder that `setting` means; `embedded` is the shipped base.
 
     Raises:
         UnusableInput: when it is not a folder with a config.json and safetensors weights.
     """
     folder = EMBEDDED if model == "embedded" else Path(model)
     if not folder.is_dir():
-        raise UnusableInput(f"student.model {model}: no such folder; expected a Hugging Face checkpoint folder, or `embedded`")
+        raise UnusableInput(f"{setting} {model}: no such folder; expected a Hugging Face checkpoint folder, or `embedded`")
     if not (folder / "config.json").is_file():
-        raise UnusableInput(f"student.model {model}: no config.json in the folder; expected a Hugging Face checkpoint")
+        raise UnusableInput(f"{setting} {model}: no config.json in the folder; expected a Hugging Face checkpoint")
     try:
         json.loads((folder / "config.json").read_bytes())
     except ValueError as error:
-        raise UnusableInput(f"student.model {model}: config.json is no JSON ({error}); restore it") from error
+        raise UnusableInput(f"{setting} {model}: config.json is no JSON ({error}); restore it") from error
     if not any(folder.glob("*.safetensors")):
         remedy = (
             "rebuild it with: python -m train.pretrain student/embedded/recipe.yaml"
             if model == "embedded"
             else "convert the weights"
         )
-        raise UnusableInput(f"student.model {model}: no *.safetensors in the folder (pickled weights are never loaded); {remedy}")
+        raise UnusableInput(f"{setting} {model}: no *.safetensors in the folder (pickled weights are never loaded); {remedy}")
     return folder
 
 

@@ -89,7 +89,8 @@ def _other(recipe: Recipe, name: str, other: OtherModel) -> TargetSpec:
     adapter = None if other.adapter is None else Path(other.adapter)
     if adapter is not None and not (adapter / ADAPTER_CONFIG).is_file():
         raise UnusableInput(f"evaluate.models.{name}.adapter {adapter}: no {ADAPTER_CONFIG}; expected a PEFT folder")
-    return TargetSpec(name, name, "local", resolve(other.folder), adapter, other.dtype)
+    folder = resolve(other.folder, f"evaluate.models.{name}.folder")
+    return TargetSpec(name, name, "local", folder, adapter, other.dtype)
 
 
 def _folder(recipe: Recipe, folder: Path) -> TargetSpec:
@@ -97,4 +98,4 @@ def _folder(recipe: Recipe, folder: Path) -> TargetSpec:
     file = f"{re.sub(r'[^A-Za-z0-9._-]+', '-', folder.resolve().name) or 'model'}-{where}"
     if (folder / ADAPTER_CONFIG).is_file():
         return TargetSpec(str(folder), file, "local", resolve(recipe.student.model), folder, recipe.train.dtype)
-    return TargetSpec(str(folder), file, "local", resolve(str(folder)), None, recipe.train.dtype)
+    return TargetSpec(str(folder), file, "local", resolve(str(folder), "evaluate --compare"), None, recipe.train.dtype)
