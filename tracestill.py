@@ -156,7 +156,8 @@ def _check_models(named: Invocation) -> None:
 
     if not recipe.evaluate.prompt_suites:
         raise UnusableInput(
-            "evaluate.suites: none given, so nothing could be measured; add at least one, or run the stages one by one"
+            "evaluate.suites: none that gives items, so nothing could be gated; add at least one beside any lm_eval, or run the "
+            "stages one by one"
         )
     if recipe.teacher.engine.type == "http":
         model_folder(recipe.teacher.model)

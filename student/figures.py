@@ -1,5 +1,6 @@
 """Figures as people read them: a column a model, a row a figure, each with its 95 % interval. For the comparison and the card."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -53,20 +54,25 @@ def figure_text(metrics: Metrics, metric: str, scale: float, unit: str) -> str:
 
 
 def lm_eval_rows(suites: Mapping[str, Mapping[str, Any] | None]) -> list[list[str]]:
-    """A header, then a row for each metric of each task of lm-eval's suites; none where no model has any. suites: by model, as
-    student.results.read_lm_eval gives them."""
-    cells: dict[str, dict[str, str]] = {}
-    for name, found in suites.items():
-        for suite in found["suites"] if found else ():
+    """A header, then a row for each metric of each task of lm-eval's suites; none where no model has any. A task that stands in
+    several suites is named with its suite's path. suites: by model, as student.results.read_lm_eval gives them."""
+    of_models = {name: found["suites"] for name, found in suites.items() if found}
+    counts = [Counter(task for suite in found for task in suite["tasks"]) for found in of_models.values()]
+    several = {task for found in counts for task, n in found.items() if n > 1}
+    cells: dict[tuple[int, str], dict[str, str]] = {}  # by the suite's place too: the same task may have another limit there
+    for name, found in of_models.items():
+        for place, suite in enumerate(found):
             for task, figures in suite["tasks"].items():
+                label = f"{suite['path']}: {task}" if task in several else task
                 for one in figures.get("metrics", ()):
-                    title = f"{task}, {one['metric']}" + ("" if one["filter"] == "none" else f" ({one['filter']})")
-                    cells.setdefault(title, {})[name] = lm_eval_text(one, figures["n"])
+                    title = f"{label}, {one['metric']}" + ("" if one["filter"] == "none" else f" ({one['filter']})")
+                    cells.setdefault((place, title), {})[name] = lm_eval_text(one, figures["n"])
                 if "unmeasured" in figures:
-                    cells.setdefault(task, {})[name] = f"not measured: {figures['unmeasured']}"
+                    cells.setdefault((place, label), {})[name] = f"not measured: {figures['unmeasured']}"
     if not cells:
         return []
-    return [["lm-eval", *suites], *([cell(title), *(row.get(name, "-") for name in suites)] for title, row in cells.items())]
+    rows = ([cell(title), *(row.get(name, "-") for name in suites)] for (_, title), row in cells.items())
+    return [["lm-eval", *suites], *rows]
 
 
 def lm_eval_text(one: Mapping[str, Any], n: int) -> str:

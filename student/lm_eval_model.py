@@ -1,7 +1,8 @@
 """An engine as lm-evaluation-harness sees a model: text in, text or likelihoods out, every answer stored once.
 
-Likelihoods are of plain text. A context's trailing blanks belong to the continuation, whose ids are what the whole text has more
-than the context (as in lm-eval's own Hugging Face model), and an empty context is the tokenizer's first token.
+Likelihoods are of plain text, in the ids of lm-eval's own Hugging Face model: with what the tokenizer writes before a text by
+itself (the BOS of Llama and Gemma, whose likelihoods are others without it). A context's trailing blanks belong to the
+continuation, whose ids are what the whole text has more than the context; an empty context is the tokenizer's first token.
 """
 
 import contextlib
@@ -50,6 +51,8 @@ class EngineModel(LM):
         self._turns: dict[str, tuple[Message, ...]] = {}
         self.failure: Exception | None = None
         """What the engine or the store died of: no fault of a task."""
+        self.aborted: dict[str, Counter[str]] = {}
+        """Task -> how many of its requests the engine did not complete, by reason: no fault of the model."""
 
     @contextlib.contextmanager
     def _answering(self) -> Iterator[None]:
@@ -62,9 +65,14 @@ class EngineModel(LM):
     # --- chat ----------------------------------------------------------------------------------------------------
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The rendered turns, which are remembered: servers render their template themselves."""
+        """The rendered turns, which are remembered: servers render their template themselves. Raises UnusableInput for a turn to
+        be gone on with (gen_prefix): rendered, it would be a finished one."""
+        if not add_generation_prompt:
+            raise UnusableInput(
+                "lm_eval: gen_prefix begins an answer, which a chat does not allow; expected chat_template: false"
+            )
         turns: list[Message] = [{"role": one["role"], "content": one["content"]} for one in chat_history]
-        text = render(self.tokenizer, turns, add_generation_prompt=add_generation_prompt)
+        text = render(self.tokenizer, turns, add_generation_prompt=True)
         self._turns[text] = tuple(turns)
         return text
 
@@ -76,24 +84,30 @@ class EngineModel(LM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """One text a request. In chat it is what follows the reasoning, "" where that never ended; and it ends before the first
-        of `until`. Raises UnusableInput for settings that the engine does not know."""
+        of `until`. A request that the engine did not complete is "" and counted in `aborted`. Raises UnusableInput for settings
+        that the engine does not know."""
         seen: Counter[str] = Counter()
         keys, asked = [], dict[AttemptKey, Request]()
         for instance in requests:
             context, settings = _arguments(instance)
             sampling = self.sampling_of(settings)
-            name = digest("lm_eval", context, sampling.model_dump(mode="json"), self.chat)
+            ids = self.encode(context) or [self.first_id]
+            name = digest("lm_eval", context, ids, sampling.model_dump(mode="json"), self.chat)
             key = AttemptKey(name, seen[name] if sampling.temperature else 0)  # repeats of a greedy request are one
             seen[name] += 1
             keys.append(key)
-            asked[key] = self._request(context, sampling, key)
+            asked[key] = self._request(context, ids, sampling, key)
         found = self.outputs.outputs()
         if missing := [(key, request) for key, request in asked.items() if key not in found]:
             missing.sort(key=lambda one: (-len(one[1].prompt_ids), one[0]))
             with self._answering():
+                self.engine.load()
                 for _ in self.outputs.complete(self.engine, missing):
                     pass
             found = self.outputs.outputs()
+        for key, instance in zip(keys, requests, strict=True):
+            if found[key].finish_reason == "abort":
+                self.aborted.setdefault(str(instance.task_name), Counter())[found[key].error or "unknown"] += 1
         return [self.text_of(found[key], stops(_arguments(one)[1])) for key, one in zip(keys, requests, strict=True)]
 
     def sampling_of(self, settings: Mapping[str, Any]) -> Sampling:
@@ -119,8 +133,7 @@ class EngineModel(LM):
         except ValueError as error:
             raise UnusableInput(f"lm_eval: generation_kwargs {dict(settings)}: {' '.join(str(error).split())}") from error
 
-    def _request(self, context: str, sampling: Sampling, key: AttemptKey) -> Request:
-        ids = self.encode(context) or [self.first_id]
+    def _request(self, context: str, ids: list[int], sampling: Sampling, key: AttemptKey) -> Request:
         turns = self._turns.get(context, ({"role": "user", "content": context},))
         stop_ids = dialect_of(self.tokenizer).stop_ids(self.tokenizer)
         seed = request_seed(digest(*key), self.seed)
@@ -146,7 +159,8 @@ class EngineModel(LM):
         return [(one.logprob, one.is_greedy) for one in found]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Each token once, after as much of the text before it as fits."""
+        """Each token once, after as much of the text before it as fits. A BOS that the tokenizer writes is one of them, as in
+        lm-eval's own model."""
         windows = [self.windows(instance.args[0]) for instance in requests]
         with self._answering():
             found = iter(self.scores.likelihoods(self.engine, [window for one in windows for window in one]))
@@ -156,9 +170,11 @@ class EngineModel(LM):
         """Raises UnusableInput for a continuation without tokens, or longer than context_tokens."""
         kept = context.rstrip()
         context, continuation = kept, context[len(kept) :] + continuation
-        whole, before = self.encode(context + continuation), self.encode(context)
-        if not context:
-            whole, before = [self.first_id, *whole], [self.first_id]
+        if context:
+            whole, before = self.encode(context + continuation), self.encode(context)
+        else:
+            whole, before = self.encode(continuation, special=False), [self.first_id]
+            whole = whole if whole[:1] == before else before + whole
         scored = len(whole) - len(before)
         if not 0 < scored < self.context_tokens:
             raise UnusableInput(
@@ -171,8 +187,11 @@ class EngineModel(LM):
         parts = get_rolling_token_windows(self.encode(text), self.first_id, self.context_tokens - 1, context_len=1)
         return [Continuation((*before, *scored), len(scored)) for before, scored in map(make_disjoint_window, parts)]
 
-    def encode(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[return-value]
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """A rendered chat has its special tokens, and so has a text that begins with the first one."""
+        first = self.tokenizer.bos_token or self.tokenizer.eos_token
+        special = special and not self.chat and not (first and text.startswith(str(first)))
+        return self.tokenizer(text, add_special_tokens=special)["input_ids"]  # type: ignore[return-value]
 
     @property
     def first_id(self) -> int:

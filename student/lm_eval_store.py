@@ -55,6 +55,8 @@ class ScoreStore:
         known = self._committed()
         missing = {name: one for name, one in zip(identities, asked, strict=True) if name not in known}
         waiting = sorted(missing, key=lambda name: (-len(missing[name].ids), name))
+        if waiting:
+            engine.load()
         for start in range(0, len(waiting), self.segment_rows):
             names = waiting[start : start + self.segment_rows]
             found = score(engine, [missing[name] for name in names])

@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 GENERATES = "generate_until"
 UNSCORED = "servers do not score given tokens"
+UNPLAIN = "a server of chats is not asked for plain text"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1"}
 FEWSHOT_SEED = 1234
 """lm-eval's own default: the same examples as anybody else's."""
@@ -56,8 +57,9 @@ def evaluate_lm_suites(
 ) -> Path:
     """evaluation/NAME.lm_eval.json holds metric, standard error, n, task version and configuration hash of each task.
 
-    folders: tried in turn for relative paths. The engine is loaded here; closing it is the caller's part. A server gives no
-    likelihoods: tasks that need them have `unmeasured` instead of metrics.
+    folders: tried in turn for relative paths. The engine is loaded here, and only when some answer is not stored yet; closing it
+    is the caller's part. A task that the engine cannot be asked, or of which it left a request unanswered, has `unmeasured` and
+    no metrics: a server gives no likelihoods, and one that is down is no model that is wrong.
 
     Raises:
         UnusableInput: lm-eval is not installed, or a folder or task cannot be used without the network.
@@ -66,7 +68,6 @@ def evaluate_lm_suites(
     harness = harness_of(engine, tokenizer, settings, model_fingerprint)
     base = run.evaluation / f"{name}.lm_eval"
     suites = []
-    engine.load()
     for suite in settings.lm_eval_suites:
         folder = suite_folder(suite, folders)
         hashed = folder_sha256(folder)
@@ -133,11 +134,31 @@ def load_tasks(suite: LmEvalSuite, folder: Path) -> dict[str, Any]:
         if not (names := list(suite.tasks) or list(manager.all_subtasks)):
             raise UnusableInput(f"{where}: no task in the folder; expected YAML files with `task: NAME`")
         tasks = manager.load(names)["tasks"]
+        for name, task in tasks.items():
+            check_task(name, task, suite)
     for task in tasks.values():
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
     return tasks
+
+
+def check_task(name: str, task: Any, suite: LmEvalSuite) -> None:
+    """What would be found out only when a model is asked, or never. Raises UnusableInput."""
+    from student.lm_eval_model import GENERATION_KEYS
+
+    where = f"lm_eval {suite.path}: task {name}"
+    if absent := [metric for metric, function in getattr(task, "_metric_fn_list", {}).items() if function is None]:
+        raise UnusableInput(f"{where}: metric {absent[0]!r} is none of lm-eval's own; expected one of those, or a !function")
+    if task.OUTPUT_TYPE != GENERATES:
+        return
+    if unknown := sorted((task.get_config("generation_kwargs") or {}).keys() - GENERATION_KEYS):
+        raise UnusableInput(
+            f"{where}: generation_kwargs has {unknown[0]!r}, which is not known here; expected some of "
+            f"{', '.join(sorted(GENERATION_KEYS))}"
+        )
+    if suite.chat_template and task.get_config("gen_prefix"):
+        raise UnusableInput(f"{where}: gen_prefix begins an answer, which a chat does not allow; expected chat_template: false")
 
 
 class _AnyTag(yaml.SafeLoader):
@@ -183,11 +204,11 @@ def run_tasks(
         chosen = {name: task for name, task in tasks.items() if (task.OUTPUT_TYPE == GENERATES) == generates}
         if not chosen:
             continue
-        if not generates and engine.name == "http":
-            log.warning("lm_eval %s: %s of %s not measured: %s", suite.path, ", ".join(chosen), base.name, UNSCORED)
-            measured |= {name: {"unmeasured": UNSCORED} for name in chosen}
-            continue
         chat = generates and suite.chat_template
+        if reason := why_unmeasured(engine, generates=generates, chat=chat):
+            log.warning("lm_eval %s: %s of %s not measured: %s", suite.path, ", ".join(chosen), base.name, reason)
+            measured |= {name: {"unmeasured": reason} for name in chosen}
+            continue
         model = EngineModel(
             engine, tokenizer, harness, settings.sampling, settings.seed,
             ItemStore(base.with_name(f"{base.name}.items"), harness.key, segment_rows=settings.batch_size),
@@ -201,8 +222,25 @@ def run_tasks(
                 model, {"tasks": chosen}, limit=suite.limit, log_samples=False, apply_chat_template=chat,
                 bootstrap_iters=BOOTSTRAP_DRAWS,
             )  # fmt: skip
-        measured |= {name: figures_of(name, found) for name in chosen}
+        for name in chosen:
+            failed = model.aborted.get(name)
+            measured[name] = figures_of(name, found) if failed is None else {"unmeasured": unanswered(failed)}
     return dict(sorted(measured.items()))
+
+
+def why_unmeasured(engine: Engine, *, generates: bool, chat: bool) -> str:
+    """Why this engine cannot be asked; "" when it can."""
+    if engine.name != "http":
+        return ""
+    if not generates:
+        return UNSCORED
+    api = getattr(getattr(engine, "engine", None), "api", "chat")  # of teacher.http_engine, which this package never imports
+    return UNPLAIN if api == "chat" and not chat else ""
+
+
+def unanswered(failed: Mapping[str, int]) -> str:
+    """`2 requests without an answer: busy 1, no_server 1`."""
+    return f"{sum(failed.values())} requests without an answer: " + ", ".join(f"{why} {n}" for why, n in sorted(failed.items()))
 
 
 def figures_of(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
@@ -239,7 +277,11 @@ _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 def config_sha256(config: Mapping[str, object]) -> str:
-    """Of a task's configuration as lm-eval gives it; functions by their source or name, never by where they lie in memory."""
+    """Of a task's configuration as lm-eval gives it; functions by their source or name, never by where they lie in memory, and
+    without the path of its file, which lm-eval puts into `metadata`."""
+    metadata = config.get("metadata")
+    if isinstance(metadata, Mapping):
+        config = {**config, "metadata": {key: value for key, value in metadata.items() if key != "config_source"}}
     text = json.dumps(config, sort_keys=True, default=lambda value: _ADDRESS.sub("", str(value)), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -251,14 +293,24 @@ def config_sha256(config: Mapping[str, object]) -> str:
 def offline(cache: Path) -> Iterator[None]:
     """Hugging Face libraries fetch nothing here, and keep data sets in `cache`: one of this folder's content alone, because they
     know a local file by its path and its time. They read the environment when they are imported, which is long past: what they
-    made of it is set too."""
+    made of it is set too. Offline, they still look whether a data file behind a URL is there: asked four times, measured."""
     import datasets.config
+    import datasets.data_files
     import huggingface_hub.constants
+    from fsspec.core import split_protocol
+
+    find = datasets.data_files.url_to_fs
+
+    def find_here(url: str, **options: Any) -> Any:
+        if any(split_protocol(hop)[0] not in (None, "file", "zip") for hop in url.split("::")):
+            raise ConnectionError(f"{url} is not a file of this machine")
+        return find(url, **options)
 
     changes = (
         (datasets.config, "HF_HUB_OFFLINE", True),
         (huggingface_hub.constants, "HF_HUB_OFFLINE", True),
         (datasets.config, "HF_DATASETS_CACHE", str(cache)),
+        (datasets.data_files, "url_to_fs", find_here),
     )
     before = [getattr(module, name) for module, name, _ in changes]
     environment = {name: os.environ.get(name) for name in OFFLINE}

@@ -1,11 +1,14 @@
 """Tasks of lm-evaluation-harness from a folder, through our engines: the same figures as its own Hugging Face model gives, each
-answer asked once, nothing fetched."""
+answer asked once."""
 
-import importlib.util
+import copy
 import json
 import math
 import os
 import re
+import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,60 +17,27 @@ import pytest
 import torch
 from lm_eval.evaluator import evaluate as lm_evaluate
 from lm_eval.models.huggingface import HFLM
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from configs.errors import UnusableInput
 from configs.evaluation import Evaluate, LmEvalSuite
-from data.engine import Engine
-from data.store import RunFolder
+from data.store import RunFolder, read_segment, segments
 from student.evaluate import harness_of
-from student.folders import EMBEDDED
+from student.figures import lm_eval_rows
 from student.item_store import ItemStore
 from student.lm_eval_model import EngineModel
 from student.lm_eval_store import Continuation, ScoreStore
-from student.lm_eval_suite import check_lm_suites, evaluate_lm_suites, load_tasks, suite_hashes
+from student.lm_eval_suite import load_tasks, offline
 from student.model import load_base, load_tokenizer
-from student.results import read_lm_eval
-from teacher.engines import open_local_engine
-
-SUMS = [(19, 56), (3, 4), (20, 30), (7, 8), (64, 17), (2, 2)]
-ASK = "State the final answer to the following arithmetic problem: {} + {} ="
-DATA = "dataset_path: json\ndataset_kwargs: {data_files: {test: sums.jsonl}}\ntest_split: test\nmetadata: {version: 2.0}\n"
-TASKS = {
-    "tiny_generate": """output_type: generate_until
-doc_to_text: "{{q}}"
-doc_to_target: "{{a}}"
-generation_kwargs: {until: ["!"], do_sample: false, max_gen_toks: 24}
-metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
-""",
-    "tiny_choice": """output_type: multiple_choice
-doc_to_text: "{{q}}"
-doc_to_choice: "{{options}}"
-doc_to_target: "{{gold}}"
-metric_list:
-- {metric: acc, aggregation: mean, higher_is_better: true}
-- {metric: acc_norm, aggregation: mean, higher_is_better: true}
-""",
-    "tiny_text": """output_type: loglikelihood_rolling
-doc_to_text: ""
-doc_to_target: "{{q}}"
-metric_list: [{metric: bits_per_byte, aggregation: bits_per_byte, higher_is_better: false}]
-""",
-}
+from student.results import evaluation_files, read_lm_eval
+from tests.e2e.commands import ROOT, environment
+from tests.student.lm_eval_tasks import SUMS, TASKS, Counted, measured, values, write_tasks
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """The base answers sums of two digits right, most of them, and only in chat."""
-    rows = [
-        {"q": ASK.format(a, b), "a": str(a + b), "options": [f" {a + b + 1}", f" {a + b}", f" {a}"], "gold": 1} for a, b in SUMS
-    ]
-    found = tmp_path / "tasks"
-    found.mkdir()
-    (found / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    for name, text in TASKS.items():
-        (found / f"{name}.yaml").write_text(f"task: {name}\n{DATA}{text}")
-    return found
+    return write_tasks(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -80,62 +50,109 @@ def model() -> PreTrainedModel:
     return load_base("embedded", "fp32")
 
 
-class Counted:
-    """The local engine, and how much it was asked."""
-
-    def __init__(self) -> None:
-        self.engine: Engine = open_local_engine(EMBEDDED, dtype="fp32", batch_size=8)
-        self.name, self.version, self.generated, self.scored = self.engine.name, self.engine.version, 0, 0
-
-    def load(self) -> None:
-        self.engine.load()
-
-    def generate(self, requests: Any, handout: Any = None) -> Any:
-        for completion in self.engine.generate(requests, handout):
-            self.generated += 1
-            yield completion
-
-    def score(self, sequences: Sequence[Sequence[int]], **more: Any) -> Any:
-        self.scored += len(sequences)
-        return self.engine.score(sequences, **more)
-
-    def expert_stats(self) -> None:
-        return None
-
-    def close(self) -> None:
-        self.engine.close()
-
-
-def measured(engine: Any, tokens: PreTrainedTokenizerBase, folder: Path, run: RunFolder, **suite: object) -> dict[str, Any]:
-    settings = settings_of(folder, **suite)
-    evaluate_lm_suites("base", engine, tokens, settings, run, [folder.parent], model_fingerprint="w")
-    found = read_lm_eval(run, "base")
-    assert found is not None
-    return found["suites"][0]["tasks"]
-
-
-def settings_of(folder: Path, **suite: object) -> Evaluate:
-    chosen = {"type": "lm_eval", "path": folder.name} | suite
-    return Evaluate.model_validate({"suites": [chosen], "sampling": {"max_tokens": 64, "temperature": 0.0}, "batch_size": 8})
-
-
-def values(task: dict[str, Any]) -> dict[str, float]:
-    return {one["metric"]: one["value"] for one in task["metrics"]}
+@pytest.fixture(scope="module")
+def with_bos(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer as Llama's is: a BOS before every text that it is given."""
+    found = copy.deepcopy(tokenizer)
+    found.bos_token = "<|endoftext|>"
+    special = [(found.bos_token, found.convert_tokens_to_ids(found.bos_token))]
+    found.backend_tokenizer.post_processor = TemplateProcessing(  # type: ignore[attr-defined]
+        single=f"{found.bos_token} $A", special_tokens=special
+    )
+    assert found("a")["input_ids"][0] == found.bos_token_id
+    return found
 
 
 # --- figures -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("chosen", ["tokenizer", "with_bos"])
 def test_plain_text_tasks_have_the_figures_of_lm_evals_own_model(
-    folder: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+    folder: Path, tmp_path: Path, model: PreTrainedModel, chosen: str, request: pytest.FixtureRequest
 ) -> None:
-    found = measured(Counted(), tokenizer, folder, RunFolder(tmp_path / "run"), chat_template=False)
-    own = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, backend="causal", add_bos_token=False)  # type: ignore[arg-type]
-    theirs: Any = lm_evaluate(own, {"tasks": load_tasks(LmEvalSuite(path="tasks"), folder)}, log_samples=False, bootstrap_iters=0)
+    """As that model is by default. Without the BOS of `with_bos` acc_norm here is 0.50 instead of 0.17."""
+    tokens = request.getfixturevalue(chosen)
+    found = measured(Counted(), tokens, folder, RunFolder(tmp_path / "run"), chat_template=False)
+    own = HFLM(pretrained=model, tokenizer=tokens, batch_size=1, backend="causal")  # type: ignore[arg-type]
+    with offline(tmp_path / "cache"):
+        tasks = load_tasks(LmEvalSuite(path="tasks", chat_template=False), folder)
+        theirs: Any = lm_evaluate(own, {"tasks": tasks}, log_samples=False, bootstrap_iters=0)
     for name in TASKS:
         for metric, value in values(found[name]).items():
             assert value == pytest.approx(theirs["results"][name][f"{metric},none"], abs=1e-5), (name, metric)
     assert found["tiny_choice"]["n"] == len(SUMS) and found["tiny_choice"]["version"] == 2.0
+
+
+def _summed(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, before: list[int], text: str) -> float:
+    """log p(text | before), a token after the other, from one forward pass of transformers."""
+    ids = before + tokenizer(text, add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        logprobs_TV = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    total = 0.0
+    for place in range(len(before), len(ids)):
+        total += float(logprobs_TV[place - 1, ids[place]])
+    return total
+
+
+def test_metrics_are_what_a_loop_over_forward_passes_makes_them(
+    folder: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+) -> None:
+    found = measured(Counted(), tokenizer, folder, RunFolder(tmp_path / "run"), tasks=["tiny_choice", "tiny_text"])
+    right = {"acc": 0, "acc_norm": 0}
+    nats = num_bytes = 0.0
+    for row in map(json.loads, (folder / "sums.jsonl").read_text().splitlines()):
+        ids: list[int] = tokenizer(row["q"])["input_ids"]  # type: ignore[assignment]
+        likelihoods = [_summed(model, tokenizer, ids, f" {option}") for option in row["options"]]
+        by_length = [one / len(option) for one, option in zip(likelihoods, row["options"], strict=True)]
+        right["acc"] += likelihoods.index(max(likelihoods)) == row["gold"]
+        right["acc_norm"] += by_length.index(max(by_length)) == row["gold"]
+        nats += _summed(model, tokenizer, [tokenizer.eos_token_id], row["q"])  # type: ignore[list-item]
+        num_bytes += len(row["q"].encode())
+    assert 0 < right["acc"] < len(SUMS)
+    for one in found["tiny_choice"]["metrics"]:
+        share, n = right[one["metric"]] / len(SUMS), len(SUMS)
+        assert one["value"] == pytest.approx(share, abs=1e-12)
+        assert one["stderr"] == pytest.approx(math.sqrt(share * (1 - share) / (n - 1)), abs=1e-12)
+    # float32 sums over about 70 tokens of a text, in another order
+    assert values(found["tiny_text"])["bits_per_byte"] == pytest.approx(-nats / num_bytes / math.log(2), abs=1e-5)
+
+
+def test_a_limit_takes_the_first_documents_of_each_task(folder: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    engine = Counted()
+    found = measured(engine, tokenizer, folder, RunFolder(tmp_path / "run"), limit=2)
+    assert {task["n"] for task in found.values()} == {2} and (engine.generated, engine.scored) == (2, 2 * 3 + 2)
+
+
+def test_a_configuration_has_the_same_hash_wherever_its_folder_lies(
+    folder: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    (tmp_path / "moved").mkdir()
+    moved, hashes = write_tasks(tmp_path / "moved"), []
+    for number, where in enumerate((folder, moved)):
+        found = measured(Counted(), tokenizer, where, RunFolder(tmp_path / str(number)), tasks=["tiny_text"], limit=1)
+        hashes.append(found["tiny_text"]["config_sha256"])
+    text = (moved / "tiny_text.yaml").read_text()
+    (moved / "tiny_text.yaml").write_text(text.replace("{{q}}", "{{q}}!"))
+    other = measured(Counted(), tokenizer, moved, RunFolder(tmp_path / "2"), tasks=["tiny_text"], limit=1)
+    assert hashes[0] == hashes[1] != other["tiny_text"]["config_sha256"]
+
+
+def test_a_task_of_two_suites_has_a_row_for_each() -> None:
+    def suite(path: str, n: int) -> dict[str, Any]:
+        metric = {"metric": "acc", "filter": "none", "value": 0.5, "stderr": 0.25, "higher_is_better": True}
+        return {"path": path, "tasks": {"sums": {"metrics": [metric], "n": n}}}
+
+    down = {"path": "b", "tasks": {"sums": {"unmeasured": "nobody is there"}}}
+    rows = lm_eval_rows(
+        {"base": {"suites": [suite("a", 8), suite("b", 4)]}, "far": {"suites": [suite("a", 8), down]}, "new": None}
+    )
+    assert rows == [
+        ["lm-eval", "base", "far", "new"],
+        ["a: sums, acc", "0.500 (standard error 0.250) of 8", "0.500 (standard error 0.250) of 8", "-"],
+        ["b: sums, acc", "0.500 (standard error 0.250) of 4", "-", "-"],
+        ["b: sums", "-", "not measured: nobody is there", "-"],
+    ]
+    assert lm_eval_rows({"base": {"suites": [suite("a", 8)]}})[1][0] == "sums, acc" and lm_eval_rows({"base": None}) == []
 
 
 def test_in_chat_what_follows_the_reasoning_is_the_answer(
@@ -198,8 +215,8 @@ def test_a_likelihood_is_the_sum_of_one_forward_pass(
 def test_what_was_answered_is_not_asked_again(folder: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     run, first, again = RunFolder(tmp_path / "run"), Counted(), Counted()
     found = measured(first, tokenizer, folder, run)
-    # two of the three options of 2 + 2 are " 4" and " 5", " 2": all differ, so every continuation is one of its own
     assert (first.generated, first.scored) == (len(SUMS), 4 * len(SUMS))
+    again.load = lambda: pytest.fail("weights were read for nothing")  # type: ignore[method-assign]
     assert measured(again, tokenizer, folder, run) == found and (again.generated, again.scored) == (0, 0)
 
 
@@ -219,67 +236,31 @@ def test_a_death_costs_what_was_not_committed(folder: Path, tmp_path: Path, toke
     assert whole == measured(Counted(), tokenizer, folder, RunFolder(tmp_path / "other"), tasks=["tiny_choice"])
 
 
-# --- refused -----------------------------------------------------------------------------------------------------
-
-
-def test_servers_have_no_likelihoods_and_say_so(folder: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    engine = Counted()
-    engine.name = "http"
-    found = measured(engine, tokenizer, folder, RunFolder(tmp_path / "run"), tasks=["tiny_choice", "tiny_generate"])
-    assert found["tiny_choice"] == {"unmeasured": "servers do not score given tokens"}
-    assert not math.isnan(values(found["tiny_generate"])["exact_match"]) and engine.scored == 0
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"path": "nowhere"}, "lm_eval nowhere: no such folder"),
-        ({"tasks": ["other"]}, "lm_eval tasks: no task 'other' in the folder; expected one of"),
-        ({"tasks": ["remote"]}, "lm_eval tasks: "),
-        ({"tasks": ["odd"]}, "generation_kwargs has 'num_beams'"),
-    ],
-)
-def test_what_cannot_be_asked_is_one_line(
-    folder: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerBase, change: dict[str, Any], said: str
+@pytest.mark.long
+@pytest.mark.parametrize(("task", "answers", "kept"), [("tiny_generate", 2, 2), ("tiny_choice", 8, 8)])
+def test_a_sigkill_costs_what_was_in_hand_and_nothing_is_stored_twice(
+    folder: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerBase, task: str, answers: int, kept: int
 ) -> None:
-    remote = DATA.replace("dataset_path: json", "dataset_path: some/dataset").replace("{data_files: {test: sums.jsonl}}", "{}")
-    (folder / "remote.yaml").write_text(f"task: remote\n{remote}{TASKS['tiny_choice']}")
-    odd = TASKS["tiny_generate"].replace("do_sample: false", "num_beams: 4")
-    (folder / "odd.yaml").write_text(f"task: odd\n{DATA}{odd}")
-    with pytest.raises(UnusableInput) as raised:
-        measured(Counted(), tokenizer, folder, RunFolder(tmp_path / "run"), **change)
-    assert said in str(raised.value) and "\n" not in str(raised.value)
-    assert not (tmp_path / "run" / "evaluation" / "base.lm_eval.json").exists()
+    """A generation is in the journal the moment it is there; likelihoods are committed by the batch of 8."""
+    run, again = RunFolder(tmp_path / "run"), Counted()
+    words = [sys.executable, "-m", "tests.student.lm_eval_tasks", str(folder), str(run.root), str(answers), task]
+    ended = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False, timeout=200)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr[-3000:]
+    assert read_lm_eval(run, "base") is None
+    whole = measured(again, tokenizer, folder, run, tasks=[task])
+    num_asked = len(SUMS) if task == "tiny_generate" else 3 * len(SUMS)
+    assert again.generated + again.scored == num_asked - kept
+    assert whole == measured(Counted(), tokenizer, folder, RunFolder(tmp_path / "other"), tasks=[task])
+    [store] = [path for path in (run.evaluation / "base.lm_eval.items", run.evaluation / "base.lm_eval.scores") if path.is_dir()]
+    stored = [row["item_id"] for segment in segments(store) for row in read_segment(segment).to_pylist()]
+    assert len(stored) == len(set(stored)) == num_asked
 
 
-def test_a_task_that_cannot_be_loaded_is_known_before_any_model_is_asked(folder: Path, tmp_path: Path) -> None:
-    check_lm_suites(settings_of(folder), RunFolder(tmp_path / "run"), [tmp_path])
-    (folder / "functions.yaml").write_text(f"task: own\n{DATA}{TASKS['tiny_generate']}process_docs: !function own.process\n")
-    (folder / "own.py").write_text("def process(docs):\n    return docs\n")
-    check_lm_suites(settings_of(folder, tasks=["own"]), RunFolder(tmp_path / "run"), [tmp_path])
-    for change, said in (({"path": "nowhere"}, "no such folder"), ({"tasks": ["other"]}, "no task 'other'")):
-        with pytest.raises(UnusableInput, match=said):
-            check_lm_suites(settings_of(folder, **change), RunFolder(tmp_path / "run"), [tmp_path])
-    (folder / "broken.yaml").write_text("task: [")
-    with pytest.raises(UnusableInput, match="lm_eval tasks: broken.yaml: not valid YAML"):
-        check_lm_suites(settings_of(folder), RunFolder(tmp_path / "run"), [tmp_path])
-
-
-def test_without_lm_eval_the_remedy_is_named(
-    folder: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "lm_eval" else find(name, *rest))
-    with pytest.raises(UnusableInput, match=r"pip install 'tracestill\[lm-eval\]'"):
-        measured(Counted(), tokenizer, folder, RunFolder(tmp_path / "run"))
-
-
-def test_another_file_in_the_folder_is_another_suite(folder: Path) -> None:
-    settings = settings_of(folder)
-    before = suite_hashes(settings, [folder.parent])
-    assert before == suite_hashes(settings, [folder.parent])
-    (folder / "sums.jsonl").write_text((folder / "sums.jsonl").read_text().replace("75", "76"))
-    assert suite_hashes(settings, [folder.parent]) != before
+def test_the_stage_hashes_figures_and_answers(folder: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    run = RunFolder(tmp_path / "run")
+    measured(Counted(), tokenizer, folder, run)
+    hashed = {path.relative_to(run.evaluation).parts[0] for path in evaluation_files(run, "base")}
+    assert hashed == {"base.json", "base.arrow", "base.lm_eval.json", "base.lm_eval.items", "base.lm_eval.scores"}
 
 
 def test_a_file_that_changed_in_place_is_read_anew(folder: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
