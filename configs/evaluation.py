@@ -124,7 +124,8 @@ class LmEvalSuite(Section):
     limit: PositiveInt | None = None
     """Only the first so many documents of each task."""
     chat_template: bool = True
-    """Of tasks that generate: contexts are chat turns, answers are what follows the reasoning. Tasks that compare likelihoods are
+    """Of tasks that generate: contexts are chat turns, answers are what follows the reasoning. False: plain text and the task's
+    own length, for tasks with gen_prefix the only way; a server of chats is not asked for it. Tasks that compare likelihoods are
     always plain text."""
     context_tokens: PositiveInt = 4096
     """Longest sequence whose likelihood is asked for. Longer contexts lose their beginning, longer texts are cut into windows."""

@@ -209,6 +209,21 @@ def test_a_likelihood_is_the_sum_of_one_forward_pass(
     assert found.logprob == pytest.approx(expected, abs=1e-4) and found.is_greedy is greedy
 
 
+def test_what_the_model_would_have_said_itself_is_greedy(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+) -> None:
+    ids: list[int] = tokenizer("1 + 2 =")["input_ids"]  # type: ignore[assignment]
+    for _ in range(3):
+        with torch.no_grad():
+            ids = [*ids, int(model(torch.tensor([ids])).logits[0, -1].argmax())]
+    engine: Any = Counted()
+    other = (ids[-1] + 1) % 256
+    asked = [Continuation(tuple(ids), 3), Continuation((*ids[:-1], other), 3), Continuation((*ids[:-1], other), 1)]
+    asked.append(Continuation((*ids[:-3], (ids[-3] + 1) % 256, *ids[-2:]), 3))
+    found = ScoreStore(tmp_path, "k", segment_rows=8).likelihoods(engine, asked)
+    assert [one.is_greedy for one in found] == [True, False, False, False]
+
+
 # --- once each ---------------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@ without a connection to anything."""
 
 import importlib.util
 import math
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,11 +13,13 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from configs.engines import HttpEngine
 from configs.errors import UnusableInput
 from data.engine import Completion
 from data.store import RunFolder
-from student.lm_eval_suite import check_lm_suites, suite_hashes
+from student.lm_eval_suite import UNPLAIN, UNSCORED, check_lm_suites, suite_hashes, why_unmeasured
 from student.model import load_tokenizer
+from teacher.engines import open_server
 from tests.e2e.commands import ROOT, environment
 from tests.student.lm_eval_tasks import DATA, SUMS, TASKS, Counted, measured, settings_of, values, write_tasks
 
@@ -68,6 +71,16 @@ def test_a_server_of_chats_is_not_asked_for_plain_text(folder: Path, tmp_path: P
     assert "exact_match" in values(found["tiny_generate"]) and texts.generated == len(SUMS)
 
 
+def test_which_tasks_a_server_can_be_asked_is_read_off_the_real_engine(tokenizer: PreTrainedTokenizerBase) -> None:
+    def why(api: str, *, generates: bool, chat: bool) -> str:
+        server = HttpEngine.model_validate({"base_urls": "http://127.0.0.1:9/v1", "model": "m", "api": api})
+        return why_unmeasured(open_server(server, tokenizer), generates=generates, chat=chat)
+
+    assert why("chat", generates=True, chat=True) == why("completions", generates=True, chat=False) == ""
+    assert why("chat", generates=True, chat=False) == UNPLAIN
+    assert why("completions", generates=False, chat=False) == UNSCORED
+
+
 def test_an_answer_that_never_came_is_no_wrong_answer(folder: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Two requests of one task are lost; a task beside it, with requests of its own, has its figures."""
 
@@ -87,6 +100,9 @@ def test_an_answer_that_never_came_is_no_wrong_answer(folder: Path, tmp_path: Pa
     assert found["tiny_generate"] == {"unmeasured": "2 requests without an answer: busy 1, no_server 1"}
     assert "exact_match" in values(found["other"])
     assert measured(Counted(), tokenizer, folder, run, tasks=["tiny_generate", "other"]) == found
+    shutil.rmtree(run.evaluation / "base.lm_eval.items")
+    again = measured(Counted(), tokenizer, folder, run, tasks=["tiny_generate", "other"])
+    assert values(again["tiny_generate"])["exact_match"] > 0.5
 
 
 @pytest.mark.parametrize(
