@@ -78,9 +78,9 @@ def test_everything_is_evaluated_without_a_network(finished: RunFolder, tmp_path
     suite = load_recipe(str(tmp_path / "recipe.yaml")).recipe.evaluate.lm_eval_suites[0]
     stored["recipe"]["evaluate"]["suites"].append(suite.model_dump(mode="json"))
     (run.root / "config.yaml").write_text(yaml.safe_dump(stored))
-    words = [*ALONE, *command("evaluate", str(tmp_path / "recipe.yaml"), "--run-dir", "r")]
 
-    def evaluated() -> str:
+    def evaluated(*more: str) -> str:
+        words = [*ALONE, *command("evaluate", str(tmp_path / "recipe.yaml"), *more, "--run-dir", "r")]
         ended = subprocess.run(words, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False, timeout=500)
         assert ended.returncode == 0, ended.stdout + ended.stderr
         return ended.stdout
@@ -100,3 +100,8 @@ def test_everything_is_evaluated_without_a_network(finished: RunFolder, tmp_path
     made = {path: path.stat().st_mtime_ns for path in run.evaluation.rglob("*.lm_eval*")}
     evaluated()
     assert made == {path: path.stat().st_mtime_ns for path in run.evaluation.rglob("*.lm_eval*")}
+    figures_before = {path: path.read_bytes() for path in run.evaluation.glob("*.lm_eval.json")}
+    said = evaluated("base", "student", "--compare")
+    assert [line.split(",")[0] for line in said.splitlines() if " of 3" in line] == sorted(TASKS), said
+    assert "| choices, acc |" in (run.evaluation / "comparison.md").read_text()
+    assert figures_before == {path: path.read_bytes() for path in run.evaluation.glob("*.lm_eval.json")}
