@@ -463,6 +463,7 @@ def _target(context: "Context", name: str) -> "Target":
     import functools
 
     from generate.launch import run_evaluation_ranks, teacher_fingerprint
+    from student.export import merged_with
     from student.model import load_tokenizer as load_student_tokenizer
     from student.stages import Target
     from student.targets import target_spec
@@ -481,7 +482,8 @@ def _target(context: "Context", name: str) -> "Target":
         tokenizer = load_student_tokenizer(spec.tokenizer)
         return Target(spec, open_server(spec.server, tokenizer), tokenizer, spec.fingerprint(), judge)
     assert spec.folder is not None
-    engine = open_local_engine(spec.folder, adapter=spec.adapter, dtype=spec.dtype, batch_size=settings.batch_size)
+    adapt = None if spec.adapter is None else functools.partial(merged_with, spec.adapter)
+    engine = open_local_engine(spec.folder, adapt=adapt, dtype=spec.dtype, batch_size=settings.batch_size)
     return Target(spec, engine, load_student_tokenizer(str(spec.folder)), spec.fingerprint(), judge)
 
 

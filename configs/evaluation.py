@@ -17,6 +17,8 @@ MetricName = Literal[
     "simpleqa_f", "ece", "brier", "aurc", "coverage_at_5_risk", "truncation_rate", "reasoning_tokens_per_correct",
     "cost_per_completed_task", "twin_gap",
 ]  # fmt: skip
+UNPAIRED = ("ece", "aurc", "coverage_at_5_risk", "twin_gap")
+"""Compared between models by their values alone."""
 Reference = Literal["teacher", "base"]
 _GATE = re.compile(r"(?P<metric>\w+?)(?: (?P<relation>of|above) (?P<reference>teacher|base))?(?: in (?P<slice>.+))?")
 _EARLIER = {"accuracy_of_teacher": "accuracy of teacher", "hallucination_above_teacher": "hallucination_rate above teacher"}
@@ -176,6 +178,16 @@ class Evaluate(Section):
     def _gates_are_understood(self) -> "Evaluate":
         for name in self.gates:
             read_gate(name)
+        return self
+
+    @model_validator(mode="after")
+    def _intervals_are_there(self) -> "Evaluate":
+        for name, gate in self.gates.items():
+            gated = read_gate(name)
+            if gate.interval and gated.relation and gated.metric in UNPAIRED:
+                raise ValueError(
+                    f"gate {name!r}: the difference of two models' {gated.metric} has no interval; leave interval out"
+                )
         return self
 
     @model_validator(mode="after")

@@ -16,7 +16,7 @@ from configs.schema import DeepSpeedEngine, Recipe
 from data.ledger import Ledger, read_ledger
 from data.prompt_set import PromptSet
 from data.stage import Context, exclusive, folder_stays
-from data.store import ROLLUP, RunFolder, SegmentLog, read_rollup, segments, verify_files
+from data.store import ROLLUP, RunFolder, SegmentLog, read_rollup, read_segment, segments, verify_files
 from data.work import WorkFolder, ages, read_facts
 from generate import identity
 from generate.budget import number_of, others, spent
@@ -226,7 +226,11 @@ def join_evaluation(context: Context) -> None:
     settings = context.recipe.evaluate
     with PromptSet.open(context.run) as prompts:
         wanted = len(prompts.index("eval").task_codes_N) * settings.samples
-    if sum(segment.rows for segment in segments(context.run.evaluation / "teacher.items")) < wanted:
+    answered: set[str] = set()
+    for segment in segments(context.run.evaluation / "teacher.items"):
+        rows = read_segment(segment).select(["item_id", "finish_reason"]).to_pylist()
+        answered |= {row["item_id"] for row in rows if row["finish_reason"] != "abort"}
+    if len(answered) < wanted:
         run_evaluation_ranks(context, lambda: None)
 
 

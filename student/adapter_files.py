@@ -166,7 +166,7 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     unfit = f"adapter {folder}: its tensors do not fit this base; expected the student.model it was trained on"
     try:
         adapted = PeftModel.from_pretrained(base, str(folder), is_trainable=False, autocast_adapter_dtype=False)
-    except (RuntimeError, ValueError) as error:  # other shapes; targets that the base does not have
+    except (RuntimeError, ValueError, SafetensorError) as error:  # other shapes; targets that the base does not have; damage
         raise UnusableInput(f"{unfit} ({str(error).strip().splitlines()[-1].strip()})") from error
     stored = load_file(folder / ADAPTER_WEIGHTS)
     loaded = get_peft_model_state_dict(adapted, save_embedding_layers=False)

@@ -106,7 +106,8 @@ def evaluate_model(
     store = ItemStore(run.evaluation / f"{name}.items", harness.key, segment_rows=settings.batch_size)
     outputs = store.outputs()
     attempts = [(item, AttemptKey(item.prompt_id, sample)) for item in items for sample in range(settings.samples)]
-    if missing := [(item, key) for item, key in attempts if key not in outputs]:
+    # What an engine failed in says nothing of the model, and is asked again whenever the evaluation is: a server may be back.
+    if missing := [(item, key) for item, key in attempts if key not in outputs or outputs[key].finish_reason == "abort"]:
         engine.load()
         done = len(attempts) - len(missing)
         for committed in store.complete(engine, requests_for(missing, tokenizer, settings.sampling, settings.seed)):

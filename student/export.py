@@ -152,6 +152,14 @@ def load_adapted(base: str, adapter_dir: Path) -> PeftModel:
     return load_adapter(model, adapter_dir)
 
 
+def merged_with(adapter: Path, model: PreTrainedModel) -> PreTrainedModel:
+    """The float32 model with an adapter's weights in its own, as the export has them. Raises UnusableInput for an adapter that is
+    damaged, or of another base."""
+    if (adapter / ADAPTER_CONFIG).is_file():
+        untie_if_adapted(model, PeftConfig.from_pretrained(str(adapter)))
+    return merge(load_adapter(model, adapter))
+
+
 def untie_if_adapted(model: PreTrainedModel, config: PeftConfig) -> None:
     """Gives the head a copy of its own when the adapter changes it (or the embedding) and the two share one tensor.
 

@@ -38,6 +38,8 @@ def figure_rows(metrics: Mapping[str, Metrics]) -> list[list[str]]:
         slices = [one.slices.get(name) for one in metrics.values()]
         add(f"accuracy in {cell(name)}", slices, "accuracy", 100.0, " %")
         add(f"hallucination rate in {cell(name)}", slices, "hallucination_rate", 100.0, " %")
+    if any(one.grades.get("ungraded") for one in metrics.values()):
+        rows.append(["ungraded attempts", *(str(one.grades.get("ungraded", 0)) for one in metrics.values())])
     rows.append(["output tokens", *(f"{one.output_tokens:,}" for one in metrics.values())])
     rows.append(["items, attempts", *(f"{one.num_items}, {one.num_attempts}" for one in metrics.values())])
     return rows

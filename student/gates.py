@@ -12,6 +12,9 @@ from student.paired import Paired, difference, quotient
 from student.resampling import Interval
 from student.scoring import RATIOS, Metrics
 
+MAX_UNGRADED = 0.05
+"""Share of a slice's attempts that may be ungraded: with more, what was graded says too little for a gate."""
+SIGNIFICANT = 0.05
 ROUNDING = 1e-9
 """Differences of rates are not exact: 0.3 - 0.2 is under 0.1, 0.4 - 0.3 over it. Far below one item in any suite."""
 
@@ -80,20 +83,27 @@ def within(value: float | None, gate: Gate) -> bool:
 def gated_figure(gated: Gated, student: Evaluated, other: Evaluated | None, seed: int) -> tuple[float | None, Interval | None]:
     """The figure that a gate is about, and its interval; a comparison's is paired, item by item."""
     metrics, items = of_slice(student, gated.slice)
+    if metrics is None or is_ungraded(metrics, gated.metric):
+        return None, None
     if not gated.relation:
-        return (None, None) if metrics is None else (getattr(metrics, gated.metric), metrics.intervals.get(gated.metric))
-    if other is None or metrics is None:
+        return getattr(metrics, gated.metric), metrics.intervals.get(gated.metric)
+    if other is None:
         return None, None
     their_metrics, their_items = of_slice(other, gated.slice)
-    if their_metrics is None:
+    if their_metrics is None or is_ungraded(their_metrics, gated.metric):
         return None, None
     if gated.metric in RATIOS:
         paired = (quotient if gated.relation == "of" else difference)(items, their_items, gated.metric, seed=seed)
         return paired.value, paired.interval
     mine, theirs = getattr(metrics, gated.metric), getattr(their_metrics, gated.metric)
-    if mine is None or theirs is None or (gated.relation == "of" and not theirs):
+    if mine is None or theirs is None or (gated.relation == "of" and theirs <= 0):
         return None, None
     return (mine / theirs if gated.relation == "of" else mine - theirs), None
+
+
+def is_ungraded(metrics: Metrics, metric: str) -> bool:
+    """Whether too few attempts were graded for this figure to be one."""
+    return metric != "truncation_rate" and metrics.grades.get("ungraded", 0) > MAX_UNGRADED * metrics.num_attempts
 
 
 def of_slice(evaluated: Evaluated, name: str) -> tuple[Metrics | None, list[GradedItem]]:
@@ -108,12 +118,13 @@ def of_slice(evaluated: Evaluated, name: str) -> tuple[Metrics | None, list[Grad
 def headroom_refusal(settings: Headroom, found: Paired) -> Refused | None:
     """None when the teacher is better than the base by more than the setting demands and more than chance gives. found: the
     paired difference of the two in the setting's metric."""
-    if found.interval is not None and found.interval.low > settings.above:
+    is_chance = found.p is None or found.p >= SIGNIFICANT  # two items that both fall one way leave no width to an interval
+    if found.interval is not None and found.interval.low > settings.above and not is_chance:
         return None
     return Refused(
-        f"headroom: {headroom_text(found)}; expected the lower end above {settings.above:g}: the teacher is not measurably "
-        "better than the base on these suites, so there is nothing to distil; choose harder suites, more items or another "
-        "teacher, or set evaluate.headroom: null"
+        f"headroom: {headroom_text(found)}; expected the lower end above {settings.above:g}, and p below {SIGNIFICANT:g}: the "
+        "teacher is not measurably better than the base on these suites, so there is nothing to distil; choose harder suites, "
+        "more items or another teacher, or set evaluate.headroom: null"
     )
 
 
@@ -121,7 +132,9 @@ def headroom_text(found: Paired) -> str:
     if found.value is None or found.interval is None:
         return f"{found.metric} of teacher and base was not measured on {found.num_items} items"
     low, high = found.interval
-    return f"{found.metric} of the teacher above the base's {found.value:.4g} ({low:.4g} to {high:.4g}, {found.num_items} items)"
+    chance = "" if found.p is None or found.p < SIGNIFICANT else f", p {found.p:.2g}"
+    figures = f"{found.value:.4g} ({low:.4g} to {high:.4g}, {found.num_items} items{chance})"
+    return f"{found.metric} of the teacher above the base's {figures}"
 
 
 # --- words -------------------------------------------------------------------------------------------------------

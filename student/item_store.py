@@ -24,7 +24,7 @@ from data.engine import Completion, Engine, Handout, Partial, Request
 from data.in_hand import InHand, continued, finished_earlier
 from data.journal import Estate, Journal, Salvage
 from data.records import FinishReason, digest
-from data.store import commit_segment, read_first_copies
+from data.store import commit_segment, read_segment, segments
 
 CHECKPOINT_TOKENS = 256
 SEGMENT_SECONDS = 60.0
@@ -93,16 +93,18 @@ class ItemStore:
         self.harness_key, self.segment_rows, self.segment_seconds = harness_key, segment_rows, segment_seconds
 
     def outputs(self) -> dict[AttemptKey, Output]:
-        """The first committed copy of each attempt under this harness, hashes verified."""
+        """The first committed copy of each attempt under this harness, hashes verified; of one that the engine failed in,
+        only where no later one ended."""
         found: dict[AttemptKey, Output] = {}
         if not self.folder.is_dir():
             return found
-        for table in read_first_copies(self.folder, key="item_id"):
+        for table in map(read_segment, segments(self.folder)):
             if table.schema.names != OUTPUT.names:
                 continue  # of an earlier version, and so of another harness
             for row in table.to_pylist():
                 key = AttemptKey(row["prompt_id"], row["sample"])
-                if row.pop("item_id") == attempt_identity(key, self.harness_key):
+                is_mine = row.pop("item_id") == attempt_identity(key, self.harness_key)
+                if is_mine and (key not in found or found[key].finish_reason == "abort" != row["finish_reason"]):
                     found[key] = Output(**row | {name: tuple(row[name]) for name in ("token_ids", "logprobs")})
         return found
 

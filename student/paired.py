@@ -10,7 +10,7 @@ import numpy as np
 from configs.errors import UnusableInput
 from student.grades import Grade, GradedItem
 from student.resampling import Interval, interval_of, ratio_draws
-from student.scoring import ratio_of, ratio_sums
+from student.scoring import missed_nothing, ratio_of, ratio_sums
 
 Test = Literal["exact McNemar", "paired bootstrap"]
 
@@ -48,10 +48,10 @@ def difference(first: Sequence[GradedItem], second: Sequence[GradedItem], metric
 
 
 def quotient(first: Sequence[GradedItem], second: Sequence[GradedItem], metric: str = "accuracy", *, seed: int = 0) -> Paired:
-    """`first`'s figure over `second`'s; None where that is 0. Raises UnusableInput as `difference` does."""
+    """`first`'s figure over `second`'s; None where that is not above 0. Raises UnusableInput as `difference` does."""
     draws_R2, num_items = _draws(first, second, metric, seed)
     one, other = ratio_of(metric, first), ratio_of(metric, second)
-    if one is None or not other or math.isinf(other):
+    if one is None or other is None or other <= 0 or math.isinf(other):
         return Paired(metric, num_items, None, None, None, "paired bootstrap")
     with np.errstate(divide="ignore", invalid="ignore"):
         draws_R = draws_R2[:, 0] / draws_R2[:, 1]
@@ -68,7 +68,7 @@ def _draws(
     if not len(sums_G2):
         return np.empty((0, 2)), 0
     draws_R2 = ratio_draws(sums_G2, counts_G2, seed=seed)
-    return (np.nan_to_num(draws_R2, nan=0.0) if metric == "hallucination_rate" else draws_R2), len(sums_G2)
+    return (missed_nothing(draws_R2, [*first, *second]) if metric == "hallucination_rate" else draws_R2), len(sums_G2)
 
 
 def matched(first: Sequence[GradedItem], second: Sequence[GradedItem]) -> tuple[list[GradedItem], list[GradedItem]]:

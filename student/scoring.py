@@ -97,6 +97,13 @@ RATIOS: Mapping[str, Callable[[GradedItem], Share]] = {
 }  # fmt: skip
 
 
+PROPORTIONS = {
+    "accuracy", "hallucination_rate", "abstention_rate", "unknown_abstention_rate", "over_refusal_rate", "truncation_rate",
+}  # fmt: skip
+"""Shares of attempts. Where all of them fall one way every draw does, and three items would be certain: then the interval is
+Wilson's, over items."""
+
+
 @dataclass(frozen=True, slots=True)
 class Metrics:
     """One model on one set of items. Rates are in [0, 1]; a figure without items to stand on is None, never 0.
@@ -243,7 +250,7 @@ def ratio_of(metric: str, items: Sequence[GradedItem]) -> float | None:
     if count:
         return total / count
     if metric == "hallucination_rate":
-        return 0.0 if any(item.known is not None for item in items) else None
+        return 0.0 if any(item.known is not None and item.grade is not Grade.UNGRADED for item in items) else None
     spends = metric == "cost_per_completed_task" and any(item.cost is not None for item in items)
     return math.inf if total > 0 or spends else None
 
@@ -252,15 +259,26 @@ def _ratios(items: Sequence[GradedItem], seed: int) -> tuple[dict[str, float | N
     figures = {metric: ratio_of(metric, items) for metric in RATIOS}
     if not items:
         return figures, {}
-    draws_RM = ratio_draws(*ratio_sums(items, RATIOS), seed=seed)
+    sums_GM, counts_GM = ratio_sums(items, RATIOS)
+    draws_RM = ratio_draws(sums_GM, counts_GM, seed=seed)
     intervals = {}
     for column, metric in enumerate(RATIOS):
         draws_R = draws_RM[:, column]
-        if metric == "hallucination_rate" and figures[metric] is not None:
-            draws_R = np.nan_to_num(draws_R, nan=0.0)
-        if figures[metric] is not None and (interval := interval_of(draws_R)) is not None:
+        if metric == "hallucination_rate":
+            draws_R = missed_nothing(draws_R, items)
+        if (value := figures[metric]) is not None and (interval := interval_of(draws_R)) is not None:
             intervals[metric] = interval
+            num_items = int(np.count_nonzero(counts_GM[:, column]))  # none: nothing was missed, and nothing made up
+            if metric in PROPORTIONS and num_items and interval == (value, value) and value in (0.0, 1.0):
+                intervals[metric] = Interval(*calibration.wilson_interval(round(value * num_items), num_items))
     return figures, intervals
+
+
+def missed_nothing(draws: np.ndarray, items: Sequence[GradedItem]) -> np.ndarray:
+    """Draws of a hallucination rate in which nothing was missed are 0, where all of the closed book is graded; otherwise nobody
+    knows which of them only drew what is ungraded, and they stay NaN."""
+    is_graded = all(item.grade is not Grade.UNGRADED for item in items if item.known is not None)
+    return np.nan_to_num(draws, nan=0.0) if is_graded else draws
 
 
 def _confidence(items: Sequence[GradedItem], seed: int) -> tuple[dict[str, float | None], dict[str, Interval]]:

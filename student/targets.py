@@ -13,7 +13,7 @@ from data.records import digest
 from data.store import RunFolder, sha256_file
 from student.folders import resolve, weights_sha256
 
-ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 class TargetSpec(NamedTuple):
@@ -36,7 +36,11 @@ class TargetSpec(NamedTuple):
         if self.server is not None:
             return digest("server", list(self.server.urls), self.server.servers_file, self.server.model)
         assert self.folder is not None
-        return weights_sha256(self.folder) + (sha256_file(self.adapter / "adapter_model.safetensors") if self.adapter else "")
+        if self.adapter is None:
+            return weights_sha256(self.folder)
+        if not (self.adapter / ADAPTER_WEIGHTS).is_file():
+            raise UnusableInput(f"{self.name}: no {ADAPTER_WEIGHTS} in {self.adapter}; expected a PEFT folder")
+        return weights_sha256(self.folder) + sha256_file(self.adapter / ADAPTER_WEIGHTS)
 
 
 def target_spec(recipe: Recipe, run: RunFolder, name: str) -> TargetSpec:
@@ -84,13 +88,15 @@ def _spec(recipe: Recipe, run: RunFolder, name: str) -> TargetSpec:
 def _other(recipe: Recipe, name: str, other: OtherModel) -> TargetSpec:
     if other.server is not None:
         tokenizer = other.tokenizer or recipe.student.model
-        return TargetSpec(name, name, "server", server=other.server, tokenizer=str(resolve(tokenizer)) if tokenizer else "")
+        return TargetSpec(
+            name, f"model.{name}", "server", server=other.server, tokenizer=str(resolve(tokenizer)) if tokenizer else ""
+        )
     assert other.folder is not None
     adapter = None if other.adapter is None else Path(other.adapter)
     if adapter is not None and not (adapter / ADAPTER_CONFIG).is_file():
         raise UnusableInput(f"evaluate.models.{name}.adapter {adapter}: no {ADAPTER_CONFIG}; expected a PEFT folder")
     folder = resolve(other.folder, f"evaluate.models.{name}.folder")
-    return TargetSpec(name, name, "local", folder, adapter, other.dtype)
+    return TargetSpec(name, f"model.{name}", "local", folder, adapter, other.dtype)
 
 
 def _folder(recipe: Recipe, folder: Path) -> TargetSpec:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from configs import schema
 from configs.errors import UnusableInput
@@ -110,10 +110,10 @@ def open_local_engine(
     *,
     dtype: Literal["fp32", "bf16", "fp16"],
     batch_size: int,
-    adapter: Path | None = None,
+    adapt: Callable[[PreTrainedModel], PreTrainedModel] | None = None,
     cache_bytes: int | None = None,
 ) -> Engine:
-    """Any causal language model in a folder, in this process; `adapter` (PEFT) is merged in memory."""
+    """Any causal language model in a folder, in this process; `adapt` changes its weights first."""
     from teacher.local_engine import LocalEngine
 
-    return LocalEngine(folder, dtype=dtype, batch_size=batch_size, adapter=adapter, cache_bytes=cache_bytes)  # type: ignore[arg-type]
+    return LocalEngine(folder, dtype=dtype, batch_size=batch_size, adapt=adapt, cache_bytes=cache_bytes)  # type: ignore[arg-type]

@@ -2,7 +2,7 @@
 student or an export is asked."""
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -10,15 +10,17 @@ import transformers
 from transformers import PreTrainedModel
 
 from data.engine import Completion, ExpertStats, Handout, Request, Scores
-from teacher.runner import Dtype, Runner, build_runner, read_config, read_model
+from teacher.runner import DTYPES, Dtype, Runner, build_runner, read_config, read_model
 
 log = logging.getLogger(__name__)
+
+Adapt = Callable[[PreTrainedModel], PreTrainedModel]
 
 
 class LocalEngine:
     """A causal language model from a folder. batch_size: decode slots. max_length: prompt and output tokens a request
-    may hold, at most the model's positions. cache_bytes: most that the cache may take. adapter: a PEFT folder, merged
-    into the weights in memory."""
+    may hold, at most the model's positions. cache_bytes: most that the cache may take. adapt: what becomes of
+    the weights, in float32, before anything is computed."""
 
     name = "local"
     version = f"transformers {transformers.__version__}"
@@ -30,11 +32,11 @@ class LocalEngine:
         dtype: Dtype = "fp32",
         batch_size: int = 64,
         max_length: int | None = None,
-        adapter: Path | None = None,
+        adapt: Adapt | None = None,
         device: str | None = None,
         cache_bytes: int | None = None,
     ) -> None:
-        self.model_dir, self.batch_size, self.max_length, self.adapter = model_dir, batch_size, max_length, adapter
+        self.model_dir, self.batch_size, self.max_length, self.adapt = model_dir, batch_size, max_length, adapt
         self.dtype: Dtype = dtype
         self.cache_bytes = cache_bytes
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -49,7 +51,7 @@ class LocalEngine:
     def load(self) -> None:
         """Reads the weights; a second call does nothing. Raises UnusableInput for a folder that holds no model."""
         if self._runner is None:
-            model = load_model(self.model_dir, self.dtype, self.device, self.adapter)
+            model = load_model(self.model_dir, self.dtype, self.device, self.adapt)
             self._runner = build_runner(
                 model,
                 model,
@@ -78,20 +80,15 @@ class LocalEngine:
             self._runner = None
 
 
-def load_model(model_dir: Path, dtype: Dtype, device: torch.device, adapter: Path | None = None) -> PreTrainedModel:
-    """The model on the device, in evaluation mode."""
-    model = read_model(model_dir, read_config(model_dir), dtype)
-    if adapter is not None:
-        model = merge_adapter(model, adapter)
+def load_model(model_dir: Path, dtype: Dtype, device: torch.device, adapt: Adapt | None = None) -> PreTrainedModel:
+    """The model on the device, in evaluation mode. It is adapted in float32 and rounded once: in bf16 an adapter whose lora_B has
+    a standard deviation of 1e-4 loses half its effect."""
+    config = read_config(model_dir)
+    if adapt is None:
+        model = read_model(model_dir, config, dtype)
+    else:
+        model = adapt(read_model(model_dir, config, "fp32"))
+        for parameter in model.parameters():  # not `model.to(dtype)`: rotary frequencies are buffers, and stay in float32
+            parameter.data = parameter.data.to(DTYPES[dtype])
     model.to(device)  # type: ignore[arg-type]  (transformers' decorated `to` hides its self)
     return model.eval()
-
-
-def merge_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
-    """The model with a PEFT adapter folded into its weights. In float32 that is exact to rounding; in bf16 an adapter
-    whose lora_B has a standard deviation of 1e-4 loses half its effect."""
-    from peft import PeftModel  # late: peft is slow to import and only students need it
-
-    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    assert isinstance(merged, PreTrainedModel)
-    return merged

@@ -359,3 +359,18 @@ def test_confidence_is_the_likelihood_of_the_answer_by_the_token() -> None:
     assert answer_confidence((-9.0, -9.0, -0.5, -1.5), 2) == pytest.approx(math.exp(-1.0), abs=1e-12)
     assert answer_confidence((-0.5, math.nan, -9999.0), 0) == pytest.approx(math.exp(-10.25), abs=1e-12)
     assert answer_confidence((), 0) is None and answer_confidence((-0.5,), 1) is None
+
+
+def test_what_the_engine_failed_in_is_asked_again_and_what_ended_is_not(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """A server that is down answers nobody; the next start finds it well."""
+    run, items = RunFolder(tmp_path), numbered(5)
+    down = ScriptedEngine(tokenizer, lambda question: ("", "abort") if question in ("say 1", "say 3") else echo(question))
+    figures = run_evaluation(down, items, run)
+    assert figures.grades["ungraded"] == 2
+    well = ScriptedEngine(tokenizer, echo)
+    figures = run_evaluation(well, items, run)
+    assert len(well.asked) == 2 and figures.grades == {"correct": 5}
+    again = ScriptedEngine(tokenizer, echo)
+    assert run_evaluation(again, items, run) == figures and not again.asked

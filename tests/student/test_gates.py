@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from configs.errors import Refused, UnusableInput
-from configs.evaluation import Gate, Headroom, read_gate
+from configs.evaluation import Evaluate, Gate, Headroom, read_gate
 from student.gates import Evaluated, check_slices, gate_table, headroom_refusal, judge, require, unmeasured
 from student.grades import Grade, GradedItem
 from student.paired import difference
@@ -120,7 +120,9 @@ def test_a_teacher_that_is_no_better_by_more_than_chance_is_not_distilled() -> N
     assert refused(Headroom(), better, base) is None
     refusal = refused(Headroom(), evaluated(11, 29, 0, 0), base)
     assert refusal is not None and refusal.exit_code == 3
-    assert "accuracy of the teacher above the base's 0.025 (0 to 0.075, 40 items); expected the lower end above 0" in str(refusal)
+    assert "accuracy of the teacher above the base's 0.025 (0 to 0.075, 40 items, p 1); expected the lower end above 0" in str(
+        refusal
+    )
     assert refused(Headroom(above=0.6), better, base) is not None
     nothing = refused(Headroom(metric="omniscience_index"), better, base)
     assert nothing is not None and "was not measured on 40 items" in str(nothing)
@@ -133,3 +135,40 @@ def test_a_gate_on_a_slice_that_no_item_is_in_is_named_with_those_there_are() ->
     assert "'accuracy above base in unsen': no evaluation item is in slice 'unsen'; expected one of facts, places, x" in str(
         raised.value
     )
+
+
+def ungraded(declined: int, unknown: int) -> Evaluated:
+    grades = [Grade.NOT_ATTEMPTED] * declined + [Grade.UNGRADED] * unknown
+    items = [GradedItem("facts/finance", True, grade, 4, 6, "stop", f"item {number}") for number, grade in enumerate(grades)]
+    return Evaluated(measure(items), items)
+
+
+@pytest.mark.parametrize(("declined", "unknown", "passes"), [(0, 50, False), (1, 88, False), (19, 1, True), (9, 1, False)])
+def test_what_was_not_graded_passes_no_gate(declined: int, unknown: int, passes: bool) -> None:
+    gates = {"hallucination_rate in finance": Gate(max=0.3), "accuracy": Gate(min=0.0)}
+    assert [row.passed for row in judge(gates, student=ungraded(declined, unknown))] == [passes, passes]
+    if not declined:
+        assert ungraded(0, unknown).metrics.hallucination_rate is None
+
+
+def test_three_right_answers_are_not_99_percent() -> None:
+    three = evaluated(3, 0, 0, 3)
+    gates = {"accuracy": Gate(min=0.99, interval=True), "hallucination_rate": Gate(max=0.01, interval=True)}
+    rows = judge(gates, student=three)
+    assert [(row.value, row.passed) for row in rows] == [(1.0, False), (0.0, False)]
+    assert rows[0].low == pytest.approx(3 / (3 + 1.959963984540054**2), abs=1e-9)  # Wilson's for 3 of 3
+
+
+def test_two_items_do_not_show_that_the_teacher_is_better() -> None:
+    refusal = refused(Headroom(), evaluated(2, 0, 0, 0), evaluated(0, 2, 0, 0))
+    assert refusal is not None and "2 items, p 0.5" in str(refusal)
+
+
+def test_a_share_of_what_is_below_nothing_is_not_measured() -> None:
+    rows = judge({"omniscience_index of teacher": Gate(min=0.8)}, student=evaluated(0, 0, 10, 0), teacher=evaluated(0, 0, 1, 9))
+    assert rows[0].value is None and not rows[0].passed
+
+
+def test_an_interval_that_no_comparison_has_cannot_be_asked_for() -> None:
+    with pytest.raises(ValueError, match="the difference of two models' twin_gap has no interval; leave interval out"):
+        Evaluate.model_validate({"gates": {"twin_gap above base": {"max": 0.3, "interval": True}}})

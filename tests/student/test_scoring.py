@@ -116,9 +116,11 @@ def test_the_grade_follows_from_what_was_asked_and_said(
 @settings(max_examples=25, deadline=None)
 def test_rates_stay_in_range_and_intervals_too(grades: list[Grade]) -> None:
     figures = measure([item("facts/x", True, grade) for grade in grades], seed=1)
-    assert figures.hallucination_rate is not None and 0.0 <= figures.hallucination_rate <= 1.0
-    low, high = figures.intervals["hallucination_rate"]
-    assert 0.0 <= low <= high <= 1.0
+    assert (figures.hallucination_rate is None) == (set(grades) == {U})
+    assert figures.hallucination_rate is None or 0.0 <= figures.hallucination_rate <= 1.0
+    if U not in grades:
+        low, high = figures.intervals["hallucination_rate"]
+        assert 0.0 <= low <= high <= 1.0
     assert figures.omniscience_index is not None and -100.0 <= figures.omniscience_index <= 100.0
 
 
@@ -202,9 +204,16 @@ def test_the_bootstrap_is_seeded_and_near_the_normal_interval_for_many_items() -
     assert first.high == pytest.approx(0.3 + half_width, abs=0.1 * half_width)
 
 
-def test_the_bootstrap_of_certainty_is_a_point() -> None:
-    assert measure([item("sums", None, C)] * 5).intervals["accuracy"] == (1.0, 1.0)
-    assert measure([item("facts/x", True, U)] * 4).intervals["hallucination_rate"] == (0.0, 0.0)
+def test_where_every_draw_is_the_same_the_interval_is_wilsons() -> None:
+    """z^2 = 3.8415: of 5 right ones out of 5 the lower end is 5 / (5 + z^2). Attempts at one item are one witness."""
+    z2 = 1.959963984540054**2
+    assert measure([item("sums", None, C)] * 5).intervals["accuracy"] == pytest.approx((5 / (5 + z2), 1.0), abs=1e-9)
+    declined = measure([item("facts/x", True, NA)] * 4).intervals["hallucination_rate"]
+    assert declined == pytest.approx((0.0, z2 / (4 + z2)), abs=1e-9)
+    asked_often = [dataclasses.replace(item("sums", None, C), item="one", sample=sample) for sample in range(8)]
+    assert measure(asked_often).intervals["accuracy"] == pytest.approx((1 / (1 + z2), 1.0), abs=1e-9)
+    nothing_missed = measure([item("facts/x", True, C)] * 3).intervals["hallucination_rate"]
+    assert nothing_missed == (0.0, 0.0)
 
 
 def test_draws_of_ratios_equal_drawing_the_groups_one_by_one() -> None:

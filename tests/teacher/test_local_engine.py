@@ -1,15 +1,18 @@
 """Loading: folders, adapters, vocabularies."""
 
+import functools
 from pathlib import Path
 
 import peft
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from configs.errors import UnusableInput
 from data.byte_tokenizer import build_byte_tokenizer
 from data.engine import Engine, Request
+from student.export import merged_with
 from teacher.local_engine import LocalEngine
 from teacher.runner import banned_ids
 from tests.teacher.models import save_random_model
@@ -27,6 +30,34 @@ def test_it_is_an_engine(qwen_folder: Path) -> None:
     engine.close()
 
 
+def test_an_adapter_is_merged_before_the_weights_are_rounded(qwen_folder: Path) -> None:
+    """A change of 1e-4 to the weights is less than half a unit of bf16 where it is added to a rounded one."""
+    seen: list[torch.dtype] = []
+
+    def adapt(model: PreTrainedModel) -> PreTrainedModel:
+        seen.extend(parameter.dtype for parameter in model.parameters())
+        return model
+
+    adapted = LocalEngine(qwen_folder, dtype="bf16", adapt=adapt).score([tuple(range(6, 30))])
+    assert set(seen) == {torch.float32}
+    assert adapted == LocalEngine(qwen_folder, dtype="bf16").score([tuple(range(6, 30))])
+
+
+def test_an_adapter_that_fits_nothing_is_refused(qwen_folder: Path, tmp_path: Path) -> None:
+    """Its keys renamed, PEFT loads none of them, and the base would be measured as the student; a torn file is one line too."""
+    config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(qwen_folder, dtype=torch.float32), config)
+    adapted.save_pretrained(str(tmp_path))
+    weights = tmp_path / "adapter_model.safetensors"
+    save_file({name.replace("base_model", "other"): tensor for name, tensor in load_file(weights).items()}, weights)
+    engine = LocalEngine(qwen_folder, adapt=functools.partial(merged_with, tmp_path))
+    with pytest.raises(UnusableInput, match="its tensors do not fit this base"):
+        engine.load()
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(UnusableInput, match="its tensors do not fit this base"):
+        engine.load()
+
+
 def test_an_adapter_is_merged_in_memory(qwen_folder: Path, tmp_path: Path) -> None:
     """Scores equal those of the model with the adapter beside its weights; the folder's weights are untouched."""
     torch.manual_seed(1)
@@ -37,7 +68,8 @@ def test_an_adapter_is_merged_in_memory(qwen_folder: Path, tmp_path: Path) -> No
     ids = torch.tensor([sequence])
     with torch.no_grad():
         logprobs = adapted(ids).logits.double().log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[:, 0]
-    (scores,) = LocalEngine(qwen_folder, adapter=tmp_path).score([sequence])
+    engine = LocalEngine(qwen_folder, adapt=functools.partial(merged_with, tmp_path))
+    (scores,) = engine.score([sequence])
     (plain,) = LocalEngine(qwen_folder).score([sequence])
     assert scores.logprobs[1:] == pytest.approx(logprobs.tolist(), abs=1e-4)
     assert plain.logprobs[1:] != pytest.approx(scores.logprobs[1:], abs=1e-2)
