@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from configs.errors import UnusableInput
 from configs.progress import Display
 from data.stage import Context
-from data.store import write_bytes, write_json
+from data.store import read_json, read_rollup, write_bytes, write_json
 from student.depth import accuracy_by_depth, depth_rows
 from student.figures import aligned, cell, figure_rows, lm_eval_rows, markdown_table
 from student.gates import Evaluated
@@ -33,8 +33,11 @@ def compare_models(context: Context, names: Sequence[str], open_target: OpenTarg
     if len(names) < 2 or len(set(names)) < len(names):
         raise UnusableInput(f"evaluate --compare {' '.join(names)}: expected two models or more, each once")
     specs = {name: target_spec(context.recipe, context.run, name) for name in names}
-    with Display("compare", "items", context.console) as display:
-        evaluate_models(context, names, open_target, display.show)
+    if shared := [name for name in names if [one.file for one in specs.values()].count(specs[name].file) > 1]:
+        raise UnusableInput(f"evaluate --compare {' '.join(shared)}: one model under several names; expected each once")
+    if asked := [name for name in names if not is_sealed(context, specs[name].file, open_target(context, name).fingerprint)]:
+        with Display("compare", "items", context.console) as display:
+            evaluate_models(context, asked, open_target, display.show)
     found = {name: read_evaluated(context.run, spec.file) for name, spec in specs.items()}
     evaluated = {name: one for name, one in found.items() if one is not None}
     first, *others = names
@@ -56,6 +59,18 @@ def compare_models(context: Context, names: Sequence[str], open_target: OpenTarg
     write_bytes(path, ("\n\n".join(markdown_table(table[0], table[1:]) for table in tables) + "\n").encode())
     write_json(path.with_suffix(".json"), values)
     return Compared("\n\n".join(map(aligned, tables)), path, values)
+
+
+def is_sealed(context: Context, file: str, fingerprint: str) -> bool:
+    """Whether a finished stage has this model's figures. They stay as they are, whatever has changed since in how a model is
+    asked: the next stage would call a sealed file that differs damage."""
+    name = f"evaluation/{file}.json"
+    sealed = any(
+        name in rollup.files
+        for folder in (context.run.evaluation, context.run.export)
+        if (rollup := read_rollup(folder)) is not None
+    )
+    return sealed and read_json(context.run.root / name)["harness"]["model_fingerprint"] == fingerprint
 
 
 def comparison_rows(evaluated: Mapping[str, Evaluated], paired: Mapping[str, Sequence[Paired]]) -> list[list[str]]:

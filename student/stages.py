@@ -68,7 +68,9 @@ def evaluate_models(
 
     items = read_prompts(context.run, "eval")
     if not items:
-        raise UnusableInput("evaluate.suites: no evaluation item in the prompt set; expected at least one suite")
+        raise UnusableInput(
+            "evaluate.suites: no evaluation item in the prompt set; expected at least one suite of items, beside those of lm_eval"
+        )
     measured: dict[str, Metrics] = {}
     with PromptSet.open(context.run) as prompts:
         taught = trained_families(prompts)

@@ -63,7 +63,7 @@ def _spec(recipe: Recipe, run: RunFolder, name: str) -> TargetSpec:
     if name.partition("/")[0] == "export":
         chosen = name.partition("/")[2] or recipe.export.formats[0]
         folder = run.export / chosen
-        if not folder.is_dir():
+        if "/" in chosen or not folder.is_dir():
             made = sorted(path.name for path in run.export.glob("[!.]*") if path.is_dir())
             raise UnusableInput(
                 f"{name}: {folder} is not there; expected one of {', '.join(made) or 'none yet'}: tracestill export"
