@@ -174,18 +174,19 @@ def _tag(error: ErrorDetails) -> object:
 
 
 def _known_keys(location: list[int | str]) -> list[str]:
-    """Field names of the model at `location` in the schema, unions and lists looked through."""
+    """Field names of the model at `location` in the schema, unions, lists and named sections looked through."""
     models: list[type[BaseModel]] = [Recipe]
     for part in location:
         if isinstance(part, int):
             continue
         tagged = [model for model in models if "type" in model.model_fields and model.model_fields["type"].default == part]
-        models = tagged or [
+        children = [
             child
             for model in models
             if part in model.model_fields
             for child in _models_in(model.model_fields[str(part)].annotation)
         ]
+        models = tagged or children or models  # a name that a recipe gave (evaluate.models) is no field
     return [name for model in models for name in model.model_fields]
 
 

@@ -46,15 +46,16 @@ def compare_models(context: Context, names: Sequence[str], open_target: OpenTarg
         name: [difference(evaluated[name].items, evaluated[first].items, metric, seed=seed) for metric in PAIRED]
         for name in others
     }
+    lm_eval = {name: read_lm_eval(context.run, spec.file) for name, spec in specs.items()}
     values = {
         "models": {name: one.metrics.to_json() for name, one in evaluated.items()},
         "accuracy_by_depth": {name: accuracy_by_depth(one.items) for name, one in evaluated.items()},
+        "lm_eval": {name: one for name, one in lm_eval.items() if one is not None},
         "against": first,
         "paired": {name: [one._asdict() for one in tests] for name, tests in paired.items()},
     }
     rows = comparison_rows(evaluated, paired)
-    lm_eval = lm_eval_rows({name: read_lm_eval(context.run, spec.file) for name, spec in specs.items()})
-    tables = [rows, *([lm_eval] if lm_eval else [])]
+    tables = [rows, *([table] if (table := lm_eval_rows(lm_eval)) else [])]
     path = context.run.evaluation / "comparison.md"
     write_bytes(path, ("\n\n".join(markdown_table(table[0], table[1:]) for table in tables) + "\n").encode())
     write_json(path.with_suffix(".json"), values)

@@ -38,6 +38,8 @@ def write(folder: Path, text: str) -> str:
         ("name: x\ndata: {filters: [lenght]}", "data.filters.0: unknown value 'lenght'; did you mean length?"),
         ("name: x\ntrain: {lr: .inf}", "train.lr: input should be a finite number"),
         ("name: x\ngenerate: {prompts: [{type: jsonl, path: a, cuont: 3}]}", "cuont: unknown key; did you mean count?"),
+        ("name: x\nevaluate: {models: {mine: {foldr: a}}}", "evaluate.models.mine.foldr: unknown key; did you mean folder?"),
+        ("name: x\nevaluate: {gates: {accuracy: {mn: 1}}}", "evaluate.gates.accuracy.mn: unknown key; did you mean min?"),
         (
             "name: x\nevaluate: {gates: {acuracy: {min: 0.5}}}",
             "evaluate: gate 'acuracy': expected METRIC [of|above teacher|base] [in SLICE], such as",

@@ -104,4 +104,5 @@ def test_everything_is_evaluated_without_a_network(finished: RunFolder, tmp_path
     said = evaluated("base", "student", "--compare")
     assert [line.split(",")[0] for line in said.splitlines() if " of 3" in line] == sorted(TASKS), said
     assert "| choices, acc |" in (run.evaluation / "comparison.md").read_text()
+    assert set(json.loads((run.evaluation / "comparison.json").read_text())["lm_eval"]) == {"base", "student"}
     assert figures_before == {path: path.read_bytes() for path in run.evaluation.glob("*.lm_eval.json")}

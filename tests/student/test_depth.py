@@ -249,6 +249,7 @@ def test_comparison_and_card_show_it(finished: Finished) -> None:
     assert lines[f"{DOCUMENTS}, lost in the middle"].count("+0.0 points") == 2
     assert "accuracy in middle" in lines  # what a gate is about: all tasks, the ungraded too
     assert read_json(compared.path.with_suffix(".json"))["accuracy_by_depth"]["base"][BUGS]["middle"]["correct"] == 0
+    assert read_json(compared.path.with_suffix(".json"))["lm_eval"] == {}
     metrics = {
         name: one.metrics for name in ("teacher", "base", "student") if (one := read_evaluated(context.run, name)) is not None
     }
