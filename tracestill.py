@@ -5,6 +5,7 @@ gates, an export. Try it: tracestill run embedded"""
 # another: engines from teacher/, judgements from student/. Whatever is heavy is imported by the command that needs it, so that
 # `--help` answers without torch. A command that needs one package alone lies there, in its commands.py.
 
+import contextlib
 import errno
 import json
 import os
@@ -22,6 +23,7 @@ from configs.options import AsJson, Config, DryRun, Overrides, RunDir, RunFolder
 from data.commands import data_app
 from data.invocation import Invocation, existing_run, print_plan, run_one
 from generate.commands import generate, generate_stage, is_not_the_first_node, prompts, prompts_stage
+from slurm.commands import cancel, logs, print_scripts, status, submit_run
 from teacher.commands import Planned, plan_teacher, prepare
 from train.commands import mask_pages, train, train_stage
 
@@ -47,7 +49,7 @@ def application() -> typer.Typer:
     )
     commands = {
         "run": run, "prompts": prompts, "generate": generate, "train": train, "evaluate": evaluate, "export": export,
-        "report": report, "submit": submit, "plan": plan, "prepare": prepare,
+        "report": report, "submit": submit, "status": status, "logs": logs, "cancel": cancel, "plan": plan, "prepare": prepare,
     }  # fmt: skip
     for name, command in commands.items():
         app.command(name)(command)
@@ -311,17 +313,36 @@ def report(run_dir: RunFolderArgument, as_json: AsJson = False) -> None:
 # --- before a GPU is touched -------------------------------------------------------------------------------------
 
 
-def submit(config: Config, overrides: Overrides = None, run_dir: RunDir = None, dry_run: DryRun = False) -> None:
-    """The same stages as a chain of Slurm jobs; --dry-run prints the scripts."""
-    from slurm.submit import render_scripts
+def submit(
+    config: Config,
+    overrides: Overrides = None,
+    run_dir: RunDir = None,
+    dry_run: DryRun = False,
+    first: Annotated[str | None, typer.Option("--from", metavar="STAGE", help="This stage and those after it.")] = None,
+    only: Annotated[str | None, typer.Option("--only", metavar="STAGE", help="This stage alone.")] = None,
+    max_nodes: Annotated[int | None, typer.Option("--max-nodes", min=1, help="Nodes held at the same time.")] = None,
+) -> None:
+    """The same stages as a chain of Slurm jobs; again: attaches to what runs and submits what is missing."""
+    named = Invocation(config, overrides, run_dir)
+    if dry_run:
+        print_scripts(named, max_nodes, (first, only), _planned_hours)
+    else:
+        submit_run(named, max_nodes, first, only)
 
-    context = Invocation(config, overrides, run_dir).look()
-    if not dry_run:
-        raise UnusableInput(
-            "submit: this release renders the scripts only; run it with --dry-run and hand them to sbatch in order"
-        )
-    for script in render_scripts(context.recipe, config=context.config, overrides=overrides or [], run=context.run):
-        print(f"# ---- {script.stage}.sbatch {'-' * (80 - len(script.stage))}\n{script.text}")
+
+def _planned_hours(recipe: "Recipe") -> dict[str, float]:
+    """Of the stages that a plan has hours of; none of a model that cannot be planned."""
+    from student.plan import plan_student
+    from teacher.plan import plan_recipe
+
+    hours = {}
+    with contextlib.suppress(UnusableInput):
+        if (cost := plan_recipe(recipe).cost) is not None:
+            hours["generate"] = cost.hours
+    with contextlib.suppress(UnusableInput):
+        if (rate := plan_student(recipe).rate) is not None:
+            hours["train"] = rate.hours
+    return hours
 
 
 def plan(

@@ -1,6 +1,8 @@
 """Progress across processes: a worker leaves its counts in a small file, whoever started it draws them."""
 
+import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -12,6 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 PLAIN_INTERVAL_S = 10.0
 WRITE_INTERVAL_S = 0.5
+BEAT_VARIABLE = "TRACESTILL_BEAT"
+"""Names a file that a stage's count is written to when it has changed: whoever watches over the process looks at its age."""
 
 
 class Count(NamedTuple):
@@ -44,11 +48,15 @@ def file_reporter(path: Path) -> Report:
         if count.done < count.total and now - last < WRITE_INTERVAL_S:
             return
         last = now
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(count))
-        temporary.replace(path)
+        _replace(path, json.dumps(count))
 
     return report
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def read_counts(paths: list[Path]) -> Count | None:
@@ -72,6 +80,9 @@ class Display:
         self.stage, self.unit, self.console = stage, unit, console
         self.started, self.first_done, self.last_line = time.monotonic(), None, 0.0
         self.counted = ""
+        self.beat = Path(os.environ[BEAT_VARIABLE]) if os.environ.get(BEAT_VARIABLE) else None
+        self.last_count: Count | None = None
+        self.last_beat = 0.0
         self.bar: Progress | None = None
         self.task: TaskID | None = None
         if console.is_terminal:
@@ -96,6 +107,7 @@ class Display:
         if self.first_done is None or count.unit != self.counted:  # from now on another thing is counted
             self.first_done, self.started, self.counted = count.done, now, count.unit
         rate, unit = (count.done - self.first_done) / max(now - self.started, 1e-9), count.unit or self.unit
+        self._live(count, rate, unit, now)
         if self.bar is not None and self.task is not None:
             said = f"{rate:.1f} {unit}/s"
             self.bar.update(self.task, completed=count.done, total=count.total, rate=said, note=count.remark)
@@ -107,3 +119,19 @@ class Display:
                 file=sys.stderr,
                 flush=True,
             )
+
+    def _live(self, count: Count, rate: float, unit: str, now: float) -> None:
+        """A sign of life for whoever watches: only where something has changed since the last one, at most twice a second."""
+        if self.beat is None or count == self.last_count or now - self.last_beat < WRITE_INTERVAL_S:
+            return
+        self.last_count, self.last_beat = count, now
+        values = {
+            "stage": self.stage,
+            "done": count.done,
+            "total": count.total,
+            "unit": unit,
+            "per_s": rate,
+            "note": count.remark,
+        }
+        with contextlib.suppress(OSError):  # a display; the stage itself finds out that the disk is full
+            _replace(self.beat, json.dumps(values))

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from configs.cluster import Slurm
 from configs.engines import TORCHRUN_GRACE_S, DeepSpeedEngine, HttpEngine, LocalEngine
 from configs.evaluation import Evaluate
 from configs.exports import Export
@@ -229,21 +230,6 @@ class Data(WithViews):
         if twice := sorted({name for name in types if types.count(name) > 1}):
             raise ValueError(f"filters name {twice[0]} twice; expected each type once: put all its bounds into one section")
         return self
-
-
-# --- cluster ------------------------------------------------------------------------------------------------------
-
-
-class Slurm(Section):
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    gres: str | None = None
-    """For example `gpu:h200:8`; absent on CPU partitions."""
-    time_limit: str = "24:00:00"
-    cpus_per_task: PositiveInt = 2
-    setup: tuple[str, ...] = ()
-    """Shell lines before each stage: module loads, container, virtual environment."""
 
 
 # --- the whole run -----------------------------------------------------------------------------------------------

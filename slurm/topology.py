@@ -1,37 +1,74 @@
-"""What each stage needs of a cluster: nodes and tasks, derived from the recipe alone."""
+"""The stages of a chain: what each runs, what it reads, what it makes, and what it needs of a cluster. From the recipe alone."""
 
 from typing import NamedTuple
 
-from configs.schema import DeepSpeedEngine, Recipe
+from configs.cluster import StageName
+from configs.schema import DeepSpeedEngine, HttpEngine, Recipe
 
-STAGES = ("prompts", "headroom", "generate", "data", "train", "evaluate", "export", "report")
+
+class StageSpec(NamedTuple):
+    """command: of tracestill. input: the folder of the run whose manifest proves that the stage before has finished. output:
+    the folder that the stage seals; None where it seals none. judges: it may refuse although its output is whole."""
+
+    name: StageName
+    command: tuple[str, ...]
+    input: str | None
+    output: str | None
+    judges: bool = False
+
+
+SPECS: dict[StageName, StageSpec] = {
+    spec.name: spec
+    for spec in (
+        StageSpec("prompts", ("prompts",), None, "prompts"),
+        StageSpec("prepare", ("prepare",), None, None),
+        StageSpec("headroom", ("evaluate", "--headroom"), "prompts", "headroom", judges=True),
+        StageSpec("canary", ("generate", "--canary"), "prompts", None, judges=True),
+        StageSpec("generate", ("generate",), "prompts", "traces"),
+        StageSpec("data", ("data", "build"), "traces", "dataset"),
+        StageSpec("train", ("train",), "dataset", "checkpoints"),
+        StageSpec("evaluate", ("evaluate",), "checkpoints", "evaluation", judges=True),
+        StageSpec("export", ("export",), "evaluation", "export"),
+        StageSpec("report", ("report",), None, None),
+    )
+}
+STAGES: tuple[StageName, ...] = tuple(SPECS)
 
 
 class Shape(NamedTuple):
-    """One job's size. torchrun starts `processes` ranks on each of `nodes` nodes; 0 means a plain process."""
+    """One job's size. torchrun starts `processes` ranks on each of `nodes` nodes; 0 means a plain process. jobs: how many of
+    the kind may work at the same time."""
 
     nodes: int
     processes: int
     uses_gpus: bool
+    jobs: int = 1
 
 
-def stages_of(recipe: Recipe) -> tuple[str, ...]:
+def stages_of(recipe: Recipe) -> tuple[StageName, ...]:
     """Those that the recipe asks for, in order."""
-    measured = recipe.evaluate.headroom is not None and bool(recipe.evaluate.prompt_suites)
-    return tuple(stage for stage in STAGES if stage != "headroom" or measured)
-
-
-def stage_shape(recipe: Recipe, stage: str) -> Shape:
-    gpus = recipe.teacher.hardware.gpu != "cpu"
     engine = recipe.teacher.engine
+    asked = {
+        "headroom": recipe.evaluate.headroom is not None and bool(recipe.evaluate.prompt_suites),
+        "prepare": isinstance(engine, DeepSpeedEngine) and bool(engine.prepared),
+        "canary": recipe.slurm.canary is not None,
+    }
+    return tuple(stage for stage in STAGES if asked.get(stage, True))
+
+
+def stage_shape(recipe: Recipe, stage: StageName) -> Shape:
+    teacher = recipe.teacher
+    gpus = teacher.hardware.gpu != "cpu"
+    asks_servers = isinstance(teacher.engine, HttpEngine)
+    jobs = recipe.slurm.generate_jobs if stage == "generate" else 1
     match stage:
-        case "headroom" | "generate" | "evaluate" if isinstance(engine, DeepSpeedEngine):  # the teacher's own ranks
-            return Shape(recipe.teacher.hardware.nodes, recipe.teacher.ranks_per_node, gpus)
-        case "headroom" | "generate":
+        case "headroom" | "canary" | "generate" | "evaluate" if isinstance(teacher.engine, DeepSpeedEngine):  # its own ranks
+            return Shape(teacher.hardware.nodes, teacher.ranks_per_node, gpus, jobs)
+        case "canary" | "generate":
+            return Shape(1, 0, gpus and not asks_servers, jobs)
+        case "headroom" | "evaluate" | "export":  # the student answers, and is opened again, here
             return Shape(1, 0, gpus)
         case "train":
             return Shape(recipe.train.nodes, recipe.train.processes, gpus)
-        case "evaluate":
-            return Shape(1, 0, gpus)
         case _:
             return Shape(1, 0, False)

@@ -50,7 +50,12 @@ FINE = {"question": "What?", "split": "train"}
         (["run", "embedded", "-s", "student.model=weights/none"], "student.model weights/none: no such folder"),
         (["report", "nowhere"], "nowhere: not a run folder"),
         (["data", "stats", "nowhere"], "nowhere: not a run folder"),
-        (["submit", "embedded"], "--dry-run"),
+        (["submit", "embedded", "--only", "trian"], "--only trian: no stage of this recipe; expected one of prompts, headroom,"),
+        (["submit", "embedded", "--from", "train", "--only", "train"], "--from and --only: expected one of them"),
+        (["submit", "embedded", "-s", "slurm.site=none.yaml"], "slurm.site none.yaml: no such file"),
+        (["submit", "embedded", "-s", "slurm.time_limit=00:05:00"], "leaves no time to work"),
+        (["status", "nowhere"], "nowhere: not a run folder"),
+        (["cancel", "nowhere"], "nowhere: not a run folder"),
     ],
 )
 def test_a_wrong_command_line_is_one_line_and_exit_2(run, tmp_path: Path, words: list[str], message: str) -> None:  # noqa: ANN001

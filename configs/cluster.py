@@ -1,0 +1,139 @@
+"""The `slurm` section of a recipe, and a site's own YAML, which has the same keys: where jobs go, what a node needs before a
+stage starts, and how long anything may be silent."""
+
+import re
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
+
+from configs.section import Section
+
+StageName = Literal["prompts", "prepare", "headroom", "canary", "generate", "data", "train", "evaluate", "export", "report"]
+
+_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d{1,2}))?(?::(?P<third>\d{1,2}))?")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+MARGIN_S = 90
+"""Slurm sends its warning up to a minute early and some seconds late (measured, 22.05)."""
+
+
+def seconds_of(limit: str) -> int:
+    """Of Slurm's ways to write a time limit: MINUTES, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS. Raises ValueError."""
+    found = _TIME.fullmatch(limit)
+    if found is None:
+        raise ValueError(f"{limit!r} is no time of Slurm's; expected HH:MM:SS or D-HH:MM:SS")
+    days, first, second, third = (None if part is None else int(part) for part in found.group("days", "first", "second", "third"))
+    if days is not None:
+        return ((days * 24 + (first or 0)) * 60 + (second or 0)) * 60 + (third or 0)
+    if third is not None:
+        return ((first or 0) * 60 + (second or 0)) * 60 + third
+    return (first or 0) * 60 + (second or 0)
+
+
+class Job(Section):
+    """What one job asks of the cluster; what is absent is the site's default."""
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    gres: str | None = None
+    """For example `gpu:h200:8`; asked for only where a stage uses GPUs."""
+    memory: str | None = None
+    """Of a node, as sbatch's --mem reads it; `0` is all of it."""
+    time_limit: str | None = None
+    cpus_per_task: PositiveInt | None = None
+    options: tuple[str, ...] = ()
+    """Further #SBATCH lines, such as `--exclusive` or `--reservation=night`."""
+
+    @field_validator("time_limit")
+    @classmethod
+    def _slurm_can_read_it(cls, limit: str | None) -> str | None:
+        if limit is not None:
+            seconds_of(limit)
+        return limit
+
+    @field_validator("options")
+    @classmethod
+    def _options_are_options(cls, options: tuple[str, ...]) -> tuple[str, ...]:
+        for option in options:
+            if not option.startswith("-") or "\n" in option:
+                raise ValueError(f"options {option!r}: expected a line that sbatch reads, such as --exclusive")
+        return options
+
+
+class Health(Section):
+    """What every node of a job must show before a stage that uses GPUs loads anything. A node that does not is left out of this
+    run from then on, and the job goes back into the queue."""
+
+    gpus: NonNegativeInt | None = None
+    """Seen by nvidia-smi; absent: as many as the recipe's hardware has a node."""
+    gpu_memory_gib: PositiveFloat | None = None
+    """Free on each of them: what a dead job has left behind is not."""
+    memory_gib: PositiveFloat | None = None
+    """Of the node's own memory that is available."""
+    scratch_gib: PositiveFloat | None = None
+    """Free where `scratch` points to."""
+    copy_gib_s: PositiveFloat | None = None
+    """Copying from memory to memory on one core. A node with a lost memory channel or another's job on it is slow at it."""
+    command: str | None = None
+    """A shell line of the site's own; any exit code but 0 is a bad node, and its last line says why."""
+
+
+class Slurm(Job):
+    """Jobs of all stages; `stages` says otherwise for some of them."""
+
+    site: str = ""
+    """A YAML file with the keys of this section, beside the recipe or in the working directory: a cluster's values, under the
+    recipe's own."""
+    time_limit: str | None = "24:00:00"
+    cpus_per_task: PositiveInt | None = 2
+    stages: dict[StageName, Job] = Field(default={})
+    generate_jobs: PositiveInt = 1
+    """Jobs that generate at the same time, each on the teacher's nodes (or asking servers)."""
+    canary: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """A job that asks this share of the prompts before `generate`, and ends the chain where they disappoint."""
+    setup: tuple[str, ...] = ()
+    """Shell lines before each stage: module loads, a virtual environment."""
+    environment: dict[str, str] = Field(default={})
+    """Exported for each stage: NCCL and network settings."""
+    srun: tuple[str, ...] = ()
+    """Further options of srun, such as `--container-image=...`."""
+    exclude: tuple[str, ...] = ()
+    """Nodes that no job of this run is to have."""
+    scratch: str = ""
+    """A folder on each node's own disk."""
+    stage_weights: bool = False
+    """Copies the prepared shards (teacher.engine.prepared) to `scratch` once a node before they are loaded."""
+    warning_seconds: PositiveInt = 300
+    """From the warning to the time limit: what a stage has for finishing its step and writing what it holds."""
+    silence_seconds: PositiveFloat = 1800.0
+    """A stage whose counts have not moved for so long hangs: it is ended and goes back into the queue. Loading counts."""
+    health: Health | None = None
+
+    @field_validator("environment")
+    @classmethod
+    def _names_are_names(cls, environment: dict[str, str]) -> dict[str, str]:
+        for name in environment:
+            if not _VARIABLE.fullmatch(name):
+                raise ValueError(f"environment {name!r}: expected a variable's name, such as NCCL_SOCKET_IFNAME")
+        return environment
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        if self.stage_weights and not self.scratch:
+            raise ValueError("stage_weights needs scratch: a folder on each node's own disk")
+        if self.health is not None and self.health.scratch_gib is not None and not self.scratch:
+            raise ValueError("health.scratch_gib needs scratch: a folder on each node's own disk")
+        for stage, limit in [("", self.time_limit), *((f"stages.{name}.", job.time_limit) for name, job in self.stages.items())]:
+            if limit is not None and 0 < seconds_of(limit) < self.warning_seconds + MARGIN_S:
+                raise ValueError(
+                    f"{stage}time_limit {limit} leaves no time to work: warning_seconds {self.warning_seconds} and {MARGIN_S} s "
+                    "for a warning that comes early"
+                )
+        return self
+
+    def job(self, stage: StageName) -> Job:
+        """What this stage asks for: its own values over the section's."""
+        own = self.stages.get(stage, Job())
+        common = {name: getattr(self, name) for name in Job.model_fields}
+        return Job.model_validate(common | own.model_dump(exclude_unset=True) | {"options": (*self.options, *own.options)})

@@ -1,0 +1,193 @@
+"""One attempt of a job at its stage: what the batch script runs on the first node, around srun.
+
+It passes signals on, ends a step that hangs, and says in the run folder how the attempt went. Its exit code tells the script what
+to do: 0 done; 2 unusable input, 3 refused; 75 back into the queue; 130 cancelled; 1 the same command would not get further.
+
+A stage that failed for a reason of its own says 2 or 3, and stops the chain. Anything else may be the machine (a node that went
+away, a rank that fell silent, a collective that timed out, memory): it is tried again, as after an interruption, unless two
+attempts in a row have committed nothing.
+"""
+
+import argparse
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import NamedTuple
+
+from configs.errors import Interrupted, Refused, TracestillError, UnusableInput
+from configs.progress import BEAT_VARIABLE
+from data.store import ROLLUP, RunFolder
+from slurm import attempts
+from slurm.attempts import Attempt, JobFolder
+from slurm.client import SlurmFailed, call
+from slurm.progress import progress_of
+
+POLL_S = 0.25
+CANCELLED = 130
+STOPPED = (Interrupted.exit_code, 128 + signal.SIGTERM, 128 + signal.SIGUSR2)
+"""Of several nodes, srun ends those that are still stopping with SIGTERM once the first has ended with 75; the highest code
+counts."""
+END_S = 40.0
+"""From the first signal to a hung step until it is killed: a rank that still hears has its drain."""
+WARNED = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+_ERROR = re.compile(rb"^(?:\d+: )?(error: .*|slurmstepd: error: .*|srun: error: .*)$", re.MULTILINE)
+TAIL_BYTES = 1 << 16
+
+
+class Verdict(NamedTuple):
+    """code: this program's. outcome: one word for people and for `tracestill status`. reason: why, as one line."""
+
+    code: int
+    outcome: str
+    reason: str
+
+
+def judge(code: int, *, hung: str, cancelled: bool, said: str, earlier: Sequence[Attempt], before: str, after: str) -> Verdict:
+    """What becomes of the job.
+
+    code: the step's. hung: what the watchdog saw. said: the step's last word of an error. earlier: this job's other attempts,
+    oldest first. before, after: what was committed when this one began, and now.
+    """
+    if code == 0 and not hung:
+        return Verdict(0, "done", "")
+    if cancelled:
+        return Verdict(CANCELLED, "cancelled", said)
+    if code in (UnusableInput.exit_code, Refused.exit_code):
+        return Verdict(code, "refused" if code == Refused.exit_code else "unusable", said)
+    why = hung or said or f"exit code {code}"
+    asked = code in STOPPED
+    if earlier and earlier[-1].before == before == after:
+        return Verdict(TracestillError.exit_code, "stuck", f"no progress in two attempts ({after or 'nothing committed'}): {why}")
+    return Verdict(Interrupted.exit_code, "hung" if hung else "interrupted" if asked else "failed", why)
+
+
+class Step:
+    """srun and what it started. Signals that this process gets go to it; it is ended when the stage's count stands still."""
+
+    def __init__(self, command: Sequence[str], beat: Path, silence_s: float) -> None:
+        self.beat, self.silence_s = beat, silence_s
+        self.warned = False
+        self.process = subprocess.Popen(command, env=os.environ | {BEAT_VARIABLE: str(beat)})
+        for number in WARNED:
+            signal.signal(number, self._pass_on)
+
+    def _pass_on(self, number: int, _: FrameType | None) -> None:
+        """A second SIGINT makes srun end its tasks at once, so that one becomes the stage's own wish to stop."""
+        self.warned = True
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGUSR2 if number == signal.SIGINT else number)
+
+    def wait(self) -> tuple[int, str]:
+        """The step's exit code (128 + N for a signal), and what the watchdog saw; empty: nothing."""
+        last, since = self._age_mark(), time.monotonic()
+        while (code := self.process.poll()) is None:
+            time.sleep(POLL_S)
+            if (mark := self._age_mark()) != last:
+                last, since = mark, time.monotonic()
+            elif time.monotonic() - since > self.silence_s:
+                return self._end(f"nothing has moved for {self.silence_s:g} s{self._where()}")
+        return (128 - code if code < 0 else code), ""
+
+    def _age_mark(self) -> int:
+        """Changes whenever the stage's count has. Only differences count: clocks of nodes differ."""
+        try:
+            return self.beat.stat().st_mtime_ns
+        except OSError:
+            return 0
+
+    def _where(self) -> str:
+        found = next(iter(attempts.lines(self.beat)), None)
+        return f", at {found['done']} of {found['total']} {found['unit']}" if found else ", before the first count"
+
+    def _end(self, why: str) -> tuple[int, str]:
+        """By SIGTERM, which live ranks answer by committing what they hold; what is still there after END_S by SIGKILL, on every
+        node: a stopped process hears nothing else."""
+        print(f"watchdog: {why}: the step is ended", file=sys.stderr, flush=True)
+        self.process.terminate()
+        try:
+            self.process.wait(END_S)
+        except subprocess.TimeoutExpired:
+            job = os.environ.get("SLURM_JOB_ID", "")
+            try:
+                call("scancel", "--signal=KILL", f"{job}.{_newest_step_of(job)}")
+                self.process.wait(END_S)
+            except (SlurmFailed, subprocess.TimeoutExpired):
+                self.process.kill()
+        return self.process.wait(), why
+
+
+def _newest_step_of(job: str) -> str:
+    steps = [line.split(".")[-1] for line in call("squeue", "--noheader", "--steps", f"--jobs={job}", "--format=%i").split()]
+    numbers = [step for step in steps if step.isdigit()]
+    return max(numbers, key=int) if numbers else "0"
+
+
+def last_error(log: Path | None, start: int) -> str:
+    """The last line in which the step, or Slurm on its behalf, names an error; empty when there is none."""
+    if log is None:
+        return ""
+    try:
+        with log.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(start, size - TAIL_BYTES))
+            found = _ERROR.findall(file.read())
+    except OSError:
+        return ""
+    own = [line for line in found if line.startswith(b"error: ")]
+    return (own or found or [b""])[-1].decode(errors="replace").removeprefix("error: ")
+
+
+def main(words: Sequence[str]) -> int:
+    """What the batch script says. Returns the exit code."""
+    options = _options().parse_args(words)
+    run, job_id = RunFolder(options.run_dir), int(os.environ["SLURM_JOB_ID"])
+    folder, stage = JobFolder.of(run), options.stage
+    earlier = [one for one in attempts.read_attempts(folder, stage) if one.job_id == job_id]
+    before = progress_of(run, stage)
+    beat = folder.beat(stage, job_id)
+    beat.parent.mkdir(parents=True, exist_ok=True)
+    attempts.begin(
+        folder, stage, job_id, int(os.environ.get("SLURM_RESTART_COUNT", "0")), os.environ.get("SLURM_JOB_NODELIST", ""), before
+    )
+    start = options.log.stat().st_size if options.log.is_file() else 0
+    if (missing := _missing_input(run, options.input)) is not None:
+        code, after, verdict = UnusableInput.exit_code, before, Verdict(UnusableInput.exit_code, "unusable", missing)
+    else:
+        code, hung = Step(options.command, beat, options.silence).wait()
+        after = progress_of(run, stage)
+        verdict = judge(
+            code, hung=hung, cancelled=folder.cancelled.exists(), said=last_error(options.log, start), earlier=earlier,
+            before=before, after=after,
+        )  # fmt: skip
+    attempts.end(folder, stage, job_id, after=after, code=code, outcome=verdict.outcome, reason=verdict.reason)
+    if verdict.code != 0:
+        print(f"{stage}: {verdict.outcome}: {verdict.reason}", file=sys.stderr, flush=True)
+    return verdict.code
+
+
+def _options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m slurm.attempt", description=__doc__)
+    parser.add_argument("stage")
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--input", help="folder of the run whose manifest has to be there")
+    parser.add_argument("--log", type=Path, required=True, help="where the step's words go")
+    parser.add_argument("--silence", type=float, required=True, help="seconds without a count after which the step hangs")
+    parser.add_argument("command", nargs="+")
+    return parser
+
+
+def _missing_input(run: RunFolder, folder: str | None) -> str | None:
+    """A dependency can be satisfied by a job that wrote nothing; the manifest is the proof."""
+    if folder is None or (run.root / folder / ROLLUP).is_file():
+        return None
+    return f"{run.root / folder / ROLLUP} does not exist: the stage before has not finished"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

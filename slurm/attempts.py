@@ -1,0 +1,153 @@
+"""What the jobs of a run have done, in files of the run folder: Slurm forgets a job within minutes of its end, and many a site
+keeps no accounts.
+
+    slurm/chain.json                the stages of the newest submission
+    slurm/jobs.jsonl                one line a job that was submitted
+    slurm/attempts/STAGE.JOB.jsonl  a line when an attempt of a job starts, and one when it ends
+    slurm/beats/STAGE.JOB.json      the stage's newest count (configs/progress.py)
+    slurm/excluded.jsonl            nodes that failed a health check
+    slurm/cancelled                 nobody is to requeue anything
+"""
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from configs.cluster import StageName
+from data.store import RunFolder, read_json, write_json
+
+
+@dataclass(frozen=True, slots=True)
+class JobFolder:
+    """The places of a run's jobs, by name."""
+
+    root: Path
+
+    @classmethod
+    def of(cls, run: RunFolder) -> "JobFolder":
+        return cls(run.root / "slurm")
+
+    @property
+    def jobs(self) -> Path:
+        return self.root / "jobs.jsonl"
+
+    @property
+    def chain(self) -> Path:
+        return self.root / "chain.json"
+
+    @property
+    def excluded(self) -> Path:
+        return self.root / "excluded.jsonl"
+
+    @property
+    def cancelled(self) -> Path:
+        return self.root / "cancelled"
+
+    @property
+    def servers(self) -> Path:
+        return self.root / "servers"
+
+    def script(self, stage: str) -> Path:
+        return self.root / f"{stage}.sbatch"
+
+    def attempts(self, stage: str, job_id: int) -> Path:
+        return self.root / "attempts" / f"{stage}.{job_id}.jsonl"
+
+    def beat(self, stage: str, job_id: int) -> Path:
+        return self.root / "beats" / f"{stage}.{job_id}.json"
+
+
+class Attempt(NamedTuple):
+    """One start of a job.
+
+    started, ended: seconds since the epoch; None while it runs, or where it was killed before it could say. before, after: what
+    was committed then (slurm/progress.py). code: of the stage's command. outcome: what came of it.
+    """
+
+    stage: str
+    job_id: int
+    restart: int
+    nodes: str
+    started: float
+    before: str
+    ended: float | None = None
+    after: str = ""
+    code: int | None = None
+    outcome: str = ""
+    reason: str = ""
+
+
+def append(path: Path, values: Mapping[str, Any]) -> None:
+    """One line, on disk when this returns. Two processes may append: a line is one write."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(descriptor, (json.dumps(values, sort_keys=True) + "\n").encode())
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Whole lines of a file of `append`; none where it is not there. A line that a full disk has cut is passed over."""
+    try:
+        text = path.read_text(errors="replace")
+    except OSError:
+        return
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):
+            found = json.loads(line)
+            if isinstance(found, dict):
+                yield found
+
+
+def begin(folder: JobFolder, stage: str, job_id: int, restart: int, nodes: str, before: str) -> None:
+    append(
+        folder.attempts(stage, job_id),
+        {"event": "start", "restart": restart, "nodes": nodes, "at": time.time(), "progress": before, "pid": os.getpid()},
+    )
+
+
+def end(folder: JobFolder, stage: str, job_id: int, *, after: str, code: int, outcome: str, reason: str) -> None:
+    append(
+        folder.attempts(stage, job_id),
+        {"event": "end", "at": time.time(), "progress": after, "code": code, "outcome": outcome, "reason": reason,
+         "pid": os.getpid()},
+    )  # fmt: skip
+
+
+def read_attempts(folder: JobFolder, stage: str) -> list[Attempt]:
+    """Of all jobs of the stage, by their start. Two that a confused controller launched at once are two: an end belongs to the
+    start of the same process."""
+    found = []
+    for path in (folder.root / "attempts").glob(f"{stage}.*.jsonl"):
+        job_id = int(path.name.split(".")[1])
+        begun: dict[int, int] = {}
+        for line in lines(path):
+            if line["event"] == "start":
+                begun[line["pid"]] = len(found)
+                found.append(Attempt(stage, job_id, line["restart"], line["nodes"], line["at"], line["progress"]))
+            elif (place := begun.get(line["pid"])) is not None:
+                found[place] = found[place]._replace(
+                    ended=line["at"], after=line["progress"], code=line["code"], outcome=line["outcome"], reason=line["reason"]
+                )
+    return sorted(found, key=lambda one: one.started)
+
+
+def excluded_nodes(folder: JobFolder) -> dict[str, str]:
+    """Nodes that failed a health check of this run, with what was wrong."""
+    return {line["node"]: line["reason"] for line in lines(folder.excluded)}
+
+
+def note_stages(folder: JobFolder, stages: Sequence[StageName]) -> None:
+    write_json(folder.chain, {"stages": list(stages)})
+
+
+def read_stages(folder: JobFolder) -> tuple[StageName, ...]:
+    """None where nothing was submitted."""
+    return tuple(read_json(folder.chain)["stages"]) if folder.chain.is_file() else ()

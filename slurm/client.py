@@ -1,0 +1,81 @@
+"""Slurm's own commands, and what they print."""
+
+import subprocess
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from configs.errors import TracestillError, UnusableInput
+
+TIMEOUT_S = 60.0
+GONE = (
+    "COMPLETED",
+    "CANCELLED",
+    "FAILED",
+    "TIMEOUT",
+    "PREEMPTED",
+    "NODE_FAIL",
+    "BOOT_FAIL",
+    "DEADLINE",
+    "OUT_OF_MEMORY",
+    "REVOKED",
+)
+
+
+class SlurmFailed(TracestillError):
+    """A command of Slurm's that should have worked; its own words."""
+
+
+class QueuedJob(NamedTuple):
+    """A job that Slurm has not forgotten. job_id: of an element of an array, its own; array_id: the id that the array was
+    submitted as. state: Slurm's word. reason: why it is pending. nodes: where it runs. comment: ours."""
+
+    job_id: int
+    array_id: int
+    state: str
+    reason: str
+    nodes: str
+    comment: str
+
+    @property
+    def is_alive(self) -> bool:
+        return self.state not in GONE
+
+
+def call(*words: str) -> str:
+    """Standard output of a command of Slurm's.
+
+    Raises:
+        UnusableInput: Slurm is not installed here.
+        SlurmFailed: the command failed, or the controller does not answer.
+    """
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    except FileNotFoundError as error:
+        raise UnusableInput(f"{words[0]}: not found on this machine; give this command on a login node of the cluster") from error
+    except subprocess.TimeoutExpired as error:
+        raise SlurmFailed(
+            f"{words[0]}: no answer within {TIMEOUT_S:g} s; is slurmctld up? The same command tries again"
+        ) from error
+    if done.returncode != 0:
+        said = " ".join((done.stderr or done.stdout).split()) or f"exit code {done.returncode}"
+        raise SlurmFailed(f"{words[0]}: {said.removeprefix(words[0] + ': ')}")
+    return done.stdout
+
+
+def sbatch(script: str, options: Sequence[str]) -> int:
+    """The job's id. script: a path."""
+    return int(call("sbatch", "--parsable", *options, script).split(";")[0])
+
+
+_FIELDS = "%A|%F|%T|%r|%N|%k"
+
+
+def queued() -> list[QueuedJob]:
+    """All jobs that wait or run, whoever's they are: a run folder may be shared. Elements of an array one by one."""
+    found = []
+    for line in call("squeue", "--noheader", "--array", f"--format={_FIELDS}").splitlines():
+        parts = line.split("|", 5)
+        if len(parts) == 6:
+            job_id, array_id, state, reason, nodes, comment = parts
+            found.append(QueuedJob(int(job_id), int(array_id), state, reason, nodes, comment.strip()))
+    return found

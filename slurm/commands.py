@@ -1,0 +1,160 @@
+"""`tracestill submit`, `status`, `logs` and `cancel`: a recipe's stages as jobs of a cluster.
+
+tracestill.py names the commands, and gives `submit --dry-run` the plan's hours, which other packages calculate.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from configs.errors import UnusableInput
+from configs.options import AsJson, RunFolderArgument
+from data.invocation import Invocation, existing_run
+
+if TYPE_CHECKING:
+    from configs.cluster import StageName
+    from configs.schema import Recipe
+    from data.stage import Context
+    from data.store import RunFolder
+    from slurm.client import QueuedJob
+    from slurm.scripts import Chain
+
+Hours = Callable[["Recipe"], Mapping[str, float]]
+FOLLOW_S = 1.0
+
+
+def print_scripts(named: Invocation, max_nodes: int | None, chosen: tuple[str | None, str | None], hours: Hours) -> None:
+    """The scripts and what the plan says of their hours. Touches nothing."""
+    from slurm.chain import check_size, chosen_stages
+    from slurm.scripts import render_scripts
+    from slurm.topology import stage_shape
+
+    context = named.look()
+    chain = _chain(context, max_nodes)
+    wanted = chosen_stages(chain, *chosen)
+    check_size(chain, wanted)
+    for script in render_scripts(chain):
+        if script.stage in wanted:
+            print(f"# ---- {script.stage}.sbatch {'-' * (80 - len(script.stage))}\n{script.text}")
+    known = hours(context.recipe)
+    print("# ---- plan")
+    for stage in wanted:
+        shape, job = stage_shape(context.recipe, stage), chain.slurm.job(stage)
+        jobs = f"{shape.jobs} jobs of " if shape.jobs > 1 else ""
+        planned = f"{known[stage] / shape.jobs:,.1f} h by the plan" if stage in known else "not planned"
+        limit = job.time_limit or "the partition's"
+        print(f"{stage:<9} {jobs}{shape.nodes} node{'s'[: shape.nodes > 1]}, time limit {limit}; {planned}")
+
+
+def submit_run(named: Invocation, max_nodes: int | None, first: str | None, only: str | None) -> None:
+    """What is missing is in the queue; what is there is attached to."""
+    from data.stage import exclusive
+    from slurm.chain import check_size, chosen_stages, submit_chain
+    from slurm.client import queued
+
+    wanted = _chain(named.look(), max_nodes)
+    check_size(wanted, chosen_stages(wanted, first, only))
+    queued()  # a machine without Slurm is told so before anything is written
+    context = named.open()
+    chain = _chain(context, max_nodes)
+    with exclusive(context.run, "submit"):
+        placed = submit_chain(chain, first=first, only=only)
+    for one in placed:
+        if one.how != "left out":
+            print(f"{one.stage:<9} {one.how}" + (f"  job {one.job_id}" if one.job_id is not None else ""))
+    print(f"look at it with: tracestill status {context.run.root}")
+
+
+def _chain(context: "Context", max_nodes: int | None) -> "Chain":
+    from slurm.scripts import Chain
+    from slurm.site import settle_site
+
+    settings = settle_site(context.recipe.slurm, context.folders)
+    recipe = context.recipe.model_copy(update={"slurm": settings})
+    return Chain(recipe, context.config, context.overrides, context.run, settings, Path.cwd(), max_nodes)
+
+
+# --- looking, and stopping ------------------------------------------------------------------------------------------
+
+
+def status(
+    run_dir: RunFolderArgument,
+    as_json: AsJson = False,
+) -> None:
+    """The stages of a run on the cluster: jobs, attempts, counts, what is left, why it stopped."""
+    run = existing_run(run_dir)
+    from slurm.status import read_status, status_json, status_tables
+
+    found = read_status(run, _stages(run), _asked())
+    Console(highlight=False, soft_wrap=True).print(status_tables(found))
+    if as_json:
+        print(json.dumps(status_json(found)))
+
+
+def _asked() -> "Sequence[QueuedJob] | None":
+    from slurm.client import SlurmFailed, queued
+
+    try:
+        return queued()
+    except (UnusableInput, SlurmFailed):  # a run folder is looked at from anywhere
+        return None
+
+
+def _stages(run: "RunFolder") -> "tuple[StageName, ...]":
+    """Of the newest submission; without one, those that every run has."""
+    from slurm.attempts import JobFolder, read_stages
+    from slurm.topology import STAGES
+
+    return read_stages(JobFolder.of(run)) or tuple(stage for stage in STAGES if stage not in ("prepare", "canary"))
+
+
+def logs(
+    run_dir: RunFolderArgument,
+    stage: Annotated[str, typer.Argument(help="A stage, e.g. generate.")],
+    follow: Annotated[bool, typer.Option("--follow/--no-follow", "-f", help="Go on as the log grows.")] = True,
+    lines: Annotated[int, typer.Option("-n", help="Lines of what is there already.")] = 50,
+) -> None:
+    """The newest log of a stage's jobs, as it grows."""
+    run = existing_run(run_dir)
+    stages = _stages(run)
+    if stage not in stages:
+        raise UnusableInput(f"logs: no stage {stage} in {run.root}; expected one of {', '.join(stages)}")
+    found = sorted(run.logs.glob(f"{stage}-*.log"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise UnusableInput(f"logs: {run.logs} has no {stage}-JOB.log yet; see: tracestill status {run.root}")
+    newest = found[-1]
+    print(f"==> {newest}", file=sys.stderr, flush=True)
+    tail = subprocess.Popen(["tail", f"--lines={lines}", *(["--follow=name", "--retry"] if follow else []), str(newest)])
+    try:
+        while tail.poll() is None:
+            time.sleep(FOLLOW_S / 10)
+    finally:
+        if tail.poll() is None:
+            os.kill(tail.pid, signal.SIGTERM)
+            tail.wait()
+
+
+def cancel(
+    run_dir: RunFolderArgument,
+    grace: Annotated[
+        float, typer.Option("--grace", help="Seconds that running stages have for committing what they hold.")
+    ] = 60.0,
+) -> None:
+    """Stops the run's jobs cleanly: what is committed stays, nothing is queued again. `submit` continues."""
+    run = existing_run(run_dir)
+    from slurm.chain import cancel_chain
+
+    found = cancel_chain(run, grace_s=grace)
+    for stage, how in found.items():
+        print(f"{stage:<9} {how}")
+    if not found:
+        print("nothing to cancel: no job of this run is queued or running")

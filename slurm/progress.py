@@ -1,0 +1,44 @@
+"""What a stage has committed so far, as a few words that differ when there is more of it. A job that is interrupted twice between
+the same words would be so for ever."""
+
+import contextlib
+from pathlib import Path
+
+from data.ledger import read_fates
+from data.store import RunFolder, segments
+from data.work import WorkFolder
+
+
+def progress_of(run: RunFolder, stage: str) -> str:
+    """Counts of what stays when the stage is killed now. Stages that commit nothing before their end have none."""
+    match stage:
+        case "generate" | "canary":
+            fates = read_fates(run)
+            return _said(traces=sum(fates.by_reason.values()), journal_bytes=_bytes(WorkFolder.of(run).journal))
+        case "headroom" | "evaluate":
+            rows = sum(part.rows for items in sorted(run.evaluation.glob("*.items")) for part in segments(items))
+            return _said(items=rows)
+        case "data":
+            return _said(verdict_bytes=_bytes(run.verdicts))
+        case "train":
+            return _said(step=_newest_step(run))
+        case "export":
+            return _said(formats=len(list(run.export.glob("[!.]*/provenance.json"))))
+        case _:
+            return ""
+
+
+def _said(**counts: int) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in counts.items())
+
+
+def _bytes(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):  # renamed meanwhile
+            total += path.stat().st_size if path.is_file() else 0
+    return total
+
+
+def _newest_step(run: RunFolder) -> int:
+    return max((int(path.name.removeprefix("step-")) for path in run.checkpoints.glob("step-*") if path.is_dir()), default=0)

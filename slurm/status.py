@@ -1,0 +1,195 @@
+"""Where the chain of a run stands: from its files, and from Slurm where Slurm answers."""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from configs.cluster import StageName
+from configs.errors import UnusableInput
+from data.ledger import Ledger, read_ledger
+from data.store import RunFolder, read_rollup
+from slurm.attempts import Attempt, JobFolder, excluded_nodes, lines, read_attempts
+from slurm.chain import is_done, jobs_of
+from slurm.client import QueuedJob
+from slurm.progress import progress_of
+from slurm.topology import SPECS
+
+STATES = ("done", "running", "pending", "refused", "failed", "interrupted", "cancelled", "not submitted", "never ran")
+
+
+@dataclass(frozen=True, slots=True)
+class StageStatus:
+    """One stage. state: of STATES. jobs: those that are queued, else the newest one's id. attempts: starts of its jobs.
+
+    count: the newest of the running attempt, as words. eta_s: seconds until it is done at the speed of this attempt; None: not
+    known. reason: why it waits, or why it ended as it did.
+    """
+
+    stage: StageName
+    state: str
+    jobs: tuple[int, ...] = ()
+    attempts: int = 0
+    nodes: str = ""
+    count: str = ""
+    progress: str = ""
+    seconds: float | None = None
+    eta_s: float | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ChainStatus:
+    """stages: in order. asked_slurm: False where Slurm did not answer, so that only files speak. ledger: None before there are
+    prompts. excluded: nodes that failed a health check, with the reason."""
+
+    stages: Sequence[StageStatus]
+    asked_slurm: bool
+    ledger: Ledger | None
+    excluded: Mapping[str, str]
+
+    @property
+    def stopped_at(self) -> StageStatus | None:
+        """The stage that keeps the chain from going on, if one does."""
+        return next((one for one in self.stages if one.state in ("refused", "failed", "interrupted", "cancelled")), None)
+
+
+def read_status(run: RunFolder, stages: Sequence[StageName], known: Sequence[QueuedJob] | None) -> ChainStatus:
+    """known: what Slurm has queued; None where it did not answer. Raises UnusableInput for damaged files."""
+    folder = JobFolder.of(run)
+    alive = jobs_of(run, known or ())
+    submitted: dict[str, list[int]] = {}
+    for line in lines(folder.jobs):
+        submitted.setdefault(line["stage"], []).append(line["job_id"])
+    found = [_stage_status(run, stage, alive.get(stage, []), submitted.get(stage, []), known is not None) for stage in stages]
+    try:
+        ledger = read_ledger(run)
+    except UnusableInput:
+        ledger = None
+    return ChainStatus(found, known is not None, ledger, excluded_nodes(folder))
+
+
+def _stage_status(
+    run: RunFolder, stage: StageName, jobs: Sequence[QueuedJob], submitted: Sequence[int], asked_slurm: bool
+) -> StageStatus:
+    folder = JobFolder.of(run)
+    attempts = read_attempts(folder, stage)
+    last = attempts[-1] if attempts else None
+    common: dict[str, Any] = {
+        "stage": stage, "attempts": len(attempts), "progress": progress_of(run, stage), "seconds": _seconds(run, stage, attempts),
+    }  # fmt: skip
+    running = [job for job in jobs if job.state not in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT")]
+    if running:
+        beats = [beat for job in running if (beat := _beat(folder, stage, job.job_id)) is not None]
+        return StageStatus(
+            state="running", jobs=tuple(job.job_id for job in jobs), nodes=",".join(dict.fromkeys(job.nodes for job in running)),
+            count=_count(beats), eta_s=_eta(beats), **common,
+        )  # fmt: skip
+    if jobs:
+        why = jobs[0].reason if jobs[0].reason not in ("None", "") else ""
+        ended = f"; last: {last.outcome}: {last.reason}" if last is not None and last.ended and last.outcome != "done" else ""
+        return StageStatus(state="pending", jobs=tuple(job.job_id for job in jobs), reason=f"{why}{ended}", **common)
+    if is_done(run, stage):
+        return StageStatus(state="done", jobs=tuple(submitted[-1:]), **common)
+    ids = tuple(submitted[-1:])
+    if last is not None and (not ids or last.job_id >= ids[-1]):
+        if last.ended is None:
+            state, reason = (
+                ("interrupted", "its job is gone and has left no word") if asked_slurm else ("running", "by its files")
+            )
+        else:
+            states = {"refused": "refused", "cancelled": "cancelled", "interrupted": "interrupted", "done": "interrupted"}
+            state, reason = states.get(last.outcome, "failed"), last.reason or "what it made is no longer there"
+        return StageStatus(state=state, jobs=ids, reason=reason, **common)
+    if not ids:
+        sealed = SPECS[stage].output is not None and read_rollup(run.root / str(SPECS[stage].output)) is not None
+        return StageStatus(state="done" if sealed else "not submitted", **common)
+    reason = "its job never ran: the stage before it failed, or it was cancelled" if asked_slurm else "Slurm does not answer"
+    return StageStatus(state="never ran", jobs=ids, reason=reason, **common)
+
+
+def _seconds(run: RunFolder, stage: StageName, attempts: Sequence[Attempt]) -> float | None:
+    """In all attempts, or what a finished stage has noted."""
+    if attempts:
+        now = time.time()
+        return sum((one.ended or (now if one is attempts[-1] else one.started)) - one.started for one in attempts)
+    output = SPECS[stage].output
+    rollup = read_rollup(run.root / output) if output is not None else None
+    return rollup.seconds if rollup is not None else None
+
+
+def _beat(folder: JobFolder, stage: str, job_id: int) -> dict[str, Any] | None:
+    try:
+        found = json.loads(folder.beat(stage, job_id).read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _count(beats: Sequence[Mapping[str, Any]]) -> str:
+    """Jobs of an array count what all of them have done: the furthest one is right."""
+    if not beats:
+        return ""
+    most = max(beats, key=lambda beat: beat["done"])
+    note = f", {most['note']}" if most.get("note") else ""
+    return f"{most['done']:,} of {most['total']:,} {most['unit']}{note}"
+
+
+def _eta(beats: Sequence[Mapping[str, Any]]) -> float | None:
+    if not beats:
+        return None
+    most = max(beats, key=lambda beat: beat["done"])
+    return (most["total"] - most["done"]) / most["per_s"] if most["per_s"] > 0 and most["total"] else None
+
+
+# --- for people ---------------------------------------------------------------------------------------------------
+
+_STYLES = {"done": "green", "running": "bold", "refused": "red", "failed": "red", "interrupted": "red", "cancelled": "red"}
+
+
+def duration(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+
+
+def status_tables(found: ChainStatus) -> RenderableType:
+    table = Table(box=None, pad_edge=False)
+    for name in ("stage", "state", "job", "attempts", "took", "left", "count"):
+        table.add_column(name, no_wrap=name != "count")
+    for one in found.stages:
+        jobs = f"{one.jobs[0]}" + (f" +{len(one.jobs) - 1}" if len(one.jobs) > 1 else "") if one.jobs else ""
+        style = _STYLES.get(one.state, "")
+        count = ", ".join(filter(None, [one.count or one.progress, f"on {one.nodes}" if one.nodes else "", one.reason]))
+        table.add_row(
+            one.stage, f"[{style}]{one.state}[/{style}]" if style else one.state, jobs, str(one.attempts or ""),
+            duration(one.seconds), duration(one.eta_s), count.replace("[", "\\["),
+        )  # fmt: skip
+    parts: list[RenderableType] = [table]
+    if found.ledger is not None:
+        ledger = found.ledger
+        parts.append(
+            f"ledger    {ledger.requested:,} requested = {ledger.completed:,} completed + {ledger.failed:,} failed + "
+            f"{ledger.pending:,} pending"
+        )
+    parts += [f"excluded  {node}: {reason}" for node, reason in found.excluded.items()]
+    if not found.asked_slurm:
+        parts.append("Slurm does not answer here: what its jobs are doing is read from the run folder alone")
+    if (stop := found.stopped_at) is not None:
+        parts.append(f"stopped   {stop.stage} is {stop.state}: {stop.reason}")
+    return Group(*parts)
+
+
+def status_json(found: ChainStatus) -> dict[str, Any]:
+    return {
+        "stages": [asdict(one) for one in found.stages],
+        "asked_slurm": found.asked_slurm,
+        "ledger": None if found.ledger is None else asdict(found.ledger),
+        "excluded": dict(found.excluded),
+    }

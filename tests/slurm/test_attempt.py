@@ -1,0 +1,182 @@
+"""What becomes of a job: decided from its exit code, its words, and what it has committed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from configs.cluster import seconds_of
+from data.store import RunFolder
+from slurm import attempts
+from slurm.attempt import judge, last_error
+from slurm.attempts import Attempt, JobFolder
+
+ROOT = Path(__file__).parents[2]
+
+
+def earlier(*progress: str) -> list[Attempt]:
+    return [Attempt("train", 7, index, "n1", float(index), before) for index, before in enumerate(progress)]
+
+
+@pytest.mark.parametrize(
+    ("code", "hung", "cancelled", "befores", "before", "after", "expected"),
+    [
+        (0, "", False, ["step 5"], "step 5", "step 5", (0, "done")),
+        (0, "", True, [], "", "", (0, "done")),
+        (75, "", False, [], "step 0", "step 0", (75, "interrupted")),  # one attempt in vain may be the first minutes of a queue
+        (75, "", False, ["step 0"], "step 0", "step 0", (1, "stuck")),
+        (75, "", False, ["step 0"], "step 0", "step 5", (75, "interrupted")),
+        (75, "", False, ["step 0"], "step 5", "step 5", (75, "interrupted")),
+        (75, "", False, ["step 5", "step 0"], "step 5", "step 5", (75, "interrupted")),
+        (75, "", True, [], "", "", (130, "cancelled")),
+        (143, "", False, [], "step 0", "step 5", (75, "interrupted")),
+        (1, "", False, [], "", "", (75, "failed")),  # it may have been the machine
+        (1, "", False, [""], "", "", (1, "stuck")),
+        (137, "", False, ["step 0"], "step 0", "step 9", (75, "failed")),
+        (143, "nothing has moved for 9 s", False, [], "", "step 9", (75, "hung")),
+        (0, "nothing has moved for 9 s", False, [], "", "", (75, "hung")),
+        (2, "", False, [], "", "step 9", (2, "unusable")),
+        (3, "", False, [], "", "step 9", (3, "refused")),
+    ],
+)
+def test_verdicts(
+    code: int, hung: str, cancelled: bool, befores: list[str], before: str, after: str, expected: tuple[int, str]
+) -> None:
+    found = judge(code, hung=hung, cancelled=cancelled, said="why", earlier=earlier(*befores), before=before, after=after)
+    assert (found.code, found.outcome) == expected
+    assert found.outcome == "done" or (hung or "why") in found.reason
+
+
+def test_the_last_word_of_an_error_is_found(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("error: of an earlier attempt\n")
+    start = log.stat().st_size
+    assert last_error(log, start) == "" and last_error(tmp_path / "none", 0) == ""
+    with log.open("a") as file:
+        file.write("0: error: train.lr: too high\nsrun: error: n1: task 0: Exited with exit code 2\n")
+    assert last_error(log, start) == "train.lr: too high"
+
+
+def test_attempts_are_read_back_and_twins_are_told_apart(tmp_path: Path) -> None:
+    folder = JobFolder.of(RunFolder(tmp_path))
+    path = folder.attempts("train", 7)
+    common = {"restart": 0, "nodes": "n1", "progress": "step 0"}
+    for line in (
+        {"event": "start", "at": 1.0, "pid": 10, **common},
+        {"event": "start", "at": 2.0, "pid": 11, **common},  # a controller that was killed has launched the job twice
+        {"event": "end", "at": 3.0, "pid": 11, "progress": "step 5", "code": 75, "outcome": "interrupted", "reason": "x"},
+    ):
+        attempts.append(path, line)
+    with path.open("a") as file:
+        file.write('{"event": "en')  # the disk was full
+    first, second = attempts.read_attempts(folder, "train")
+    assert (first.ended, second.ended, second.after, second.outcome) == (None, 3.0, "step 5", "interrupted")
+
+
+@pytest.mark.parametrize(
+    ("limit", "seconds"),
+    [("30", 1800), ("30:15", 1815), ("24:00:00", 86400), ("2-0", 172800), ("1-02:03", 93780), ("1-02:03:04", 93784), ("0", 0)],
+)
+def test_time_limits_are_read_as_slurm_reads_them(limit: str, seconds: int) -> None:
+    assert seconds_of(limit) == seconds
+
+
+# --- the program, around a step that is a shell ---------------------------------------------------------------------
+
+
+def start(run: Path, step: str, *, silence_s: float = 60.0, job: int = 7) -> "subprocess.Popen[str]":
+    environment = os.environ | {"SLURM_JOB_ID": str(job), "SLURM_JOB_NODELIST": "n1", "PYTHONPATH": str(ROOT)}
+    log = run / "log"
+    log.touch()
+    words = ["train", str(run), "--input=dataset", f"--log={log}", f"--silence={silence_s}", "--", "bash", "-c", step]
+    with log.open("a") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "slurm.attempt", *words], env=environment, stdout=output, stderr=output, text=True, cwd=run
+        )
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    (tmp_path / "dataset").mkdir()
+    (tmp_path / "dataset" / "manifest.json").write_text("{}")
+    return tmp_path
+
+
+def outcome(run: Path, job: int = 7) -> Attempt:
+    return attempts.read_attempts(JobFolder.of(RunFolder(run)), "train")[-1]
+
+
+def test_a_step_that_is_done_leaves_its_word(run: Path) -> None:
+    assert start(run, "mkdir -p checkpoints/step-00000005").wait(30) == 0
+    found = outcome(run)
+    assert (found.outcome, found.before, found.after, found.nodes, found.code) == ("done", "step 0", "step 5", "n1", 0)
+
+
+def test_an_input_that_is_not_there_is_the_reason(run: Path) -> None:
+    (run / "dataset" / "manifest.json").unlink()
+    assert start(run, "touch ran").wait(30) == 2
+    assert "dataset/manifest.json does not exist" in outcome(run).reason and not (run / "ran").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
+def test_a_signal_reaches_the_step(run: Path, number: signal.Signals) -> None:
+    step = f"trap 'mkdir -p checkpoints/step-00000009; exit 75' {number.name[3:]}; touch ready; while :; do sleep 0.1; done"
+    process = start(run, step)
+    wait_for_file(run / "ready")
+    process.send_signal(number)
+    assert process.wait(30) == 75
+    assert (outcome(run).outcome, outcome(run).after) == ("interrupted", "step 9")
+
+
+def test_twice_in_vain_is_enough(run: Path) -> None:
+    assert start(run, "exit 75").wait(30) == 75
+    assert start(run, "exit 75", job=8).wait(30) == 75  # another job has a chance of its own
+    assert start(run, "echo 'error: why' >&2; exit 75").wait(30) == 1
+    assert outcome(run).reason == "no progress in two attempts (step 0): why"
+    assert "train: stuck: no progress in two attempts" in (run / "log").read_text()
+
+
+def test_a_step_whose_count_stands_still_is_ended(run: Path) -> None:
+    """It beats for two seconds, then hangs; its time is counted from its last sign of life."""
+    line = '{\\"done\\": $n, \\"total\\": 9, \\"unit\\": \\"steps\\"}'
+    beats = f'for n in 1 2 3 4 5 6 7 8; do echo "{line}" > "$TRACESTILL_BEAT"; sleep 0.25; done'
+    started = time.monotonic()
+    assert start(run, f"{beats}; sleep 600", silence_s=2.0).wait(60) == 75
+    took = time.monotonic() - started
+    found = outcome(run)
+    assert found.outcome == "hung" and found.reason == "nothing has moved for 2 s, at 8 of 9 steps"
+    assert 4.0 <= took < 9.0, took
+
+
+def wait_for_file(path: Path, seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_the_count_of_a_stage_is_its_sign_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rich.console import Console
+
+    from configs import progress
+    from configs.progress import BEAT_VARIABLE, Count, Display
+
+    beat = tmp_path / "beat.json"
+    monkeypatch.setenv(BEAT_VARIABLE, str(beat))
+    monkeypatch.setattr(progress, "WRITE_INTERVAL_S", 0.0)
+    with Display("train", "steps", Console(quiet=True)) as display:
+        display.show(Count(1, 9))
+        first = beat.stat().st_mtime_ns
+        time.sleep(0.02)
+        display.show(Count(1, 9))  # a launcher that polls hung ranks shows the same count for ever
+        assert beat.stat().st_mtime_ns == first
+        display.show(Count(1, 9, "loss 2.1"))
+        assert beat.stat().st_mtime_ns > first
+    assert json.loads(beat.read_text()) | {"per_s": 0.0} == {
+        "stage": "train", "done": 1, "total": 9, "unit": "steps", "per_s": 0.0, "note": "loss 2.1",
+    }  # fmt: skip
