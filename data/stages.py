@@ -92,11 +92,11 @@ DATA = data_stage(lambda context: Models())
 
 
 def _report_identity(context: Context) -> dict[str, Any]:
-    """Any stage's new manifest makes a new page."""
+    """Any stage's new manifest makes a new page, and so do gates that say something else."""
     run = context.run
-    return {
-        "manifests": input_hashes(run, sorted(path for path in run.root.glob("*/manifest.json") if path.parent != run.report))
-    }
+    made = sorted(path for path in run.root.glob("*/manifest.json") if path.parent != run.report)
+    gates = [path for path in [run.evaluation / "gates.json"] if path.is_file()]
+    return {"manifests": input_hashes(run, [*made, *gates])}
 
 
 def _report(context: Context, show: Callable[[Count], None]) -> Outcome:

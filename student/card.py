@@ -105,11 +105,11 @@ def render_card(facts: CardFacts, exported: "Sequence[Exported]") -> str:
                 "## Limits",
                 limits(facts),
                 "## How to use it",
-                usage(),
+                usage([one.name for one in exported]),
                 "## Where it comes from",
                 provenance(facts),
                 "## What was checked",
-                *checks(exported),
+                *checks(exported, held_out=facts.validation_rows > 0),
                 "## Recipe",
                 f"```yaml\n{recipe_text(recipe)}\n```",
             ]
@@ -223,8 +223,11 @@ def limits(facts: CardFacts) -> str:
     return "\n".join(f"- {text}" for text in said)
 
 
-def usage() -> str:
-    return """```python
+def usage(names: Sequence[str]) -> str:
+    """For the formats that were exported."""
+    parts = []
+    if any(name != "adapter" and not name.startswith("gguf") for name in names):
+        parts.append("""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")
@@ -235,7 +238,15 @@ print(tokenizer.decode(model.generate(**prompt, max_new_tokens=512)[0]))
 ```
 
 Or behind an OpenAI-compatible server: `transformers serve FOLDER --port 8000` (or vLLM, SGLang). Its stop tokens stand in
-`generation_config.json`."""
+`generation_config.json`.""")
+    if "adapter" in names:
+        parts.append(
+            "`adapter/` goes onto its base: `PeftModel.from_pretrained(base, FOLDER)`, or `vllm serve BASE --enable-lora "
+            "--lora-modules student=FOLDER` with a `--max-lora-rank` of at least its rank."
+        )
+    if any(name.startswith("gguf") for name in names):
+        parts.append("A GGUF file goes into llama.cpp, with its template: `llama-server -m FILE --jinja`.")
+    return "\n\n".join(parts)
 
 
 def provenance(facts: CardFacts) -> str:
@@ -254,13 +265,14 @@ def provenance(facts: CardFacts) -> str:
     return markdown_table(["", ""], rows)
 
 
-def checks(exported: "Sequence[Exported]") -> list[str]:
-    """The parity matrix, and what the reload of merged weights found."""
+def checks(exported: "Sequence[Exported]", *, held_out: bool) -> list[str]:
+    """The parity matrix, and what the reload of merged weights found. held_out: its traces were in no training step."""
     rows = [matrix_cells(one.row) for one in exported]
+    row, kind = exported[0].row, "held-out" if held_out else "training"
     parts = [
         "Each format was opened again as it is served and held against base + adapter in float32, on "
-        f"{exported[0].row.traces} held-out teacher traces ({exported[0].row.positions} supervised tokens; KL in nats a token; "
-        f"KL(adapter || base) {exported[0].row.kl_base:.3g}). Rates and lengths are of greedy continuations, the adapter's own "
+        f"{row.traces} {kind} teacher traces ({row.positions} supervised tokens; KL in nats a token; "
+        f"KL(adapter || base) {row.kl_base:.3g}). Rates and lengths are of greedy continuations, the adapter's own "
         "in brackets; tokens a second are of one sequence on the machine that exported.",
         markdown_table(MATRIX_HEADER, rows),
     ]

@@ -49,7 +49,8 @@ class Exported(NamedTuple):
 
 class Material(NamedTuple):
     """What exports are held against. prompts: held-out conversations, each ending with a user turn. conversations: whole training
-    conversations, for the template check and calibration. traces: held-out teacher traces, whole conversations."""
+    conversations, for the template check and calibration. traces: teacher traces, whole conversations; held-out ones where the
+    dataset has any."""
 
     prompts: Sequence[Sequence[Message]]
     conversations: Sequence[Sequence[Message]]
@@ -135,7 +136,7 @@ def format_of(name: str, base: str, settings: Export) -> Format:
 
 def remove_leftovers(run: RunFolder) -> None:
     """Unfinished exports of killed attempts are as large as the model; only one export writes here at a time."""
-    for leftover in run.export.glob(".*.tmp"):
+    for leftover in run.export.glob(".*.tmp*"):  # `.tmp.replaced`: an older export that a newer one was about to replace
         shutil.rmtree(leftover, ignore_errors=True)
 
 

@@ -50,6 +50,9 @@ def figure_text(metrics: Metrics, metric: str, scale: float, unit: str) -> str:
     value, interval = getattr(metrics, metric), metrics.intervals.get(metric)
     if value is None:
         return ""
+    if metric == "cost_per_completed_task" and 0 < abs(value) < 1:  # most are thousandths of a dollar
+        shown = f"{value:.3g}"
+        return shown if interval is None else f"{shown} ({interval.low:.3g} to {interval.high:.3g})"
     digits = 1 if scale == 100.0 else 3 if abs(value) < 1 else 1
     ends = "" if interval is None else f" ({scale * interval.low:.{digits}f} to {scale * interval.high:.{digits}f})"
     return f"{scale * value:.{digits}f}{unit}{ends}"

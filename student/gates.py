@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from configs.errors import Refused, UnusableInput
 from configs.evaluation import Gate, Gated, Headroom, read_gate
-from student.grades import UNSEEN, GradedItem
+from student.grades import UNSEEN, Grade, GradedItem
 from student.paired import Paired, difference, quotient
 from student.resampling import Interval
 from student.scoring import RATIOS, Metrics
@@ -83,14 +83,14 @@ def within(value: float | None, gate: Gate) -> bool:
 def gated_figure(gated: Gated, student: Evaluated, other: Evaluated | None, seed: int) -> tuple[float | None, Interval | None]:
     """The figure that a gate is about, and its interval; a comparison's is paired, item by item."""
     metrics, items = of_slice(student, gated.slice)
-    if metrics is None or is_ungraded(metrics, gated.metric):
+    if metrics is None or is_ungraded(items, gated.metric):
         return None, None
     if not gated.relation:
         return getattr(metrics, gated.metric), metrics.intervals.get(gated.metric)
     if other is None:
         return None, None
     their_metrics, their_items = of_slice(other, gated.slice)
-    if their_metrics is None or is_ungraded(their_metrics, gated.metric):
+    if their_metrics is None or is_ungraded(their_items, gated.metric):
         return None, None
     if gated.metric in RATIOS:
         paired = (quotient if gated.relation == "of" else difference)(items, their_items, gated.metric, seed=seed)
@@ -101,9 +101,26 @@ def gated_figure(gated: Gated, student: Evaluated, other: Evaluated | None, seed
     return (mine / theirs if gated.relation == "of" else mine - theirs), None
 
 
-def is_ungraded(metrics: Metrics, metric: str) -> bool:
-    """Whether too few attempts were graded for this figure to be one."""
-    return metric != "truncation_rate" and metrics.grades.get("ungraded", 0) > MAX_UNGRADED * metrics.num_attempts
+def is_ungraded(items: Sequence[GradedItem], metric: str) -> bool:
+    """Whether too few of the attempts that this figure speaks of were graded for it to be one."""
+    if metric == "truncation_rate":
+        return False
+    twins = {name for item in items for name in (item.twin_of, item.twin_of and item.item) if name}
+    meant = [item for item in items if is_meant(item, metric) and (metric != "twin_gap" or item.item in twins)]
+    return sum(item.grade is Grade.UNGRADED for item in meant) > MAX_UNGRADED * len(meant)
+
+
+def is_meant(item: GradedItem, metric: str) -> bool:
+    """Whether the figure speaks of the attempt, graded or not."""
+    match metric:
+        case "hallucination_rate" | "abstention_rate" | "omniscience_index" | "simpleqa_f":
+            return item.known is not None
+        case "over_refusal_rate":
+            return item.known is True
+        case "unknown_abstention_rate":
+            return item.known is False
+        case _:
+            return item.is_answerable
 
 
 def of_slice(evaluated: Evaluated, name: str) -> tuple[Metrics | None, list[GradedItem]]:
@@ -113,6 +130,16 @@ def of_slice(evaluated: Evaluated, name: str) -> tuple[Metrics | None, list[Grad
 
 
 # --- headroom ----------------------------------------------------------------------------------------------------
+
+
+def headroom_of(teacher: Sequence[GradedItem], base: Sequence[GradedItem], settings: Headroom, *, seed: int) -> Paired:
+    """The teacher's figure less the base's, on attempts that both have graded: an answer of the base that nobody graded is no
+    advantage of the teacher's. Not measured where those are too few."""
+    lost = {(item.item, item.sample) for items in (teacher, base) for item in items if item.grade is Grade.UNGRADED}
+    if any(is_ungraded(items, settings.metric) for items in (teacher, base)):
+        return Paired(f"{settings.metric} ({len(lost)} attempts without a grade)", 0, None, None, None, "paired bootstrap")
+    kept = [[item for item in items if (item.item, item.sample) not in lost] for items in (teacher, base)]
+    return difference(*kept, settings.metric, seed=seed)
 
 
 def headroom_refusal(settings: Headroom, found: Paired) -> Refused | None:

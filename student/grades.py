@@ -56,8 +56,12 @@ class GradedItem:
     def slices(self) -> tuple[str, ...]:
         """Names under which its figures are also told: family, domain, what it is there for, and of a prompt with known places
         whether one is in the middle, and its length."""
-        domain = self.task.partition("/")[2]
-        named = (self.family, domain, UNSEEN if self.is_unseen else "", TWINS if self.twin_of else "")
+        named = (
+            _own(self.family),
+            _own(self.task.partition("/")[2]),
+            UNSEEN if self.is_unseen else "",
+            TWINS if self.twin_of else "",
+        )
         placed = (MIDDLE if is_middle(self.depths) else ENDS, length_name(self.context_tokens)) if self.depths else ()
         return tuple(dict.fromkeys(filter(None, (*named, *placed))))
 
@@ -69,6 +73,12 @@ class GradedItem:
     def is_attempted(self) -> bool:
         """An answer was given and graded: what a confidence speaks of."""
         return self.grade in (Grade.CORRECT, Grade.INCORRECT, Grade.PARTIAL)
+
+
+def _own(name: str) -> str:
+    """A family or domain whose name is one of the slices beside them is another slice: a file `unseen.jsonl` is a family, and may
+    have been taught."""
+    return f"task {name}" if name in (TWINS, UNSEEN, MIDDLE, ENDS) or is_length(name) else name
 
 
 def length_name(tokens: int) -> str:

@@ -19,6 +19,8 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # a damaged tokenizer.json is a KeyError, a TypeError, or tokenizers' own plain Exception
         raise UnusableInput(f"student.model {model}: no usable tokenizer in the folder: {_first_line(error)}") from error
+    if len(tokenizer) <= len(tokenizer.get_added_vocab()) + 1:  # made of nothing but its class, where the files are not there
+        raise UnusableInput(f"student.model {model}: its tokenizer knows no words; add tokenizer.json to the folder")
     if not tokenizer.chat_template:
         raise UnusableInput(f"student.model {model}: the tokenizer has no chat template; add chat_template.jinja to the folder")
     try:

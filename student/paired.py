@@ -10,7 +10,7 @@ import numpy as np
 from configs.errors import UnusableInput
 from student.grades import Grade, GradedItem
 from student.resampling import Interval, interval_of, ratio_draws
-from student.scoring import missed_nothing, ratio_of, ratio_sums
+from student.scoring import ENDS, SHARE, missed_nothing, ratio_of, ratio_sums, standing_on
 
 Test = Literal["exact McNemar", "paired bootstrap"]
 
@@ -33,42 +33,48 @@ def difference(first: Sequence[GradedItem], second: Sequence[GradedItem], metric
 
     Raises UnusableInput when they did not answer the same items.
     """
-    draws_R2, num_items = _draws(first, second, metric, seed)
+    draws_R2, num_items, standing = _draws(first, second, metric, seed)
     one, other = ratio_of(metric, first), ratio_of(metric, second)
     if one is None or other is None:
         return Paired(metric, num_items, None, None, None, "paired bootstrap")
     with np.errstate(invalid="ignore"):
         draws_R = draws_R2[:, 0] - draws_R2[:, 1]
+    ends = ENDS.get(metric, SHARE)
+    interval = interval_of(draws_R, standing, Interval(ends.low - ends.high, ends.high - ends.low))
     if metric == "accuracy" and all(item.sample == 0 for item in first):
-        return Paired(metric, num_items, one - other, interval_of(draws_R), mcnemar(*discordant(first, second)), "exact McNemar")
+        return Paired(metric, num_items, one - other, interval, mcnemar(*discordant(first, second)), "exact McNemar")
     known = draws_R[~np.isnan(draws_R)]
     rarer = min(np.sum(known <= 0), np.sum(known >= 0)) if len(known) else 0
     p = min(1.0, 2 * (int(rarer) + 1) / (len(known) + 1))
-    return Paired(metric, num_items, one - other, interval_of(draws_R), p, "paired bootstrap")
+    return Paired(metric, num_items, one - other, interval, p, "paired bootstrap")
 
 
 def quotient(first: Sequence[GradedItem], second: Sequence[GradedItem], metric: str = "accuracy", *, seed: int = 0) -> Paired:
     """`first`'s figure over `second`'s; None where that is not above 0. Raises UnusableInput as `difference` does."""
-    draws_R2, num_items = _draws(first, second, metric, seed)
+    draws_R2, num_items, standing = _draws(first, second, metric, seed)
     one, other = ratio_of(metric, first), ratio_of(metric, second)
     if one is None or other is None or other <= 0 or math.isinf(other):
         return Paired(metric, num_items, None, None, None, "paired bootstrap")
     with np.errstate(divide="ignore", invalid="ignore"):
         draws_R = draws_R2[:, 0] / draws_R2[:, 1]
-    return Paired(metric, num_items, one / other, interval_of(draws_R), None, "paired bootstrap")
+    interval = interval_of(draws_R, standing, Interval(-math.inf if ENDS.get(metric, SHARE).low < 0 else 0.0, math.inf))
+    return Paired(metric, num_items, one / other, interval, None, "paired bootstrap")
 
 
 def _draws(
     first: Sequence[GradedItem], second: Sequence[GradedItem], metric: str, seed: int
-) -> tuple[np.ndarray, int]:  # fmt: skip
-    """float64 [R, 2]: both figures on the same draws of items; and how many items there are."""
+) -> tuple[np.ndarray, int, int]:  # fmt: skip
+    """float64 [R, 2]: both figures on the same draws of items; how many items there are, and how many the figure with fewer of
+    them stands on."""
     first, second = matched(first, second)
     pairs = [ratio_sums(items, [metric]) for items in (first, second)]
     sums_G2, counts_G2 = (np.hstack([pair[part] for pair in pairs]) for part in (0, 1))
     if not len(sums_G2):
-        return np.empty((0, 2)), 0
+        return np.empty((0, 2)), 0, 0
     draws_R2 = ratio_draws(sums_G2, counts_G2, seed=seed)
-    return (missed_nothing(draws_R2, [*first, *second]) if metric == "hallucination_rate" else draws_R2), len(sums_G2)
+    standing = min(standing_on(metric, items, counts_G2[:, column]) for column, items in enumerate((first, second)))
+    draws_R2 = missed_nothing(draws_R2, [*first, *second]) if metric == "hallucination_rate" else draws_R2
+    return draws_R2, len(sums_G2), standing
 
 
 def matched(first: Sequence[GradedItem], second: Sequence[GradedItem]) -> tuple[list[GradedItem], list[GradedItem]]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.schema import Recipe
-from data.store import ROLLUP, RunFolder, read_rollup, sha256_file
+from data.store import ROLLUP, RunFolder, read_json, read_rollup, sha256_file
 from student.certificate import read_certificate
 from student.folders import resolve, weights_sha256
 
@@ -30,9 +30,10 @@ def provenance(run: RunFolder, recipe: Recipe, weights: Mapping[str, str]) -> di
             "manifest": manifest, "fingerprint": rollup.fingerprint, "inputs": rollup.inputs, "counts": rollup.counts,
             "code_revision": rollup.code_revision, "versions": rollup.versions,
         }  # fmt: skip
-    for path in (run.config, run.checkpoints / "adapter" / "adapter_model.safetensors", run.evaluation / "gates.json"):
+    for path in (run.config, run.checkpoints / "adapter" / "adapter_model.safetensors"):
         if path.is_file():
             files[str(path.relative_to(run.root))] = sha256_file(path)
+    gates = run.evaluation / "gates.json"  # as they were: gates of a finished run may change, and the file with them
     certificate = read_certificate(run, recipe)
     if certificate is not None:
         files["metrics/certificate.json"] = certificate.sha256
@@ -41,6 +42,7 @@ def provenance(run: RunFolder, recipe: Recipe, weights: Mapping[str, str]) -> di
         "exported": sorted(weights),
         "files": dict(sorted(files.items())),
         "stages": stages,
+        "gates": read_json(gates)["gates"] if gates.is_file() else None,
         "outside": {
             "teacher": {"model": recipe.teacher.model, "licence": recipe.teacher.licence},
             "base": {

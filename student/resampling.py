@@ -12,6 +12,8 @@ import numpy as np
 NUM_RESAMPLES = 4000
 NUM_CURVE_RESAMPLES = 1000
 """Of figures that are no ratio of sums (student/curves.py), which cost a pass over all rows each time."""
+Z = 1.959963984540054
+"""Of 95 %, two-sided."""
 _CELLS = 1 << 22
 
 
@@ -46,10 +48,19 @@ def draw_weights(num_groups: int, seed: int, num_resamples: int, *, at_once: int
         yield np.stack([np.bincount(drawn_G, minlength=num_groups) for drawn_G in drawn_RG]).astype(np.float64)
 
 
-def interval_of(draws_R: np.ndarray) -> Interval | None:
-    """Draws in which there was nothing to measure are left out; None when all are. Ends are draws, not between two of them:
-    nothing is between a number and infinity."""
+def interval_of(draws_R: np.ndarray, num_groups: int, ends: Interval) -> Interval | None:
+    """Draws in which there was nothing to measure are left out; None when all are. Its ends are draws, not between two of them:
+    nothing is between a number and infinity.
+
+    num_groups: that the figure stands on. ends: the least and the most that it can be. Where all draws coincide, two groups would
+    be as certain as two thousand: what has not been seen in N groups may be z^2 / (N + z^2) of them (for a share of 0 or 1 that
+    is Wilson's interval), and each of those may lie at either end.
+    """
     known = draws_R[~np.isnan(draws_R)]
     if not len(known):
         return None
-    return Interval(float(np.quantile(known, 0.025, method="lower")), float(np.quantile(known, 0.975, method="higher")))
+    low, high = (float(np.quantile(known, q, method=method)) for q, method in ((0.025, "lower"), (0.975, "higher")))
+    if low < high or not num_groups:  # none: dollars for nothing completed, which are infinite however often one draws
+        return Interval(low, high)
+    seen = num_groups / (num_groups + Z**2)
+    return Interval(seen * low + (1 - seen) * ends.low, seen * high + (1 - seen) * ends.high)

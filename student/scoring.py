@@ -97,11 +97,12 @@ RATIOS: Mapping[str, Callable[[GradedItem], Share]] = {
 }  # fmt: skip
 
 
-PROPORTIONS = {
-    "accuracy", "hallucination_rate", "abstention_rate", "unknown_abstention_rate", "over_refusal_rate", "truncation_rate",
+SHARE = Interval(0.0, 1.0)
+ENDS: Mapping[str, Interval] = {
+    "omniscience_index": Interval(-100.0, 100.0), "twin_gap": Interval(-1.0, 1.0),
+    "reasoning_tokens_per_correct": Interval(0.0, math.inf), "cost_per_completed_task": Interval(0.0, math.inf),
 }  # fmt: skip
-"""Shares of attempts. Where all of them fall one way every draw does, and three items would be certain: then the interval is
-Wilson's, over items."""
+"""The least and the most that a figure can be, where that is not 0 and 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,12 +267,19 @@ def _ratios(items: Sequence[GradedItem], seed: int) -> tuple[dict[str, float | N
         draws_R = draws_RM[:, column]
         if metric == "hallucination_rate":
             draws_R = missed_nothing(draws_R, items)
-        if (value := figures[metric]) is not None and (interval := interval_of(draws_R)) is not None:
+        num_items = standing_on(metric, items, counts_GM[:, column])
+        if figures[metric] is not None and (interval := interval_of(draws_R, num_items, ENDS.get(metric, SHARE))) is not None:
             intervals[metric] = interval
-            num_items = int(np.count_nonzero(counts_GM[:, column]))  # none: nothing was missed, and nothing made up
-            if metric in PROPORTIONS and num_items and interval == (value, value) and value in (0.0, 1.0):
-                intervals[metric] = Interval(*calibration.wilson_interval(round(value * num_items), num_items))
     return figures, intervals
+
+
+def standing_on(metric: str, items: Sequence[GradedItem], counts_G: np.ndarray) -> int:
+    """How many items a figure stands on. counts_G: its denominators. A hallucination rate without a miss stands on the closed
+    book: nothing in it was made up."""
+    found = int(np.count_nonzero(counts_G))
+    if found or metric != "hallucination_rate":
+        return found
+    return len({item_key(item, index) for index, item in enumerate(items) if item.known is not None})
 
 
 def missed_nothing(draws: np.ndarray, items: Sequence[GradedItem]) -> np.ndarray:
@@ -302,7 +310,11 @@ def _confidence(items: Sequence[GradedItem], seed: int) -> tuple[dict[str, float
         draws |= curve_draws(p_N, correct_N, groups_N, tuple(FIGURES), seed=seed)
     if tried:
         draws["aurc_by_length"] = curve_draws(brevity_N, right_N, groups_of(tried), ("aurc",), seed=seed)["aurc"]
-    intervals = {name: interval for name in figures if name in draws and (interval := interval_of(draws[name])) is not None}
+    standing = {name: int(groups_of(tried if name == "aurc_by_length" else sure).max()) + 1 for name in draws}
+    intervals = {
+        name: interval for name in figures
+        if name in draws and (interval := interval_of(draws[name], standing[name], SHARE)) is not None
+    }  # fmt: skip
     return figures, intervals
 
 
@@ -317,7 +329,7 @@ def twin_gap(items: Sequence[GradedItem], *, seed: int = 0) -> tuple[float | Non
     if not len(gaps_G):
         return None, None
     draws_RM = ratio_draws(gaps_G[:, None], np.ones((len(gaps_G), 1)), seed=seed)
-    return float(gaps_G.mean()), interval_of(draws_RM[:, 0])
+    return float(gaps_G.mean()), interval_of(draws_RM[:, 0], len(gaps_G), ENDS["twin_gap"])
 
 
 def accuracy_by_family(items: Sequence[GradedItem]) -> dict[str, float]:

@@ -18,10 +18,9 @@ from student.certificate import read_certificate
 from student.figures import aligned, lm_eval_rows
 from student.folders import resolve, weights_sha256
 from student.gates import GateRow, gate_table, judge, require, unmeasured
-from student.paired import difference
 from student.results import evaluation_files, read_evaluated, read_lm_eval, read_metrics, write_gates
 from student.scoring import Metrics
-from student.targets import TargetSpec
+from student.targets import TargetSpec, stored_dtype
 from student.unseen import trained_families
 
 if TYPE_CHECKING:
@@ -170,6 +169,7 @@ def export(context: Context, open_target: OpenTarget, show: Callable[[Count], No
     write_json(run.export / MATRIX_FILE, {"formats": [one.row._asdict() | {"notes": dict(one.notes)} for one in exported]})
     files = [run.export / MATRIX_FILE, *(path for one in exported for path in exported_files(one.folder))]
     said = [f"{one.name} keeps {one.row.retention:.2%}" for one in exported]
+    said += [] if held_out else ["measured on training traces: the dataset holds none back (data.validation_share)"]
     if any(one.name == "merged" for one in exported):
         figures = evaluate_models(context, ("export/merged",), open_target, show)["export/merged"]
         files += evaluation_files(run, "export")
@@ -202,7 +202,8 @@ def check_serving(context: Context) -> list[Any]:
         except UnusableInput as error:
             missing.append(error)
             continue
-        folder, dtype = run.export / name, SERVED_IN.get(name, recipe.export.dtype)
+        folder = run.export / name
+        dtype = SERVED_IN.get(name) or stored_dtype(folder) or recipe.export.dtype
         speaker = format_of(name, recipe.student.model, recipe.export).open(folder)
         path = next(folder.glob("*.gguf")) if name.startswith("gguf") else folder
         try:
@@ -304,7 +305,7 @@ def headroom_refusal(context: Context) -> Refused | None:
     teacher, base = (read_evaluated(context.run, name, context.run.headroom) for name in ("teacher", "base"))
     if teacher is None or base is None:
         raise UnusableInput(f"{context.run.headroom}: no figures of teacher and base; run: tracestill evaluate RECIPE --headroom")
-    found = difference(teacher.items, base.items, settings.headroom.metric, seed=settings.seed)
+    found = gates.headroom_of(teacher.items, base.items, settings.headroom, seed=settings.seed)
     context.console.print(f"headroom  {gates.headroom_text(found)}", highlight=False, markup=False, soft_wrap=True)
     return gates.headroom_refusal(settings.headroom, found)
 

@@ -10,9 +10,11 @@ from configs.errors import UnusableInput
 from configs.evaluation import OWN_MODELS, OtherModel, Price
 from configs.schema import Recipe
 from data.records import digest
-from data.store import RunFolder, sha256_file
+from data.store import RunFolder, read_json, sha256_file
 from student.folders import resolve, weights_sha256
 
+Dtype = Literal["fp32", "bf16", "fp16"]
+DTYPES: dict[str, Dtype] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -25,22 +27,26 @@ class TargetSpec(NamedTuple):
     kind: Literal["teacher", "local", "server", "export"]
     folder: Path | None = None
     adapter: Path | None = None
-    dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
+    dtype: Dtype = "bf16"
     server: HttpEngine | None = None
     tokenizer: str = ""
     export: str = ""
     price: Price | None = None
 
     def fingerprint(self) -> str:
-        """Of its weights; of a server, what it was asked for: which weights it has is its word."""
+        """Of its weights, an adapter's scaling among them, and the type that they are computed in; of a server, what it was asked
+        for: which weights it has is its word."""
         if self.server is not None:
             return digest("server", list(self.server.urls), self.server.servers_file, self.server.model)
         assert self.folder is not None
         if self.adapter is None:
-            return weights_sha256(self.folder)
-        if not (self.adapter / ADAPTER_WEIGHTS).is_file():
-            raise UnusableInput(f"{self.name}: no {ADAPTER_WEIGHTS} in {self.adapter}; expected a PEFT folder")
-        return weights_sha256(self.folder) + sha256_file(self.adapter / ADAPTER_WEIGHTS)
+            return digest("local", weights_sha256(self.folder), self.dtype)
+        for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
+            if not (self.adapter / name).is_file():
+                raise UnusableInput(f"{self.name}: no {name} in {self.adapter}; expected a PEFT folder")
+        read_json(self.adapter / ADAPTER_CONFIG)
+        own = [sha256_file(self.adapter / name) for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG)]
+        return digest("local", weights_sha256(self.folder), *own, self.dtype)
 
 
 def target_spec(recipe: Recipe, run: RunFolder, name: str) -> TargetSpec:
@@ -75,7 +81,7 @@ def _spec(recipe: Recipe, run: RunFolder, name: str) -> TargetSpec:
         file = "export" if chosen == "merged" else f"export.{chosen}"
         if chosen == "adapter":
             return TargetSpec(name, file, "export", resolve(recipe.student.model), folder, recipe.export.dtype, export=chosen)
-        return TargetSpec(name, file, "export", folder, None, recipe.export.dtype, export=chosen)
+        return TargetSpec(name, file, "export", folder, None, stored_dtype(folder) or recipe.export.dtype, export=chosen)
     if (other := recipe.evaluate.models.get(name)) is not None:
         return _other(recipe, name, other)
     if Path(name).is_dir():
@@ -83,6 +89,13 @@ def _spec(recipe: Recipe, run: RunFolder, name: str) -> TargetSpec:
     raise UnusableInput(
         f"no model {name!r}: expected one of {', '.join((*OWN_MODELS, *recipe.evaluate.models))}, export/FORMAT, or a folder"
     )
+
+
+def stored_dtype(folder: Path) -> Dtype | None:
+    """What an exported folder's config.json says its weights are computed in: a merge that would have lost the adapter in the
+    recipe's type is stored in float32, and loses it after all where it is opened in the other. None: it does not say."""
+    config = read_json(folder / "config.json")
+    return DTYPES.get(str(config.get("dtype", config.get("torch_dtype", ""))))
 
 
 def _other(recipe: Recipe, name: str, other: OtherModel) -> TargetSpec:

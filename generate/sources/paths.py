@@ -14,7 +14,7 @@ def find_file(path: str, folders: Sequence[Path], what: str = "prompt file") -> 
         if (folder / path).is_file():
             return folder / path
     raise UnusableInput(
-        f"{what} {path}: no such file beside the recipe or in the working directory; correct generate.prompts path"
+        f"{what} {path}: no such file beside the recipe or in the working directory; correct its path in the recipe"
     )
 
 
@@ -24,7 +24,7 @@ def find_folder(path: str, folders: Sequence[Path], what: str) -> Path:
         if (folder / path).is_dir():
             return (folder / path).resolve()
     raise UnusableInput(
-        f"{what} {path}: no such folder beside the recipe or in the working directory; correct generate.prompts path"
+        f"{what} {path}: no such folder beside the recipe or in the working directory; correct its path in the recipe"
     )
 
 
@@ -34,7 +34,7 @@ def find_parts(path: str, folders: Sequence[Path], suffix: str, what: str) -> li
         if (folder / path).is_dir():
             parts = sorted(part for part in (folder / path).glob(f"*{suffix}") if part.is_file())
             if not parts:
-                raise UnusableInput(f"{what} {path}: the folder holds no *{suffix}; correct generate.prompts path")
+                raise UnusableInput(f"{what} {path}: the folder holds no *{suffix}; correct its path in the recipe")
             return parts
     return [find_file(path, folders, what)]
 

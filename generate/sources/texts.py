@@ -44,7 +44,7 @@ def _matches(pattern: str, folders: Sequence[Path]) -> dict[str, Path]:
         if files := [path for path in matches if path.is_file()]:
             return {str(path.relative_to(folder)) if path.is_relative_to(folder) else path.name: path for path in files}
     raise UnusableInput(
-        f"documents {pattern}: no such file beside the recipe or in the working directory; correct generate.prompts paths"
+        f"documents {pattern}: no such file beside the recipe or in the working directory; correct its paths in the recipe"
     )
 
 
@@ -53,7 +53,7 @@ def load_documents(source: DocumentsSource, folders: Sequence[Path]) -> list[Doc
     files = find_documents(source, folders)
     documents = [document for name, path in files.items() for document in _documents_of(path, name) if document.text.strip()]
     if not documents:
-        raise UnusableInput(f"documents {' '.join(source.paths)}: no text in them; correct generate.prompts paths")
+        raise UnusableInput(f"documents {' '.join(source.paths)}: no text in them; correct its paths in the recipe")
     return documents
 
 

@@ -33,7 +33,9 @@ class LlamaSpeaker:
         self.llama.llama_backend_init()
         self._model = self.llama.llama_model_load_from_file(bytes(file), self.llama.llama_model_default_params())
         if not self._model:
-            raise UnusableInput(f"{file}: llama.cpp cannot load it; export again")
+            raise UnusableInput(
+                f"{file}: llama.cpp cannot load it; correct export.gguf_pre_tokenizer, where it is set, or export again"
+            )
         settings = self.llama.llama_context_default_params()
         settings.n_ctx, settings.n_batch, settings.n_threads, settings.n_threads_batch = max_tokens, max_tokens, threads, threads
         settings.flash_attn = False  # its float16 accumulation is no part of the format

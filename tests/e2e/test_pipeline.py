@@ -105,6 +105,15 @@ def test_a_gate_that_fails_exits_3_and_keeps_the_run(finished: RunFolder, tmp_pa
     ended = subprocess.run(words, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
     assert ended.returncode == 3 and "accuracy" in ended.stderr and "expected >= 1" in ended.stderr
     assert "student" in json.loads(ended.stdout.splitlines()[-1])
+    run = RunFolder(tmp_path / "r")
+    words[words.index("evaluate")] = "run"
+    ended = subprocess.run(words, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+    assert ended.returncode == 3 and "from before a gate refused this student" in ended.stdout, ended.stderr
+    card = (run.export / "merged" / "README.md").read_text()
+    assert "0 of 1 gates passed" in card, card  # what stands says what the gates say now, and so does the page
+    assert "Every gate passed" not in (run.report / "index.html").read_text()
+    said = json.loads((run.export / "merged" / "provenance.json").read_text())
+    assert [row["passed"] for row in said["gates"]] == [False] and unresolved(run, said) == []
 
 
 def test_the_export_serves_what_was_evaluated(finished: RunFolder) -> None:

@@ -27,6 +27,7 @@ from student.export import Exported, Material, export_formats, exported_files, l
 from student.lora import attach
 from student.matrix import agreed, divergence, retention
 from student.model import load_base
+from student.targets import stored_dtype
 from tests.student.test_evaluate import CHATML, embedded_template
 
 PAIR = ("embed_tokens", "lm_head")
@@ -195,6 +196,7 @@ def test_a_bf16_merge_that_would_lose_the_adapter_is_stored_in_fp32_and_says_why
     assert re.fullmatch(r"bf16 keeps -?[\d.]+% of the adapter, at least 98% were to be kept", str(exported.notes["because"]))
     assert exported.row.retention > 0.999 and found_by(exported).adapter_kept > 0.9
     assert json.loads((exported.folder / "config.json").read_text())["dtype"] == "float32"
+    assert stored_dtype(exported.folder) == "fp32"  # evaluated as it is stored: in bf16 the adapter would be gone after all
     large = export(base, make_adapter(base, tmp_path / "large"), RunFolder(tmp_path / "b"), "bf16")
     assert large.notes == {"dtype": "bf16"} and 0.98 <= large.row.retention < 1.0
 
@@ -387,5 +389,6 @@ def test_a_kill_while_formats_are_published_costs_the_export_and_nothing_else(tm
     words = [sys.executable, "-c", KILLED, str(base), str(adapter), str(run.root), str(published)]
     assert subprocess.run(words, check=False).returncode == -signal.SIGKILL
     assert len(list(run.export.glob("[!.]*"))) == published
+    (run.export / ".merged.7-ab.tmp.replaced").mkdir()  # as one that was killed between its two renames leaves it
     assert export_two(base, adapter, run) == whole
     assert sorted(path.name for path in run.export.iterdir()) == ["adapter", "merged"]

@@ -4,9 +4,17 @@ import pytest
 
 from configs.errors import Refused, UnusableInput
 from configs.evaluation import Evaluate, Gate, Headroom, read_gate
-from student.gates import Evaluated, check_slices, gate_table, headroom_refusal, judge, require, unmeasured
+from student.gates import (
+    Evaluated,
+    check_slices,
+    gate_table,
+    headroom_of,
+    headroom_refusal,
+    judge,
+    require,
+    unmeasured,
+)
 from student.grades import Grade, GradedItem
-from student.paired import difference
 from student.scoring import measure
 
 
@@ -101,10 +109,10 @@ def test_a_gate_by_its_interval_asks_more_than_the_figure() -> None:
 
 
 def test_a_comparison_is_paired_item_by_item() -> None:
-    """20 items that both get right and none that only one does: a difference of 0 without doubt, whatever the accuracy is."""
-    half = evaluated(10, 10, 0, 0)
-    [row] = judge({"accuracy above base": Gate(min=-0.01, interval=True)}, student=half, base=half)
-    assert row.passed and (row.low, row.high) == (0.0, 0.0)
+    """20 items of which none is right for one alone: no doubt from the accuracy of a half, only from what 20 have not shown."""
+    half, unseen = evaluated(10, 10, 0, 0), 1.959963984540054**2 / (20 + 1.959963984540054**2)
+    [row] = judge({"accuracy above base": Gate(min=-0.17, interval=True)}, student=half, base=half)
+    assert row.passed and (row.low, row.high) == pytest.approx((-unseen, unseen), abs=1e-9)
     [row] = judge({"accuracy above base in x": Gate(min=0.05)}, student=evaluated(12, 8, 0, 0), base=half)
     assert row.value == pytest.approx(0.1, abs=1e-9) and row.passed
     [row] = judge({"accuracy above base": Gate(min=0)}, student=half)
@@ -112,7 +120,7 @@ def test_a_comparison_is_paired_item_by_item() -> None:
 
 
 def refused(settings: Headroom, teacher: Evaluated, base: Evaluated) -> Refused | None:
-    return headroom_refusal(settings, difference(teacher.items, base.items, settings.metric))
+    return headroom_refusal(settings, headroom_of(teacher.items, base.items, settings, seed=0))
 
 
 def test_a_teacher_that_is_no_better_by_more_than_chance_is_not_distilled() -> None:
@@ -126,6 +134,61 @@ def test_a_teacher_that_is_no_better_by_more_than_chance_is_not_distilled() -> N
     assert refused(Headroom(above=0.6), better, base) is not None
     nothing = refused(Headroom(metric="omniscience_index"), better, base)
     assert nothing is not None and "was not measured on 40 items" in str(nothing)
+
+
+def test_answers_that_nobody_graded_are_no_advantage() -> None:
+    """The base against itself: with three of its right answers ungraded it is still level, and with ten nobody knows."""
+    half = evaluated(50, 50, 0, 0)
+
+    def without(lost: int) -> Evaluated:
+        items = [
+            dataclasses.replace(item, grade=Grade.UNGRADED) if place < lost else item for place, item in enumerate(half.items)
+        ]
+        return Evaluated(measure(items), items)
+
+    refusal = refused(Headroom(), half, without(3))
+    assert refusal is not None and "0 (-0.03809 to 0.03809, 97 items, p 1)" in str(refusal)
+    refusal = refused(Headroom(), half, without(10))
+    assert refusal is not None and "accuracy (10 attempts without a grade) of teacher and base was not measured" in str(refusal)
+
+
+@pytest.mark.parametrize(
+    ("gate", "bound", "grades", "theirs"),
+    [
+        ("hallucination_rate above base", Gate(max=0.0, interval=True), [Grade.NOT_ATTEMPTED], [Grade.INCORRECT]),
+        ("abstention_rate above base", Gate(min=0.5, interval=True), [Grade.NOT_ATTEMPTED], [Grade.INCORRECT]),
+        ("accuracy above base", Gate(min=0.5, interval=True), [Grade.CORRECT] * 2, [Grade.INCORRECT] * 2),
+        ("accuracy of teacher", Gate(min=1.0, interval=True), [Grade.CORRECT] * 2, [Grade.CORRECT] * 2),
+        ("omniscience_index", Gate(min=90, interval=True), [Grade.CORRECT] * 2, []),
+        ("simpleqa_f", Gate(min=0.9, interval=True), [Grade.CORRECT] * 2, []),
+        ("hallucination_rate", Gate(max=0.3, interval=True), [Grade.CORRECT] * 2, []),
+    ],
+)
+def test_an_item_or_two_are_not_certain(gate: str, bound: Gate, grades: list[Grade], theirs: list[Grade]) -> None:
+    def answers(given: list[Grade]) -> Evaluated:
+        items = [GradedItem("facts/x", True, grade, 4, 6, "stop", f"item {number}") for number, grade in enumerate(given)]
+        return Evaluated(measure(items), items)
+
+    other = answers(theirs or grades)
+    [row] = judge({gate: bound}, student=answers(grades), base=other, teacher=other)
+    assert not row.passed and row.low is not None and row.high is not None and row.low < row.high
+    [alone] = judge({gate: bound.model_copy(update={"interval": False})}, student=answers(grades), base=other, teacher=other)
+    assert alone.passed
+
+
+def test_answers_without_a_grade_count_among_those_that_the_figure_speaks_of() -> None:
+    """8 of 10 closed-book answers have no grade; 200 sums beside them do not make the rate of those a figure."""
+    items = [GradedItem("sums", None, Grade.CORRECT, 4, 6, "stop", f"sum {number}") for number in range(200)]
+    items += [
+        GradedItem("facts/x", True, Grade.UNGRADED if number < 8 else Grade.CORRECT, 4, 6, "stop", f"fact {number}")
+        for number in range(10)
+    ]
+    student = Evaluated(measure(items), items)
+    for metric in ("hallucination_rate", "abstention_rate", "over_refusal_rate"):
+        [row] = judge({metric: Gate(max=0.3)}, student=student)
+        assert row.value is None and not row.passed, metric
+    [row] = judge({"accuracy": Gate(min=0.5)}, student=student)
+    assert row.passed
 
 
 def test_a_gate_on_a_slice_that_no_item_is_in_is_named_with_those_there_are() -> None:

@@ -213,7 +213,13 @@ def test_where_every_draw_is_the_same_the_interval_is_wilsons() -> None:
     asked_often = [dataclasses.replace(item("sums", None, C), item="one", sample=sample) for sample in range(8)]
     assert measure(asked_often).intervals["accuracy"] == pytest.approx((1 / (1 + z2), 1.0), abs=1e-9)
     nothing_missed = measure([item("facts/x", True, C)] * 3).intervals["hallucination_rate"]
-    assert nothing_missed == (0.0, 0.0)
+    assert nothing_missed == pytest.approx((0.0, z2 / (3 + z2)), abs=1e-9)
+    certain = measure([item("facts/x", True, C)] * 2)  # of the closed book, in [-100, 100]
+    assert certain.intervals["omniscience_index"] == pytest.approx((100 * (2 - z2) / (2 + z2), 100.0), abs=1e-9)
+    assert certain.intervals["simpleqa_f"] == pytest.approx((2 / (2 + z2), 1.0), abs=1e-9)
+    sure_items = [sure(C, 1.0), sure(C, 1.0)]
+    assert measure(sure_items).intervals["brier"] == pytest.approx((0.0, z2 / (2 + z2)), abs=1e-9)
+    assert measure(sure_items).intervals["ece"] == pytest.approx((0.0, z2 / (2 + z2)), abs=1e-9)
 
 
 def test_draws_of_ratios_equal_drawing_the_groups_one_by_one() -> None:
