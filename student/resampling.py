@@ -59,7 +59,7 @@ def interval_of(draws_R: np.ndarray, num_groups: int, ends: Interval) -> Interva
     known = draws_R[~np.isnan(draws_R)]
     if not len(known):
         return None
-    low, high = (float(np.quantile(known, q, method=method)) for q, method in ((0.025, "lower"), (0.975, "higher")))
+    low, high = float(np.quantile(known, 0.025, method="lower")), float(np.quantile(known, 0.975, method="higher"))
     if low < high or not num_groups:  # none: dollars for nothing completed, which are infinite however often one draws
         return Interval(low, high)
     seen = num_groups / (num_groups + Z**2)
