@@ -138,8 +138,8 @@ def headroom_of(teacher: Sequence[GradedItem], base: Sequence[GradedItem], setti
     lost = {(item.item, item.sample) for items in (teacher, base) for item in items if item.grade is Grade.UNGRADED}
     if any(is_ungraded(items, settings.metric) for items in (teacher, base)):
         return Paired(f"{settings.metric} ({len(lost)} attempts without a grade)", 0, None, None, None, "paired bootstrap")
-    kept = [[item for item in items if (item.item, item.sample) not in lost] for items in (teacher, base)]
-    return difference(*kept, settings.metric, seed=seed)
+    ours, theirs = ([item for item in items if (item.item, item.sample) not in lost] for items in (teacher, base))
+    return difference(ours, theirs, settings.metric, seed=seed)
 
 
 def headroom_refusal(settings: Headroom, found: Paired) -> Refused | None:
