@@ -8,7 +8,9 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_va
 
 from configs.section import Section
 
-StageName = Literal["prompts", "prepare", "headroom", "canary", "generate", "data", "train", "evaluate", "export", "report"]
+StageName = Literal[
+    "prompts", "prepare", "serve", "headroom", "canary", "generate", "data", "train", "evaluate", "export", "report"
+]
 
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d{1,2}))?(?::(?P<third>\d{1,2}))?")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -79,6 +81,21 @@ class Health(Section):
     """A shell line of the site's own; any exit code but 0 is a bad node, and its last line says why."""
 
 
+class Servers(Section):
+    """Jobs that serve the teacher while it is needed. Each is teacher.hardware.nodes nodes and one address; teacher.layout and
+    teacher.engine say how the program is to place the model."""
+
+    program: Literal["vllm", "sglang", "transformers"] = "vllm"
+    """`transformers` serves one process on one node."""
+    jobs: PositiveInt = 1
+    model: str = ""
+    """Folder of the weights; empty: teacher.model."""
+    options: tuple[str, ...] = ()
+    """Further words for the program, such as `--max-model-len=262144`."""
+    start_seconds: PositiveFloat = 3600.0
+    """From the start of the program to its first answer: reading 750 GB and compiling."""
+
+
 class Slurm(Job):
     """Jobs of all stages; `stages` says otherwise for some of them."""
 
@@ -92,6 +109,8 @@ class Slurm(Job):
     """Jobs that generate at the same time, each on the teacher's nodes (or asking servers)."""
     canary: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     """A job that asks this share of the prompts before `generate`, and ends the chain where they disappoint."""
+    servers: Servers | None = None
+    """The http engine's servers as jobs of this run, which come and go."""
     setup: tuple[str, ...] = ()
     """Shell lines before each stage: module loads, a virtual environment."""
     environment: dict[str, str] = Field(default={})
@@ -108,7 +127,7 @@ class Slurm(Job):
     """From the warning to the time limit: what a stage has for finishing its step and writing what it holds."""
     silence_seconds: PositiveFloat = 1800.0
     """A stage whose counts have not moved for so long hangs: it is ended and goes back into the queue. Loading counts."""
-    health: Health | None = None
+    health: Health | None = Health()
 
     @field_validator("environment")
     @classmethod

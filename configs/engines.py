@@ -50,7 +50,8 @@ class HttpEngine(Section):
     base_urls: tuple[str, ...] = ()
     """Where servers listen, `/v1` included. Empty, without a servers_file: http://localhost:8000/v1."""
     servers_file: str = ""
-    """File with one such URL a line, read again every health_s: for servers that come and go while a run goes on."""
+    """File with one such URL a line, read again every health_s: for servers that come and go while a run goes on. Of a folder,
+    its *.url files that are renewed at least once a minute."""
     model: str = ""
     """Model name to ask the server for; empty asks for teacher.model."""
     api: Literal["chat", "completions"] = "chat"

@@ -270,6 +270,12 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _servers_are_asked(self) -> "Recipe":
+        if self.slurm.servers is not None and not isinstance(self.teacher.engine, HttpEngine):
+            raise ValueError("slurm.servers are asked by teacher.engine http; set it, or leave slurm.servers out")
+        return self
+
+    @model_validator(mode="after")
     def _costs_have_prices(self) -> "Recipe":
         engine = self.teacher.engine
         if isinstance(engine, HttpEngine):

@@ -11,6 +11,7 @@ attempts in a row have committed nothing.
 import argparse
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -26,7 +27,9 @@ from data.store import ROLLUP, RunFolder
 from slurm import attempts
 from slurm.attempts import Attempt, JobFolder
 from slurm.client import SlurmFailed, call
+from slurm.nodes import leave_out, unfit_nodes
 from slurm.progress import progress_of
+from slurm.servers import close_servers, wait_for_server
 
 POLL_S = 0.25
 CANCELLED = 130
@@ -38,6 +41,7 @@ END_S = 40.0
 WARNED = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 _ERROR = re.compile(rb"^(?:\d+: )?(error: .*|slurmstepd: error: .*|srun: error: .*)$", re.MULTILINE)
 TAIL_BYTES = 1 << 16
+BAD_NODE = "bad node"
 
 
 class Verdict(NamedTuple):
@@ -140,12 +144,15 @@ def last_error(log: Path | None, start: int) -> str:
     except OSError:
         return ""
     own = [line for line in found if line.startswith(b"error: ")]
-    return (own or found or [b""])[-1].decode(errors="replace").removeprefix("error: ")
+    others = [line for line in found if b"Exited with exit code" not in line]  # that is known
+    return (own or others or [b""])[-1].decode(errors="replace").removeprefix("error: ")
 
 
 def main(words: Sequence[str]) -> int:
     """What the batch script says. Returns the exit code."""
     options = _options().parse_args(words)
+    for number in WARNED:
+        signal.signal(number, _stop_before_the_step)
     run, job_id = RunFolder(options.run_dir), int(os.environ["SLURM_JOB_ID"])
     folder, stage = JobFolder.of(run), options.stage
     earlier = [one for one in attempts.read_attempts(folder, stage) if one.job_id == job_id]
@@ -156,19 +163,36 @@ def main(words: Sequence[str]) -> int:
         folder, stage, job_id, int(os.environ.get("SLURM_RESTART_COUNT", "0")), os.environ.get("SLURM_JOB_NODELIST", ""), before
     )
     start = options.log.stat().st_size if options.log.is_file() else 0
-    if (missing := _missing_input(run, options.input)) is not None:
+    missing = _missing_input(run, options.input) or (wait_for_server(run) if options.asks_servers else "")
+    if missing:
         code, after, verdict = UnusableInput.exit_code, before, Verdict(UnusableInput.exit_code, "unusable", missing)
+    elif options.health is not None and (unfit := unfit_nodes(options.health)):
+        left = leave_out(run, job_id, unfit, times=sum(one.outcome == BAD_NODE for one in earlier))
+        code, after = Interrupted.exit_code, before
+        verdict = (
+            Verdict(TracestillError.exit_code, "stuck", left.reason) if left.is_futile else Verdict(code, BAD_NODE, left.reason)
+        )
     else:
+        earlier = [one for one in earlier if one.outcome != BAD_NODE]
         code, hung = Step(options.command, beat, options.silence).wait()
         after = progress_of(run, stage)
+        is_over = folder.cancelled.exists() or (stage == "serve" and folder.closed.exists())
         verdict = judge(
-            code, hung=hung, cancelled=folder.cancelled.exists(), said=last_error(options.log, start), earlier=earlier,
+            code, hung=hung, cancelled=is_over, said=last_error(options.log, start), earlier=earlier,
             before=before, after=after,
         )  # fmt: skip
     attempts.end(folder, stage, job_id, after=after, code=code, outcome=verdict.outcome, reason=verdict.reason)
+    if options.closes_servers and verdict.code != Interrupted.exit_code:
+        close_servers(run)
     if verdict.code != 0:
         print(f"{stage}: {verdict.outcome}: {verdict.reason}", file=sys.stderr, flush=True)
     return verdict.code
+
+
+def _stop_before_the_step(number: int, _: FrameType | None) -> None:
+    """While nodes are looked at: nothing has begun, and the job goes back into the queue."""
+    print(f"stopped by {signal.Signals(number).name} before the step began", file=sys.stderr, flush=True)
+    raise SystemExit(Interrupted.exit_code)
 
 
 def _options() -> argparse.ArgumentParser:
@@ -178,14 +202,17 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument("--input", help="folder of the run whose manifest has to be there")
     parser.add_argument("--log", type=Path, required=True, help="where the step's words go")
     parser.add_argument("--silence", type=float, required=True, help="seconds without a count after which the step hangs")
+    parser.add_argument("--health", type=shlex.split, help="words of python -m slurm.health, asked on every node first")
+    parser.add_argument("--asks-servers", action="store_true", help="wait until a server of the teacher has registered")
+    parser.add_argument("--closes-servers", action="store_true", help="nobody asks the teacher's servers after this stage")
     parser.add_argument("command", nargs="+")
     return parser
 
 
-def _missing_input(run: RunFolder, folder: str | None) -> str | None:
+def _missing_input(run: RunFolder, folder: str | None) -> str:
     """A dependency can be satisfied by a job that wrote nothing; the manifest is the proof."""
     if folder is None or (run.root / folder / ROLLUP).is_file():
-        return None
+        return ""
     return f"{run.root / folder / ROLLUP} does not exist: the stage before has not finished"
 
 

@@ -6,6 +6,9 @@ keeps no accounts.
     slurm/attempts/STAGE.JOB.jsonl  a line when an attempt of a job starts, and one when it ends
     slurm/beats/STAGE.JOB.json      the stage's newest count (configs/progress.py)
     slurm/excluded.jsonl            nodes that failed a health check
+    slurm/servers/JOB.url           where a server of the teacher listens; renewed while it answers
+    slurm/served.jsonl              a line when a server has answered for the first time
+    slurm/servers.closed            nobody is to ask them any more
     slurm/cancelled                 nobody is to requeue anything
 """
 
@@ -51,6 +54,17 @@ class JobFolder:
     @property
     def servers(self) -> Path:
         return self.root / "servers"
+
+    def server(self, job_id: int) -> Path:
+        return self.servers / f"{job_id}.url"
+
+    @property
+    def served(self) -> Path:
+        return self.root / "served.jsonl"
+
+    @property
+    def closed(self) -> Path:
+        return self.root / "servers.closed"
 
     def script(self, stage: str) -> Path:
         return self.root / f"{stage}.sbatch"

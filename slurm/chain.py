@@ -16,7 +16,7 @@ from data.store import RunFolder, read_rollup, write_bytes
 from slurm.attempts import JobFolder, append, note_stages, read_attempts
 from slurm.client import QueuedJob, call, queued, sbatch
 from slurm.scripts import Chain, array_of, dependency_kind, render_scripts
-from slurm.topology import SPECS, stage_shape
+from slurm.topology import ASKING, SPECS, previous_of, stage_shape
 
 GRACE_S = 60.0
 POLL_S = 0.5
@@ -83,6 +83,8 @@ def submit_chain(chain: Chain, *, first: str | None = None, only: str | None = N
     before: int | None = None
     fresh = False  # something earlier is being made
     for stage in stages:
+        if stage == "serve":
+            continue
         if jobs := alive.get(stage):
             before, fresh = jobs[0].array_id, True
             placed.append(Placed(stage, "attached", before))
@@ -94,14 +96,36 @@ def submit_chain(chain: Chain, *, first: str | None = None, only: str | None = N
             placed.append(Placed(stage, "done"))
             continue
         _require_input(chain, stage, before)
-        script = folder.script(stage)
-        write_bytes(script, scripts[stage].encode())
-        options = [] if before is None else [f"--dependency={dependency_kind(stage)}:{before}", "--kill-on-invalid-dep=yes"]
-        before, fresh = sbatch(str(script), options), True
-        append(folder.jobs, {"stage": stage, "job_id": before, "array": array_of(chain, stage), "at": time.time(),
-                             "options": options})  # fmt: skip
+        before, fresh = _submit(chain, stage, scripts[stage], before), True
         placed.append(Placed(stage, "submitted", before))
+    if "serve" in stages and any(one.stage in ASKING and one.job_id is not None for one in placed):
+        placed.append(_place_servers(chain, scripts["serve"], alive.get("serve", []), placed))
     return placed
+
+
+def _submit(chain: Chain, stage: StageName, text: str, before: int | None) -> int:
+    """The job's id. before: the job that it waits for."""
+    folder = JobFolder.of(chain.run)
+    script = folder.script(stage)
+    write_bytes(script, text.encode())
+    options = [] if before is None else [f"--dependency={dependency_kind(stage)}:{before}", "--kill-on-invalid-dep=yes"]
+    job_id = sbatch(str(script), options)
+    append(
+        folder.jobs,
+        {"stage": stage, "job_id": job_id, "array": array_of(chain, stage), "at": time.time(), "options": options},
+    )
+    return job_id
+
+
+def _place_servers(chain: Chain, text: str, alive: Sequence[QueuedJob], placed: Sequence[Placed]) -> Placed:
+    """Servers beside the stages that ask them: they wait for what comes before the first of those, and nobody waits for them."""
+    if alive:
+        return Placed("serve", "attached", alive[0].array_id)
+    folder, jobs = JobFolder.of(chain.run), {one.stage: one.job_id for one in placed}
+    folder.closed.unlink(missing_ok=True)
+    folder.servers.mkdir(parents=True, exist_ok=True)
+    before = previous_of(chain.stages, "serve")
+    return Placed("serve", "submitted", _submit(chain, "serve", text, None if before is None else jobs.get(before)))
 
 
 def is_done(run: RunFolder, stage: StageName) -> bool:

@@ -80,7 +80,7 @@ def _chain(context: "Context", max_nodes: int | None) -> "Chain":
 
     settings = settle_site(context.recipe.slurm, context.folders)
     recipe = context.recipe.model_copy(update={"slurm": settings})
-    return Chain(recipe, context.config, context.overrides, context.run, settings, Path.cwd(), max_nodes)
+    return Chain(recipe, context.config, context.overrides, context.run, settings, Path.cwd(), context.loaded.folder, max_nodes)
 
 
 # --- looking, and stopping ------------------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ def _stages(run: "RunFolder") -> "tuple[StageName, ...]":
     from slurm.attempts import JobFolder, read_stages
     from slurm.topology import STAGES
 
-    return read_stages(JobFolder.of(run)) or tuple(stage for stage in STAGES if stage not in ("prepare", "canary"))
+    return read_stages(JobFolder.of(run)) or tuple(stage for stage in STAGES if stage not in ("prepare", "serve", "canary"))
 
 
 def logs(

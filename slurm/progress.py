@@ -7,6 +7,7 @@ from pathlib import Path
 from data.ledger import read_fates
 from data.store import RunFolder, segments
 from data.work import WorkFolder
+from slurm.attempts import JobFolder, lines
 
 
 def progress_of(run: RunFolder, stage: str) -> str:
@@ -22,6 +23,8 @@ def progress_of(run: RunFolder, stage: str) -> str:
             return _said(verdict_bytes=_bytes(run.verdicts))
         case "train":
             return _said(step=_newest_step(run))
+        case "serve":
+            return _said(servers=sum(1 for _ in lines(JobFolder.of(run).served)))
         case "export":
             return _said(formats=len(list(run.export.glob("[!.]*/provenance.json"))))
         case _:

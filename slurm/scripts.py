@@ -13,15 +13,19 @@ from configs.cluster import Slurm, StageName
 from configs.schema import Recipe
 from data.store import RunFolder
 from slurm.attempts import JobFolder, excluded_nodes
-from slurm.topology import SPECS, stage_shape, stages_of
+from slurm.serving import server_command
+from slurm.topology import ASKING, SPECS, previous_of, stage_shape, stages_of
 
 TEMPLATE = "stage.sbatch.j2"
 
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """What is submitted: a recipe, the words that name it again on a node, and the cluster's settings (slurm/site.py). cwd: where
-    relative paths of the command line are looked up. max_nodes: that jobs of the chain may hold at the same time."""
+    """What is submitted: a recipe, the words that name it again on a node, and the cluster's settings (slurm/site.py).
+
+    cwd, folder: of the command line and of the recipe, where relative paths are looked up. max_nodes: that jobs of the chain may
+    hold at the same time.
+    """
 
     recipe: Recipe
     config: str
@@ -29,6 +33,7 @@ class Chain:
     run: RunFolder
     slurm: Slurm
     cwd: Path
+    folder: Path
     max_nodes: int | None = None
 
     @property
@@ -66,7 +71,7 @@ def _values(chain: Chain, stage: StageName) -> dict[str, object]:
         "stage": stage,
         "position": position,
         "total": len(stages),
-        "previous": stages[position - 2] if position > 1 else None,
+        "previous": previous_of(stages, stage),
         "after": dependency_kind(stage),
         "shape": shape,
         "array": array_of(chain, stage),
@@ -80,9 +85,26 @@ def _values(chain: Chain, stage: StageName) -> dict[str, object]:
         "log_now": shlex.quote(str(run.logs / f"{stage}-")) + '"$SLURM_JOB_ID".log',
         "programs": shlex.quote(str(Path(sys.executable).parent)),
         "input": input_of(stage, stages),
+        "health": health_words(chain, stage),
+        "asks_servers": asks_servers(chain, stage),
+        "closes_servers": chain.slurm.servers is not None and stage in ("evaluate", "report"),
         "run_dir": shlex.quote(str(run.root)),
         "command": stage_command(chain, stage),
     }
+
+
+def asks_servers(chain: Chain, stage: StageName) -> bool:
+    return chain.slurm.servers is not None and stage in ASKING
+
+
+def _serve_command(chain: Chain) -> str:
+    settings, teacher = chain.slurm.servers, chain.recipe.teacher
+    assert settings is not None
+    command = server_command(chain.recipe, (chain.folder, chain.cwd))
+    ranks = max(1, teacher.hardware.gpus_per_node // teacher.layout.tensor_parallel)
+    words = ["python", "-P", "-m", "slurm.serve", str(chain.run.root), f"--start={settings.start_seconds:g}"]
+    words += [f"--ranks-per-node={ranks}", f"--others={shlex.join(command.others)}"] if command.others else []
+    return shlex.join([*words, "--", *command.first])
 
 
 def dependency_kind(stage: StageName) -> str:
@@ -104,12 +126,33 @@ def array_of(chain: Chain, stage: StageName) -> str | None:
     return f"0-{shape.jobs - 1}" + (f"%{at_once}" if at_once < shape.jobs else "")
 
 
+def health_words(chain: Chain, stage: StageName) -> str | None:
+    """What slurm.health is asked on every node of the job, quoted as one word; None where nothing is: a stage on no GPU, of a
+    site that has no command of its own."""
+    settings, shape = chain.slurm.health, stage_shape(chain.recipe, stage)
+    if settings is None or not (shape.uses_gpus or (settings.command and shape.processes)):
+        return None
+    gpus = chain.recipe.teacher.hardware.gpus_per_node if settings.gpus is None else settings.gpus
+    values = {
+        "gpus": gpus if shape.uses_gpus else None,
+        "gpu-memory-gib": settings.gpu_memory_gib if shape.uses_gpus else None,
+        "memory-gib": settings.memory_gib, "scratch": chain.slurm.scratch or None, "scratch-gib": settings.scratch_gib,
+        "copy-gib-s": settings.copy_gib_s, "command": settings.command,
+    }  # fmt: skip
+    return shlex.quote(shlex.join(f"--{name}={value}" for name, value in values.items() if value is not None))
+
+
 def stage_command(chain: Chain, stage: StageName) -> str:
     """tracestill, as it is called on every node of the job."""
     spec = SPECS[stage]
+    if stage == "serve":
+        return _serve_command(chain)
     if stage == "report":
         return shlex.join(["tracestill", *spec.command, str(chain.run.root)])
     share = [str(chain.slurm.canary)] if stage == "canary" else []
     overrides = [word for override in chain.overrides for word in ("-s", override)]
+    if asks_servers(chain, stage):
+        places = f"teacher.engine.servers_file={JobFolder.of(chain.run).servers}"
+        overrides += ["-s", "teacher.engine.base_urls=[]", "-s", places]
     where = [] if stage == "prepare" else ["--run-dir", str(chain.run.root)]
     return shlex.join(["tracestill", *spec.command, *share, chain.config, *overrides, *where])

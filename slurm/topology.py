@@ -1,5 +1,6 @@
 """The stages of a chain: what each runs, what it reads, what it makes, and what it needs of a cluster. From the recipe alone."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from configs.cluster import StageName
@@ -22,6 +23,7 @@ SPECS: dict[StageName, StageSpec] = {
     for spec in (
         StageSpec("prompts", ("prompts",), None, "prompts"),
         StageSpec("prepare", ("prepare",), None, None),
+        StageSpec("serve", (), None, None),
         StageSpec("headroom", ("evaluate", "--headroom"), "prompts", "headroom", judges=True),
         StageSpec("canary", ("generate", "--canary"), "prompts", None, judges=True),
         StageSpec("generate", ("generate",), "prompts", "traces"),
@@ -33,6 +35,8 @@ SPECS: dict[StageName, StageSpec] = {
     )
 }
 STAGES: tuple[StageName, ...] = tuple(SPECS)
+ASKING: tuple[StageName, ...] = ("headroom", "canary", "generate", "evaluate")
+"""Stages that ask the teacher: where servers are jobs of the run, they wait for one of them."""
 
 
 class Shape(NamedTuple):
@@ -52,8 +56,17 @@ def stages_of(recipe: Recipe) -> tuple[StageName, ...]:
         "headroom": recipe.evaluate.headroom is not None and bool(recipe.evaluate.prompt_suites),
         "prepare": isinstance(engine, DeepSpeedEngine) and bool(engine.prepared),
         "canary": recipe.slurm.canary is not None,
+        "serve": recipe.slurm.servers is not None,
     }
     return tuple(stage for stage in STAGES if asked.get(stage, True))
+
+
+def previous_of(stages: Sequence[StageName], stage: StageName) -> StageName | None:
+    """The stage that this one waits for. Nobody waits for servers: they run beside the others."""
+    before: StageName | None = None
+    for one in stages[: stages.index(stage)]:
+        before = before if one == "serve" else one
+    return before
 
 
 def stage_shape(recipe: Recipe, stage: StageName) -> Shape:
@@ -62,6 +75,9 @@ def stage_shape(recipe: Recipe, stage: StageName) -> Shape:
     asks_servers = isinstance(teacher.engine, HttpEngine)
     jobs = recipe.slurm.generate_jobs if stage == "generate" else 1
     match stage:
+        case "serve":
+            assert recipe.slurm.servers is not None
+            return Shape(teacher.hardware.nodes, 1, gpus, recipe.slurm.servers.jobs)
         case "headroom" | "canary" | "generate" | "evaluate" if isinstance(teacher.engine, DeepSpeedEngine):  # its own ranks
             return Shape(teacher.hardware.nodes, teacher.ranks_per_node, gpus, jobs)
         case "canary" | "generate":

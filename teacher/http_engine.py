@@ -12,6 +12,7 @@ To try it against a real server on this machine:
 """
 
 import asyncio
+import time
 from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
 
@@ -58,12 +59,20 @@ class HttpEngine:
         """Asks every server for its models, so that a wrong address, key or name shows before a request is paid for. One
         healthy server is enough.
 
+        Servers that register in a folder come and go with their jobs: one of them is waited for as long as a request would be.
+
         Raises:
             UnusableInput: nobody usable answers, or a key is refused.
         """
-        if self.engine.servers_file:
-            self.servers.read_file()
-        asyncio.run(self._look())
+        patience_s = self.engine.deadline_s if Path(self.engine.servers_file or "/dev/null").is_dir() else 0.0
+        deadline = time.monotonic() + patience_s
+        while True:
+            if self.engine.servers_file:
+                self.servers.read_file()
+            asyncio.run(self._look())
+            if self.servers.healthy or time.monotonic() >= deadline:
+                break
+            time.sleep(min(self.engine.health_s, patience_s))
         if not self.servers.healthy:
             key = "servers_file" if self.engine.servers_file and not self.engine.base_urls else "base_urls"
             raise UnusableInput(

@@ -3,8 +3,10 @@
 import asyncio
 import hashlib
 import logging
+import os
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -26,6 +28,8 @@ GONE = (502, 503, 504)  # what a gateway says of a server behind it; any other a
 DENIED = (401, 402, 403)
 MISSES = 2  # looks in vain before a server that answered is taken out: under load one may come late
 PROBE_S = 10.0
+FRESH_S = 60.0
+"""Age of a server's file in a folder of them: twelve of its beats."""
 REFUSALS = 8
 
 
@@ -121,14 +125,15 @@ class Servers:
     # --- who is there ------------------------------------------------------------------------------------------------
 
     def read_file(self) -> None:
-        """The servers that servers_file names now, beside the recipe's. One that is no longer named gets nothing new.
+        """The servers that servers_file names now, beside the recipe's. One that is no longer named gets nothing new. Of a
+        folder, those of its *.url files that were renewed within FRESH_S.
 
         Raises:
             UnusableInput: there is no such file, or a line of it is no address.
         """
         path = Path(self.engine.servers_file)
         try:
-            text = path.read_text()
+            text = _fresh_lines(path) if path.is_dir() else path.read_text()
         except (OSError, UnicodeDecodeError) as error:
             raise UnusableInput(f"teacher.engine.servers_file {path}: cannot be read; expected one URL a line") from error
         urls = []
@@ -300,6 +305,20 @@ class Servers:
         for server in self.all.values():
             server.window.in_flight, server.resume_at = 0, 0.0
             server.withheld.clear()
+
+
+def _fresh_lines(folder: Path) -> str:
+    """Ages are by the file server's own clock: a server whose node has died leaves its file behind."""
+    probe = folder / f".{os.getpid()}.now"
+    probe.touch()
+    now = probe.stat().st_mtime
+    probe.unlink(missing_ok=True)
+    lines = []
+    for path in sorted(folder.glob("*.url")):
+        with suppress(FileNotFoundError):  # it was taken back meanwhile
+            if now - path.stat().st_mtime <= FRESH_S:
+                lines.append(path.read_text())
+    return "\n".join(lines)
 
 
 def _file_of(url: str, what: str) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -185,6 +186,31 @@ def test_servers_may_be_named_in_a_file_that_changes(servers: list[MockServer], 
     assert {one.finish_reason for one in found} == {"stop"}
     assert len(servers[0].asked) > 40 and len(servers[1].asked) > 40
     assert {asked.request_id for asked in servers[0].asked[-5:]}.isdisjoint({f"r{index}" for index in range(120, 150)})
+
+
+def test_servers_may_register_in_a_folder(servers: list[MockServer], tmp_path: Path) -> None:
+    """One file a server, renewed by its job; what a dead node has left behind is too old."""
+    threading.Timer(0.5, lambda: (tmp_path / "7.url").write_text(f"{servers[0].url}\n")).start()  # it is waited for
+    (tmp_path / "8.url").write_text("http://127.0.0.1:9/v1\n")
+    os.utime(tmp_path / "8.url", (time.time() - 90, time.time() - 90))
+    (tmp_path / ".9.url.tmp").write_text("http://127.0.0.1:10/v1\n")
+    for server in servers:
+        server.reply = lambda asked: Reply(body=encoded(GOOD), wait_s=0.04)
+    engine = engine_of(servers, base_urls=(), servers_file=str(tmp_path))
+    engine.load()
+    assert [server.url for server in engine.servers.listed] == [servers[0].url]
+
+    def requests() -> Iterator[Request]:
+        for index in range(100):
+            if index == 50:
+                (tmp_path / "7.url").unlink()
+                (tmp_path / "10.url").write_text(f"{servers[1].url}\n")
+            yield request(index)
+
+    found = list(engine.generate(requests()))
+    assert {one.finish_reason for one in found} == {"stop"}
+    assert servers[0].asked and servers[1].asked
+    assert sorted(path.name for path in tmp_path.glob("*.url")) == ["10.url", "8.url"]
 
 
 def test_a_servers_file_that_is_missing_or_wrong_is_one_line(servers: list[MockServer], tmp_path: Path) -> None:

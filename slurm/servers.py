@@ -1,0 +1,39 @@
+"""Servers of the teacher that are jobs of the run: waited for, and closed when nobody asks them any more."""
+
+import sys
+import time
+
+from configs.errors import UnusableInput
+from data.store import RunFolder, write_bytes
+from slurm.attempts import JobFolder
+from slurm.chain import jobs_of
+from slurm.client import SlurmFailed, call, queued
+
+LOOK_S = 2.0
+ASK_SLURM_S = 30.0
+
+
+def wait_for_server(run: RunFolder) -> str:
+    """Returns when a server has registered: "", or why none ever will."""
+    folder, asked = JobFolder.of(run), 0.0
+    while not any(folder.servers.glob("*.url")):
+        if time.monotonic() - asked > ASK_SLURM_S:
+            asked = time.monotonic()
+            try:
+                if "serve" not in jobs_of(run, queued()):
+                    return f"no server has registered in {folder.servers}, and no job is left that could: see the logs of serve"
+            except (SlurmFailed, UnusableInput) as error:
+                print(f"waiting for a server: {error}", file=sys.stderr, flush=True)
+        time.sleep(LOOK_S)
+    return ""
+
+
+def close_servers(run: RunFolder) -> None:
+    """Their jobs end and do not come back. What Slurm does not hear is said, and ends with the jobs' time limit."""
+    folder = JobFolder.of(run)
+    write_bytes(folder.closed, b"the teacher is asked nothing more\n")  # before a job can end with 75
+    try:
+        if jobs := jobs_of(run, queued()).get("serve"):
+            call("scancel", *(str(job.job_id) for job in jobs))
+    except (SlurmFailed, UnusableInput) as error:
+        print(f"servers are not closed: {error}", file=sys.stderr, flush=True)

@@ -1,0 +1,170 @@
+"""Jobs of a shell on a real Slurm: bad nodes are left out, a silent step is ended, what Slurm does to jobs is survived."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from configs.load import load_recipe
+from data.store import RunFolder
+from slurm.attempts import JobFolder, excluded_nodes, read_attempts
+from slurm.scripts import Chain, render_scripts
+from tests.slurm.cluster import Cluster, releasing, running, wait_for
+
+ROOT = Path(__file__).parents[2]
+pytestmark = [pytest.mark.slurm, pytest.mark.long]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with running(tmp_path_factory.mktemp("slurm")) as found:
+        yield found
+
+
+class ShellJob:
+    """A `train` job of the product, whose command is a shell script of the test's instead of tracestill."""
+
+    def __init__(self, cluster: Cluster, folder: Path, step: str, *overrides: str) -> None:
+        self.cluster, self.run = cluster, RunFolder(folder)
+        recipe = load_recipe("embedded", ["train.processes=1", *overrides]).recipe
+        chain = Chain(recipe, "embedded", (), self.run, recipe.slurm, folder, folder)
+        text = next(script.text for script in render_scripts(chain) if script.stage == "train")
+        (folder / "step").write_text(f"#!/bin/bash\ncd {folder}\n{step}\n")
+        (folder / "step").chmod(0o755)
+        (folder / "dataset").mkdir()
+        (folder / "dataset" / "manifest.json").write_text("{}")
+        self.run.logs.mkdir()
+        before, after = text.split("    tracestill train")
+        script = folder / "train.sbatch"
+        script.write_text(f"{before}    {folder / 'step'} &\n" + after.split("&\n", 1)[1])
+        environment = cluster.environment | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(["sbatch", "--parsable", str(script)], env=environment, capture_output=True, text=True, check=True)
+        self.job_id = int(done.stdout)
+
+    def state(self) -> str:
+        return self.cluster.job(self.job_id)["JobState"]
+
+    def wait(self, state: str, seconds: float = 90.0) -> None:
+        try:
+            wait_for(lambda: self.state() == state, f"{state} of job {self.job_id}", seconds)
+        except AssertionError as error:
+            logs = "\n".join(path.read_text()[-2000:] for path in self.run.logs.glob("*.log"))
+            raise AssertionError(f"{error}: {self.cluster.job(self.job_id)}\n{logs}") from error
+
+    def attempts(self) -> list[tuple[str, str]]:
+        return [(one.outcome, one.reason) for one in read_attempts(JobFolder.of(self.run), "train")]
+
+
+LIMITS = ("slurm.time_limit=00:10:00", "slurm.warning_seconds=60")
+
+
+def test_a_bad_node_is_left_out_and_the_job_goes_on_elsewhere(cluster: Cluster, tmp_path: Path) -> None:
+    health = "slurm.health={command: '[ \"$SLURMD_NODENAME\" != n1 ] || { echo link 3 is down; exit 1; }'}"
+    job = ShellJob(cluster, tmp_path, 'echo "$SLURM_JOB_NODELIST" > where', *LIMITS, health)
+    job.wait("COMPLETED")
+    assert (tmp_path / "where").read_text().strip() != "n1"
+    assert excluded_nodes(JobFolder.of(job.run)) == {"n1": "link 3 is down"}
+    (first, reason), (second, _) = job.attempts()
+    assert (first, reason, second) == ("bad node", "n1: link 3 is down", "done")
+
+
+def test_twenty_preemptions_are_twenty_requeues(cluster: Cluster, tmp_path: Path) -> None:
+    """The step counts to forty, committing each number, and stops when it is asked to."""
+    step = (
+        "trap 'exit 75' USR2 TERM\n"
+        "for n in $(seq $(( $(ls checkpoints 2>/dev/null | wc -l) + 1 )) 60); do\n"
+        "    mkdir -p checkpoints/step-$(printf %08d $n); sleep 0.5\n"
+        "done"
+    )
+    job = ShellJob(cluster, tmp_path, step, *LIMITS)
+    with releasing(cluster):
+        for number in range(1, 21):
+            count = len(list(tmp_path.glob("checkpoints/step-*")))
+            wait_for(lambda: len(list(tmp_path.glob("checkpoints/step-*"))) > count, f"step {count + 1}", 60)  # noqa: B023
+            cluster.preempt(job.job_id, 0.1)
+            wait_for(lambda: cluster.job(job.job_id)["Restarts"] == str(number), f"requeue {number}", 60)  # noqa: B023
+        job.wait("COMPLETED", 120)
+    outcomes = [outcome for outcome, _ in job.attempts()]
+    assert len(outcomes) == 21 and outcomes[-1] == "done", outcomes
+    assert len(list(tmp_path.glob("checkpoints/step-*"))) == 60
+
+
+def test_the_time_limit_requeues_and_twice_in_vain_stops(cluster: Cluster, tmp_path: Path) -> None:
+    """A limit of three minutes, warned of 80 s before (Slurm may send it a minute early); the step commits nothing."""
+    job = ShellJob(
+        cluster, tmp_path, "trap 'exit 75' USR2 TERM\nwhile :; do sleep 0.2; done", "slurm.time_limit=00:03:00",
+        "slurm.warning_seconds=80",
+    )  # fmt: skip
+    with releasing(cluster):
+        job.wait("FAILED", 420)
+    assert [outcome for outcome, _ in job.attempts()] == ["interrupted", "stuck"]
+    assert "no progress in two attempts (step 0)" in job.attempts()[-1][1]
+
+
+def test_a_stopped_step_is_ended_within_twice_the_silence(cluster: Cluster, tmp_path: Path) -> None:
+    """SIGSTOP reaches neither the shell nor srun: only its count stands still. The second attempt is let through."""
+    step = (
+        '[ "${SLURM_RESTART_COUNT:-0}" = 0 ] || exit 0\n'
+        'echo "{\\"done\\": 1, \\"total\\": 2, \\"unit\\": \\"steps\\"}" > "$TRACESTILL_BEAT"\n'
+        "date +%s > stopped; kill -STOP $$; sleep 600"
+    )
+    job = ShellJob(cluster, tmp_path, step, *LIMITS, "slurm.silence_seconds=10")
+    wait_for((tmp_path / "stopped").exists, "a stopped step", 60)
+    wait_for(lambda: "watchdog" in "".join(path.read_text() for path in job.run.logs.glob("*.log")), "watchdog", 20)
+    assert time.time() - int((tmp_path / "stopped").read_text()) <= 20 + 1
+    with releasing(cluster):
+        job.wait("COMPLETED", 200)
+    assert job.attempts()[0] == ("hung", "nothing has moved for 10 s, at 1 of 2 steps")
+
+
+def test_a_node_that_dies_costs_its_attempt(cluster: Cluster, tmp_path: Path) -> None:
+    step = "echo $SLURM_JOB_NODELIST >> where; mkdir -p checkpoints/step-$(printf %08d $$); [ -e go ] || sleep 600"
+    job = ShellJob(cluster, tmp_path, step, *LIMITS)
+    wait_for((tmp_path / "where").exists, "a start", 60)
+    node = (tmp_path / "where").read_text().strip()
+    cluster.kill_node(node)
+    (tmp_path / "go").touch()
+    try:
+        with releasing(cluster):
+            wait_for(lambda: cluster.job(job.job_id)["Restarts"] == "1", "a requeue", 120)
+            job.wait("COMPLETED", 120)
+    finally:
+        cluster.start_node(node)
+    first, last = (tmp_path / "where").read_text().split()
+    assert first == node != last
+    assert [outcome for outcome, _ in job.attempts()] == ["", "done"]
+
+
+def test_a_controller_that_is_down_for_a_minute_is_waited_for(cluster: Cluster, tmp_path: Path) -> None:
+    """The step is asked to stop while nobody can requeue it."""
+    step = (
+        "trap 'mkdir -p checkpoints/step-00000005; exit 75' USR2\n"
+        "touch up.${SLURM_RESTART_COUNT:-0}; [ -e go ] || while :; do sleep 0.2; done"
+    )
+    job = ShellJob(cluster, tmp_path, step, *LIMITS)
+    wait_for((tmp_path / "up.0").exists, "a start", 60)
+    cluster.kill_controller()
+    attempt = next(int(line.split()[0]) for line in _processes() if f"slurm.attempt train {tmp_path}" in line)
+    os.kill(attempt, 12)  # SIGUSR2, as the batch script would pass it on
+    (tmp_path / "go").touch()
+    time.sleep(60)
+    cluster.start_controller()
+    with releasing(cluster):
+        job.wait("COMPLETED", 200)
+    assert [outcome for outcome, _ in job.attempts()] == ["interrupted", "done"]
+
+
+def _processes() -> list[str]:
+    return subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def test_this_interpreter_finds_the_package_from_anywhere(tmp_path: Path) -> None:
+    """A job starts in the user's folder, which may hold a `data.py` or a folder `slurm`."""
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "data.py").write_text("raise SystemExit(9)")
+    done = subprocess.run([sys.executable, "-P", "-m", "slurm.attempt", "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "--silence" in done.stdout, done.stderr

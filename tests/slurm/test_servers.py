@@ -1,0 +1,82 @@
+"""Servers of the teacher as jobs on a real Slurm: they register, go and come, and end when nobody asks them any more."""
+
+import json
+import shlex
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from data.ledger import read_ledger
+from student.folders import EMBEDDED
+from tests.e2e.commands import SMALL, STAGES
+from tests.slurm.cluster import Cluster, releasing, running, wait_for
+from tests.slurm.test_chain import Site, everything
+
+pytestmark = [pytest.mark.slurm, pytest.mark.long, pytest.mark.timeout(1500)]
+
+# The embedded student answers as the teacher: what is proved is that it is asked, whoever serves it at the moment.
+SERVED = (
+    f"teacher.engine={{type: http, model: {EMBEDDED}, concurrency: 8, health_s: 1, deadline_s: 300}}",
+    f"teacher.model={EMBEDDED}",
+    "teacher.layout={expert_parallel: 1}",
+    "generate.sampling.max_tokens=32",
+    *(override for override in SMALL if not override.startswith("teacher.engine.")),
+    "slurm.servers={program: transformers, jobs: 2, start_seconds: 300}",
+    "slurm.time_limit=00:30:00",
+    "slurm.warning_seconds=60",
+    "evaluate.headroom=null",
+)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with running(tmp_path_factory.mktemp("slurm")) as found:
+        yield found
+
+
+def test_two_servers_come_and_go_while_a_run_asks_them(cluster: Cluster, tmp_path: Path) -> None:
+    site = Site(cluster, tmp_path)
+    words = [word for override in SERVED for word in ("-s", override)]
+    chain = ["submit", "embedded", "--run-dir", str(site.run.root)]
+    for stage in ("prompts", "generate"):
+        ended = site.give(*chain, "--only", stage, *words)
+        assert ended.code == 0, ended.err
+        if stage == "prompts":
+            site.wait_until_over(120)
+    folder = site.run.root / "slurm"
+    with releasing(cluster):
+        wait_for(lambda: len(list(folder.glob("servers/*.url"))) == 2, "two servers", 240)
+        wait_for(lambda: any(site.run.traces.glob("*.json")), "first traces", 120)
+        job = int(min(folder.glob("servers/*.url")).stem)
+        cluster.preempt(job, 1.0)
+        wait_for(lambda: cluster.job(job)["Restarts"] == "1", "a requeue of a server", 60)
+        assert not (folder / "servers" / f"{job}.url").exists()  # it had the time to sign off
+        wait_for(lambda: cluster.states()[site.job_of("generate")] == "COMPLETED", "end of generate", 400)
+    ledger = read_ledger(site.run)
+    assert (ledger.completed, ledger.failed, ledger.pending) == (128, 0, 0), everything(site)
+    served = [json.loads(line)["url"] for line in (folder / "served.jsonl").read_text().splitlines()]
+    assert len(set(served)) >= 2, served
+    # Nobody asks them any more once the report is made, and they do not come back.
+    ended = site.give(*chain, "--only", "report", *words)
+    assert ended.code == 0, ended.err
+    site.wait_until_over(120)
+    time.sleep(1)
+    assert (folder / "servers.closed").is_file() and not list(folder.glob("servers/*.url"))
+    assert site.status()["serve"]["state"] in ("cancelled", "done"), everything(site)
+
+
+def test_stages_wait_no_longer_than_there_is_hope(cluster: Cluster, tmp_path: Path) -> None:
+    """A server that cannot start (no such option) is tried twice; whoever waits for it is told so."""
+    site = Site(cluster, tmp_path)
+    broken = [one.replace("jobs: 2", "jobs: 1, options: [--nonsense]") for one in SERVED]
+    words = [word for override in broken for word in ("-s", override)]
+    with releasing(cluster):
+        ended = site.give("submit", "embedded", "--run-dir", str(site.run.root), *words)
+        assert ended.code == 0 and "serve" in ended.out, shlex.join(words) + ended.err
+        site.wait_until_over(400)
+    found = site.status()
+    assert found["serve"]["state"] == "failed" and "no progress in two attempts" in str(found["serve"]["reason"])
+    assert "no job is left that could" in str(found["generate"]["reason"]), everything(site)
+    assert {found[stage]["state"] for stage in STAGES if stage in ("data", "train")} == {"never ran"}
