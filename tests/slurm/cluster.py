@@ -56,8 +56,11 @@ class Cluster:
         for name in ("state", "log", "spool", "run", "dev"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         for index in range(GPUS):
-            with contextlib.suppress(FileExistsError):
-                os.mknod(self.folder / "dev" / f"nvidia{index}", 0o020666, os.makedev(1, 3))
+            device = self.folder / "dev" / f"nvidia{index}"
+            try:
+                os.mknod(device, 0o020666, os.makedev(1, 3))
+            except PermissionError:  # root of a container: jobs get their nodes, and no CUDA_VISIBLE_DEVICES
+                device.touch()
         key = self.folder / "munge.key"
         key.write_bytes(os.urandom(128))
         key.chmod(0o400)
