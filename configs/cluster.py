@@ -129,6 +129,13 @@ class Slurm(Job):
     """A stage whose counts have not moved for so long hangs: it is ended and goes back into the queue. Loading counts."""
     health: Health | None = Health()
 
+    @field_validator("scratch")
+    @classmethod
+    def _a_shell_can_read_it(cls, scratch: str) -> str:
+        if scratch and not re.fullmatch(r"[A-Za-z0-9_./${}-]+", scratch):
+            raise ValueError(f"scratch {scratch!r}: expected a path, variables such as $USER allowed, without spaces")
+        return scratch
+
     @field_validator("environment")
     @classmethod
     def _names_are_names(cls, environment: dict[str, str]) -> dict[str, str]:

@@ -132,6 +132,13 @@ def _newest_step_of(job: str) -> str:
     return max(numbers, key=int) if numbers else "0"
 
 
+def stage_shards(source: str, target: str) -> int:
+    """On every node of the job, once. Returns the exit code."""
+    command = ["srun", "--ntasks-per-node=1", "--kill-on-bad-exit=1", sys.executable, "-P", "-m", "slurm.staging", source, target]
+    code = subprocess.run(command, check=False).returncode
+    return 128 - code if code < 0 else code
+
+
 def last_error(log: Path | None, start: int) -> str:
     """The last line in which the step, or Slurm on its behalf, names an error; empty when there is none."""
     if log is None:
@@ -172,6 +179,9 @@ def main(words: Sequence[str]) -> int:
         verdict = (
             Verdict(TracestillError.exit_code, "stuck", left.reason) if left.is_futile else Verdict(code, BAD_NODE, left.reason)
         )
+    elif options.staging and (code := stage_shards(options.staging, options.staged)):
+        after, said = before, last_error(options.log, start)
+        verdict = judge(code, hung="", cancelled=False, said=said, earlier=earlier, before=before, after=after)
     else:
         earlier = [one for one in earlier if one.outcome != BAD_NODE]
         code, hung = Step(options.command, beat, options.silence).wait()
@@ -203,6 +213,8 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument("--log", type=Path, required=True, help="where the step's words go")
     parser.add_argument("--silence", type=float, required=True, help="seconds without a count after which the step hangs")
     parser.add_argument("--health", type=shlex.split, help="words of python -m slurm.health, asked on every node first")
+    parser.add_argument("--staging", help="folder of shards to copy to every node first")
+    parser.add_argument("--staged", help="where to on the node; variables in it are filled in there")
     parser.add_argument("--asks-servers", action="store_true", help="wait until a server of the teacher has registered")
     parser.add_argument("--closes-servers", action="store_true", help="nobody asks the teacher's servers after this stage")
     parser.add_argument("command", nargs="+")

@@ -1,5 +1,6 @@
 """A recipe as a chain of Slurm jobs: one readable sbatch script a stage."""
 
+import hashlib
 import shlex
 import sys
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import NamedTuple
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from configs.cluster import Slurm, StageName
-from configs.schema import Recipe
+from configs.schema import DeepSpeedEngine, Recipe
 from data.store import RunFolder
 from slurm.attempts import JobFolder, excluded_nodes
 from slurm.serving import server_command
@@ -86,6 +87,7 @@ def _values(chain: Chain, stage: StageName) -> dict[str, object]:
         "programs": shlex.quote(str(Path(sys.executable).parent)),
         "input": input_of(stage, stages),
         "health": health_words(chain, stage),
+        "staged": staged_shards(chain, stage),
         "asks_servers": asks_servers(chain, stage),
         "closes_servers": chain.slurm.servers is not None and stage in ("evaluate", "report"),
         "run_dir": shlex.quote(str(run.root)),
@@ -124,6 +126,24 @@ def array_of(chain: Chain, stage: StageName) -> str | None:
         return None
     at_once = shape.jobs if chain.max_nodes is None else min(shape.jobs, chain.max_nodes // shape.nodes)
     return f"0-{shape.jobs - 1}" + (f"%{at_once}" if at_once < shape.jobs else "")
+
+
+class Staged(NamedTuple):
+    """source: the shards, quoted. target: on a node's own disk; variables in it are filled in there."""
+
+    source: str
+    target: str
+
+
+def staged_shards(chain: Chain, stage: StageName) -> Staged | None:
+    """Of the stages that load the teacher, where the site wants its shards copied to the node first. Two folders of one name are
+    told apart by where they lie."""
+    engine = chain.recipe.teacher.engine
+    if not (chain.slurm.stage_weights and isinstance(engine, DeepSpeedEngine) and engine.prepared and stage in ASKING):
+        return None
+    source = chain.cwd / engine.prepared
+    where = hashlib.sha256(str(source).encode()).hexdigest()[:8]
+    return Staged(shlex.quote(str(source)), f"{chain.slurm.scratch}/tracestill/{source.name}-{where}")
 
 
 def health_words(chain: Chain, stage: StageName) -> str | None:

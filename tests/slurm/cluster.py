@@ -101,12 +101,17 @@ class Cluster:
     def kill_node(self, node: str) -> None:
         """As when its power goes: the daemon and every process of every job on it, at once."""
         daemon = self.daemons.pop(node)
-        mine = [int(path.name) for path in Path("/proc").glob("[0-9]*") if _runs_on(path, node, str(self.folder))]
+        mine = self.processes(f"SLURMD_NODENAME={node}")
+        sessions = {os.getsid(process) for process in mine}  # slurmstepd itself does not know its node
+        mine += [process for process in self.processes() if os.getsid(process) in sessions]
         daemon.kill()
         daemon.wait()
-        for process in mine:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
+        _kill(mine)
+
+    def processes(self, *variables: str) -> list[int]:
+        """Of this cluster's jobs, slurmstepd included, with these variables in their environment."""
+        wanted = {f"SLURM_CONF={self.folder}/slurm.conf", *variables}
+        return [int(path.name) for path in Path("/proc").glob("[0-9]*") if wanted <= set(_variables(path))]
 
     def stop(self) -> None:
         with contextlib.suppress(subprocess.CalledProcessError):
@@ -119,6 +124,7 @@ class Cluster:
                     daemon.wait(20)
                 except subprocess.TimeoutExpired:
                     daemon.kill()
+        _kill(self.processes())
 
     def _conf(self) -> str:
         folder, (controller, first) = self.folder, self.ports
@@ -245,10 +251,14 @@ def free_ports(count: int) -> tuple[int, int]:
     raise RuntimeError("no free ports")
 
 
-def _runs_on(process: Path, node: str, folder: str) -> bool:
-    """Whether it belongs to a job of this cluster on the node: slurmd tells its children so."""
+def _variables(process: Path) -> list[str]:
     try:
-        values = process.joinpath("environ").read_bytes().split(b"\0")
+        return process.joinpath("environ").read_bytes().decode(errors="replace").split("\0")
     except OSError:
-        return False
-    return f"SLURMD_NODENAME={node}".encode() in values and f"SLURM_CONF={folder}/slurm.conf".encode() in values
+        return []
+
+
+def _kill(processes: list[int]) -> None:
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)

@@ -1,6 +1,7 @@
 """Jobs of a shell on a real Slurm: bad nodes are left out, a silent step is ended, what Slurm does to jobs is survived."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -28,19 +29,23 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 class ShellJob:
     """A `train` job of the product, whose command is a shell script of the test's instead of tracestill."""
 
-    def __init__(self, cluster: Cluster, folder: Path, step: str, *overrides: str) -> None:
-        self.cluster, self.run = cluster, RunFolder(folder)
+    def __init__(self, cluster: Cluster, folder: Path, step: str, *overrides: str, stage: str = "train") -> None:
+        self.cluster, self.run, self.stage = cluster, RunFolder(folder), stage
         recipe = load_recipe("embedded", ["train.processes=1", *overrides]).recipe
         chain = Chain(recipe, "embedded", (), self.run, recipe.slurm, folder, folder)
-        text = next(script.text for script in render_scripts(chain) if script.stage == "train")
+        text = next(script.text for script in render_scripts(chain) if script.stage == stage)
         (folder / "step").write_text(f"#!/bin/bash\ncd {folder}\n{step}\n")
         (folder / "step").chmod(0o755)
-        (folder / "dataset").mkdir()
+        for name in ("dataset", "prompts", "headroom"):
+            (folder / name).mkdir()
         (folder / "dataset" / "manifest.json").write_text("{}")
+        (folder / "headroom" / "manifest.json").write_text("{}")
         self.run.logs.mkdir()
-        before, after = text.split("    tracestill train")
-        script = folder / "train.sbatch"
-        script.write_text(f"{before}    {folder / 'step'} &\n" + after.split("&\n", 1)[1])
+        before, after = text.split(f"    tracestill {stage}")
+        words, rest = after.split(" &\n", 1)
+        staged = words[words.index(' -s "') :] if ' -s "' in words else ""
+        script = folder / "job.sbatch"
+        script.write_text(f"{before}    {folder / 'step'}{staged} &\n{rest}")
         environment = cluster.environment | {"PYTHONPATH": str(ROOT)}
         done = subprocess.run(["sbatch", "--parsable", str(script)], env=environment, capture_output=True, text=True, check=True)
         self.job_id = int(done.stdout)
@@ -56,7 +61,7 @@ class ShellJob:
             raise AssertionError(f"{error}: {self.cluster.job(self.job_id)}\n{logs}") from error
 
     def attempts(self) -> list[tuple[str, str]]:
-        return [(one.outcome, one.reason) for one in read_attempts(JobFolder.of(self.run), "train")]
+        return [(one.outcome, one.reason) for one in read_attempts(JobFolder.of(self.run), self.stage)]
 
 
 LIMITS = ("slurm.time_limit=00:10:00", "slurm.warning_seconds=60")
@@ -70,6 +75,19 @@ def test_a_bad_node_is_left_out_and_the_job_goes_on_elsewhere(cluster: Cluster, 
     assert excluded_nodes(JobFolder.of(job.run)) == {"n1": "link 3 is down"}
     (first, reason), (second, _) = job.attempts()
     assert (first, reason, second) == ("bad node", "n1: link 3 is down", "done")
+
+
+def test_shards_are_on_every_node_before_the_step(cluster: Cluster, tmp_path: Path) -> None:
+    """A generate job of two nodes; both copies are one here, because virtual nodes share a disk."""
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "rank-0.bin").write_bytes(b"weights")
+    overrides = (f"teacher.engine.prepared={tmp_path / 'shards'}", f"slurm.scratch={tmp_path}/local/$SLURM_JOB_NUM_NODES",
+                 "slurm.stage_weights=true", "teacher.hardware.nodes=2", "teacher.engine.processes=1")  # fmt: skip
+    job = ShellJob(cluster, tmp_path, 'echo "$@" > words', *LIMITS, *overrides, stage="generate")
+    job.wait("COMPLETED")
+    [staged] = (tmp_path / "local" / "2" / "tracestill").glob("shards-*")
+    assert (staged / "rank-0.bin").read_bytes() == b"weights"
+    assert (tmp_path / "words").read_text().split() == ["-s", f"teacher.engine.prepared={staged}"]
 
 
 def test_twenty_preemptions_are_twenty_requeues(cluster: Cluster, tmp_path: Path) -> None:
@@ -147,9 +165,11 @@ def test_a_controller_that_is_down_for_a_minute_is_waited_for(cluster: Cluster, 
     )
     job = ShellJob(cluster, tmp_path, step, *LIMITS)
     wait_for((tmp_path / "up.0").exists, "a start", 60)
+    time.sleep(10)  # it writes its state every five seconds: a younger job is forgotten, which nobody can help
     cluster.kill_controller()
-    attempt = next(int(line.split()[0]) for line in _processes() if f"slurm.attempt train {tmp_path}" in line)
-    os.kill(attempt, 12)  # SIGUSR2, as the batch script would pass it on
+    words = f"slurm.attempt train {tmp_path}".split()
+    [attempt] = [process for process in cluster.processes() if set(words) <= set(command_of(process))]
+    os.kill(attempt, signal.SIGUSR2)  # as the batch script would pass it on
     (tmp_path / "go").touch()
     time.sleep(60)
     cluster.start_controller()
@@ -158,8 +178,8 @@ def test_a_controller_that_is_down_for_a_minute_is_waited_for(cluster: Cluster, 
     assert [outcome for outcome, _ in job.attempts()] == ["interrupted", "done"]
 
 
-def _processes() -> list[str]:
-    return subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout.splitlines()
+def command_of(process: int) -> list[str]:
+    return Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace").split("\0")
 
 
 def test_this_interpreter_finds_the_package_from_anywhere(tmp_path: Path) -> None:

@@ -1,0 +1,82 @@
+"""The teacher's shards on this node's own disk, copied once however many jobs of the run want them. Run by srun on every node.
+
+A copy has its final name only when it is whole: it is made beside it and renamed. What another attempt has left half-copied is
+continued file by file; sizes are compared here, and hashes by whoever loads (teacher/checkpoint/).
+"""
+
+import argparse
+import fcntl
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from configs.errors import UnusableInput
+
+
+def main(words: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m slurm.staging", description=__doc__)
+    parser.add_argument("source", type=Path)
+    parser.add_argument("target", help="environment variables are filled in on the node")
+    options = parser.parse_args(words)
+    started = time.monotonic()
+    try:
+        copied = stage(options.source, Path(os.path.expandvars(options.target)))
+    except (OSError, UnusableInput) as error:
+        print(f"error: slurm.stage_weights: {error}", file=sys.stderr, flush=True)
+        return UnusableInput.exit_code
+    if copied:
+        seconds = time.monotonic() - started
+        print(f"staged {copied / 1e9:,.1f} GB to {options.target} in {seconds:,.0f} s", file=sys.stderr, flush=True)
+    return 0
+
+
+def stage(source: Path, target: Path) -> int:
+    """`target` holds what `source` does; returns the bytes copied. Another process of this node at the same is waited for.
+
+    Raises:
+        UnusableInput: there is no `source`, or not enough room for it.
+        OSError: the disk refuses.
+    """
+    files = {path.relative_to(source): path.stat().st_size for path in sorted(source.rglob("*")) if path.is_file()}
+    if not files:
+        raise UnusableInput(f"{source}: no files there; expected the folder of tracestill prepare")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with (target.parent / f".{target.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of this node's own disk, which has locks
+        if is_whole(target, files):
+            return 0
+        part = target.with_name(f"{target.name}.part")
+        if target.exists():  # of other shards under the same name, or damaged
+            shutil.rmtree(part, ignore_errors=True)
+            target.rename(part)
+        missing = {name: size for name, size in files.items() if not _has(part / name, size)}
+        for path in [
+            path for path in part.rglob("*") if path.is_file() and not _has(path, files.get(path.relative_to(part), -1))
+        ]:
+            path.unlink()
+        free = shutil.disk_usage(target.parent).free
+        if free < sum(missing.values()):
+            raise UnusableInput(
+                f"{target.parent}: {free / 1e9:,.0f} GB free, {sum(missing.values()) / 1e9:,.0f} GB needed; expected a scratch "
+                "with more room, or slurm.stage_weights: false"
+            )
+        for name in missing:
+            (part / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / name, part / name)
+        part.rename(target)
+        return sum(missing.values())
+
+
+def is_whole(folder: Path, files: dict[Path, int]) -> bool:
+    return folder.is_dir() and all(_has(folder / name, size) for name, size in files.items())
+
+
+def _has(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
