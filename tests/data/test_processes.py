@@ -41,7 +41,7 @@ ORPHANS = """
 import os, sys, time
 from data.processes import map_unordered
 def slow(number):
-    print(os.getpid(), flush=True)
+    os.write(1, f"{os.getpid()}\\n".encode())  # a line at once: print writes its end by itself, between two workers
     time.sleep(600)
 if __name__ == "__main__":
     list(map_unordered(slow, [1, 2], num_workers=2))
