@@ -126,7 +126,8 @@ class Slurm(Job):
     warning_seconds: PositiveInt = 300
     """From the warning to the time limit: what a stage has for finishing its step and writing what it holds."""
     silence_seconds: PositiveFloat = 1800.0
-    """A stage whose counts have not moved for so long hangs: it is ended and goes back into the queue. Loading counts."""
+    """A stage whose counts have not moved for so long hangs: it is ended and goes back into the queue. Loading is part of it.
+    prompts, export and report count nothing: they have their time limit."""
     health: Health | None = Health()
 
     @field_validator("scratch")

@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
@@ -41,7 +41,9 @@ END_S = 40.0
 WARNED = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 _ERROR = re.compile(rb"^(?:\d+: )?(error: .*|slurmstepd: error: .*|srun: error: .*)$", re.MULTILINE)
 TAIL_BYTES = 1 << 16
-BAD_NODE = "bad node"
+BAD_NODE, EARLY = "bad node", "not begun"
+NOT_BEGUN = (BAD_NODE, EARLY)
+"""Attempts that say nothing about progress."""
 
 
 class Verdict(NamedTuple):
@@ -60,10 +62,10 @@ def judge(code: int, *, hung: str, cancelled: bool, said: str, earlier: Sequence
     """
     if code == 0 and not hung:
         return Verdict(0, "done", "")
-    if cancelled:
-        return Verdict(CANCELLED, "cancelled", said)
     if code in (UnusableInput.exit_code, Refused.exit_code):
         return Verdict(code, "refused" if code == Refused.exit_code else "unusable", said)
+    if cancelled:
+        return Verdict(CANCELLED, "cancelled", said)
     why = hung or said or f"exit code {code}"
     asked = code in STOPPED
     if earlier and earlier[-1].before == before == after:
@@ -76,14 +78,12 @@ class Step:
 
     def __init__(self, command: Sequence[str], beat: Path, silence_s: float) -> None:
         self.beat, self.silence_s = beat, silence_s
-        self.warned = False
         self.process = subprocess.Popen(command, env=os.environ | {BEAT_VARIABLE: str(beat)})
         for number in WARNED:
             signal.signal(number, self._pass_on)
 
     def _pass_on(self, number: int, _: FrameType | None) -> None:
         """A second SIGINT makes srun end its tasks at once, so that one becomes the stage's own wish to stop."""
-        self.warned = True
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGUSR2 if number == signal.SIGINT else number)
 
@@ -162,36 +162,31 @@ def main(words: Sequence[str]) -> int:
         signal.signal(number, _stop_before_the_step)
     run, job_id = RunFolder(options.run_dir), int(os.environ["SLURM_JOB_ID"])
     folder, stage = JobFolder.of(run), options.stage
+    before = after = ""
     earlier = [one for one in attempts.read_attempts(folder, stage) if one.job_id == job_id]
-    before = progress_of(run, stage)
-    beat = folder.beat(stage, job_id)
-    beat.parent.mkdir(parents=True, exist_ok=True)
-    attempts.begin(
-        folder, stage, job_id, int(os.environ.get("SLURM_RESTART_COUNT", "0")), os.environ.get("SLURM_JOB_NODELIST", ""), before
-    )
-    start = options.log.stat().st_size if options.log.is_file() else 0
-    missing = _missing_input(run, options.input) or (wait_for_server(run) if options.asks_servers else "")
-    if missing:
-        code, after, verdict = UnusableInput.exit_code, before, Verdict(UnusableInput.exit_code, "unusable", missing)
-    elif options.health is not None and (unfit := unfit_nodes(options.health)):
-        left = leave_out(run, job_id, unfit, times=sum(one.outcome == BAD_NODE for one in earlier))
-        code, after = Interrupted.exit_code, before
-        verdict = (
-            Verdict(TracestillError.exit_code, "stuck", left.reason) if left.is_futile else Verdict(code, BAD_NODE, left.reason)
-        )
-    elif options.staging and (code := stage_shards(options.staging, options.staged)):
-        after, said = before, last_error(options.log, start)
-        verdict = judge(code, hung="", cancelled=False, said=said, earlier=earlier, before=before, after=after)
-    else:
-        earlier = [one for one in earlier if one.outcome != BAD_NODE]
-        code, hung = Step(options.command, beat, options.silence).wait()
-        after = progress_of(run, stage)
-        is_over = folder.cancelled.exists() or (stage == "serve" and folder.closed.exists())
-        verdict = judge(
-            code, hung=hung, cancelled=is_over, said=last_error(options.log, start), earlier=earlier,
-            before=before, after=after,
-        )  # fmt: skip
-    attempts.end(folder, stage, job_id, after=after, code=code, outcome=verdict.outcome, reason=verdict.reason)
+    try:
+        try:
+            before = after = progress_of(run, stage)
+        finally:
+            _note(lambda: _begin(folder, stage, job_id, before))
+        if (verdict := prevented(options, run, job_id, earlier)) is None:
+            begun = [one for one in earlier if one.outcome not in NOT_BEGUN]
+            start = options.log.stat().st_size if options.log.is_file() else 0
+            code, hung = Step(options.command, folder.beat(stage, job_id), options.silence).wait()
+            after = progress_of(run, stage)
+            is_over = folder.cancelled.exists() or (stage == "serve" and folder.closed.exists())
+            said = last_error(options.log, start)
+            verdict = judge(code, hung=hung, cancelled=is_over, said=said, earlier=begun, before=before, after=after)
+        else:
+            code = verdict.code
+    except _StoppedEarly as stop:
+        code = Interrupted.exit_code
+        verdict = Verdict(CANCELLED if folder.cancelled.exists() else code, EARLY, f"stopped by {stop} before the step began")
+    except TracestillError as error:  # a damaged file of the run, which whoever reads next would meet too
+        code, verdict = error.exit_code, Verdict(error.exit_code, "unusable", str(error))
+    _note(lambda: attempts.end(
+        folder, stage, job_id, after=after, code=code, outcome=verdict.outcome, reason=verdict.reason
+    ))  # fmt: skip
     if options.closes_servers and verdict.code != Interrupted.exit_code:
         close_servers(run)
     if verdict.code != 0:
@@ -199,10 +194,48 @@ def main(words: Sequence[str]) -> int:
     return verdict.code
 
 
+def prevented(
+    options: argparse.Namespace, run: RunFolder, job_id: int, earlier: Sequence[Attempt]
+) -> Verdict | None:  # fmt: skip
+    """Why the step is not begun; None: it can be."""
+    missing = _missing_input(run, options.input) or (wait_for_server(run) if options.asks_servers else "")
+    if missing:
+        return Verdict(UnusableInput.exit_code, "unusable", missing)
+    if options.health is not None and (unfit := unfit_nodes(options.health)):
+        left = leave_out(run, job_id, unfit, times=sum(one.outcome == BAD_NODE for one in earlier))
+        if left.is_futile:
+            return Verdict(TracestillError.exit_code, "stuck", left.reason)
+        return Verdict(Interrupted.exit_code, BAD_NODE, left.reason)
+    if options.staging:
+        start = options.log.stat().st_size if options.log.is_file() else 0
+        if code := stage_shards(options.staging, options.staged):
+            said = last_error(options.log, start)
+            return judge(code, hung="", cancelled=False, said=said, earlier=(), before="", after="")
+    return None
+
+
+def _begin(folder: JobFolder, stage: str, job_id: int, before: str) -> None:
+    folder.beat(stage, job_id).parent.mkdir(parents=True, exist_ok=True)
+    folder.beat(stage, job_id).unlink(missing_ok=True)  # of an earlier attempt
+    restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    attempts.begin(folder, stage, job_id, restart, os.environ.get("SLURM_JOB_NODELIST", ""), before)
+
+
+def _note(write: Callable[[], None]) -> None:
+    """Records of attempts are for people and for the rule of two attempts in vain: a full disk must not make a stage that is done
+    look as if it had failed."""
+    try:
+        write()
+    except OSError as error:
+        print(f"slurm/attempts: {error.strerror}: this attempt is not recorded", file=sys.stderr, flush=True)
+
+
+class _StoppedEarly(BaseException):
+    """A signal before the step: nothing has begun, and the job goes back into the queue."""
+
+
 def _stop_before_the_step(number: int, _: FrameType | None) -> None:
-    """While nodes are looked at: nothing has begun, and the job goes back into the queue."""
-    print(f"stopped by {signal.Signals(number).name} before the step began", file=sys.stderr, flush=True)
-    raise SystemExit(Interrupted.exit_code)
+    raise _StoppedEarly(signal.Signals(number).name)
 
 
 def _options() -> argparse.ArgumentParser:

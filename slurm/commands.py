@@ -4,11 +4,8 @@ tracestill.py names the commands, and gives `submit --dry-run` the plan's hours,
 """
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -29,7 +26,6 @@ if TYPE_CHECKING:
     from slurm.scripts import Chain
 
 Hours = Callable[["Recipe"], Mapping[str, float]]
-FOLLOW_S = 1.0
 
 
 def print_scripts(named: Invocation, max_nodes: int | None, chosen: tuple[str | None, str | None], hours: Hours) -> None:
@@ -71,6 +67,8 @@ def submit_run(named: Invocation, max_nodes: int | None, first: str | None, only
     for one in placed:
         if one.how != "left out":
             print(f"{one.stage:<9} {one.how}" + (f"  job {one.job_id}" if one.job_id is not None else ""))
+    if all(one.how in ("done", "left out") for one in placed):
+        print("nothing to do; settings that have changed since are for --from STAGE")
     print(f"look at it with: tracestill status {context.run.root}")
 
 
@@ -135,12 +133,10 @@ def logs(
     print(f"==> {newest}", file=sys.stderr, flush=True)
     tail = subprocess.Popen(["tail", f"--lines={lines}", *(["--follow=name", "--retry"] if follow else []), str(newest)])
     try:
-        while tail.poll() is None:
-            time.sleep(FOLLOW_S / 10)
+        tail.wait()
     finally:
-        if tail.poll() is None:
-            os.kill(tail.pid, signal.SIGTERM)
-            tail.wait()
+        tail.terminate()
+        tail.wait()
 
 
 def cancel(

@@ -86,6 +86,7 @@ def _values(chain: Chain, stage: StageName) -> dict[str, object]:
         "log_now": shlex.quote(str(run.logs / f"{stage}-")) + '"$SLURM_JOB_ID".log',
         "programs": shlex.quote(str(Path(sys.executable).parent)),
         "input": input_of(stage, stages),
+        "silence": chain.slurm.silence_seconds if SPECS[stage].counts else "inf",
         "health": health_words(chain, stage),
         "staged": staged_shards(chain, stage),
         "asks_servers": asks_servers(chain, stage),

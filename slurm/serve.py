@@ -5,6 +5,7 @@ while the server answers. A server that answers no more is ended, and its job go
 """
 
 import argparse
+import contextlib
 import http.client
 import os
 import shlex
@@ -71,10 +72,13 @@ def _keep(process: "subprocess.Popen[bytes]", run: RunFolder, job: int, url: str
             continue
         if answers(url):
             silent = 0
-            if not registered:
-                append(folder.served, {"job_id": job, "url": url, "at": time.time(), "seconds": time.monotonic() - started})
-                registered = True
-            write_bytes(folder.server(job), f"{url}\n".encode())
+            try:
+                if not registered:
+                    append(folder.served, {"job_id": job, "url": url, "at": time.time(), "seconds": time.monotonic() - started})
+                    registered = True
+                write_bytes(folder.server(job), f"{url}\n".encode())
+            except OSError as error:  # a full disk: those who know the address go on asking
+                print(f"serve: {folder.server(job)}: {error.strerror}", file=sys.stderr, flush=True)
             _beat(url, time.monotonic() - started)
         elif registered or time.monotonic() - started > start_s:
             silent += 1
@@ -91,7 +95,8 @@ def _beat(note: str, seconds: float) -> None:
     """For the watchdog: this program watches its server by itself, and only has to be alive."""
     if path := os.environ.get(BEAT_VARIABLE):
         values = f'{{"stage": "serve", "done": {int(seconds)}, "total": 0, "unit": "seconds", "per_s": 0.0, "note": "{note}"}}'
-        Path(path).write_text(values)
+        with contextlib.suppress(OSError):
+            Path(path).write_text(values)
 
 
 def answers(url: str) -> bool:

@@ -9,19 +9,21 @@ from configs.schema import DeepSpeedEngine, HttpEngine, Recipe
 
 class StageSpec(NamedTuple):
     """command: of tracestill. input: the folder of the run whose manifest proves that the stage before has finished. output:
-    the folder that the stage seals; None where it seals none. judges: it may refuse although its output is whole."""
+    the folder that the stage seals; None where it seals none. judges: it may refuse although its output is whole. counts: it
+    says how far it is, so that a silence means something; what does not has the time limit alone."""
 
     name: StageName
     command: tuple[str, ...]
     input: str | None
     output: str | None
     judges: bool = False
+    counts: bool = True
 
 
 SPECS: dict[StageName, StageSpec] = {
     spec.name: spec
     for spec in (
-        StageSpec("prompts", ("prompts",), None, "prompts"),
+        StageSpec("prompts", ("prompts",), None, "prompts", counts=False),
         StageSpec("prepare", ("prepare",), None, None),
         StageSpec("serve", (), None, None),
         StageSpec("headroom", ("evaluate", "--headroom"), "prompts", "headroom", judges=True),
@@ -30,8 +32,8 @@ SPECS: dict[StageName, StageSpec] = {
         StageSpec("data", ("data", "build"), "traces", "dataset"),
         StageSpec("train", ("train",), "dataset", "checkpoints"),
         StageSpec("evaluate", ("evaluate",), "checkpoints", "evaluation", judges=True),
-        StageSpec("export", ("export",), "evaluation", "export"),
-        StageSpec("report", ("report",), None, None),
+        StageSpec("export", ("export",), "evaluation", "export", counts=False),
+        StageSpec("report", ("report",), None, None, counts=False),
     )
 }
 STAGES: tuple[StageName, ...] = tuple(SPECS)

@@ -12,6 +12,7 @@ To try it against a real server on this machine:
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
@@ -26,6 +27,8 @@ from teacher.http.listening import Conversation
 from teacher.http.raw import last_reply, url_of
 from teacher.http.reading import Prices, Reader
 from teacher.http.servers import Servers
+
+log = logging.getLogger(__name__)
 
 FIRST_WAIT_S = 1.0
 
@@ -72,6 +75,7 @@ class HttpEngine:
             asyncio.run(self._look())
             if self.servers.healthy or time.monotonic() >= deadline:
                 break
+            log.warning("waiting for a server in %s: %s", self.engine.servers_file, self.servers.describe())
             time.sleep(min(self.engine.health_s, patience_s))
         if not self.servers.healthy:
             key = "servers_file" if self.engine.servers_file and not self.engine.base_urls else "base_urls"

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,7 @@ def earlier(*progress: str) -> list[Attempt]:
         (0, "nothing has moved for 9 s", False, [], "", "", (75, "hung")),
         (2, "", False, [], "", "step 9", (2, "unusable")),
         (3, "", False, [], "", "step 9", (3, "refused")),
+        (3, "", True, [], "", "step 9", (3, "refused")),  # a gate has spoken, whoever cancelled meanwhile
     ],
 )
 def test_verdicts(
@@ -89,11 +91,15 @@ def test_time_limits_are_read_as_slurm_reads_them(limit: str, seconds: int) -> N
 # --- the program, around a step that is a shell ---------------------------------------------------------------------
 
 
-def start(run: Path, step: str, *, silence_s: float = 60.0, job: int = 7) -> "subprocess.Popen[str]":
-    environment = os.environ | {"SLURM_JOB_ID": str(job), "SLURM_JOB_NODELIST": "n1", "PYTHONPATH": str(ROOT)}
+def start(
+    run: Path, step: str, *, silence_s: float = 60.0, job: int = 7, stage: str = "train", options: tuple[str, ...] = ()
+) -> "subprocess.Popen[str]":
+    environment = os.environ | {
+        "SLURM_JOB_ID": str(job), "SLURM_JOB_NODELIST": "n1", "PYTHONPATH": str(ROOT), "PATH": f"{run}:{os.environ['PATH']}",
+    }  # fmt: skip
     log = run / "log"
     log.touch()
-    words = ["train", str(run), "--input=dataset", f"--log={log}", f"--silence={silence_s}", "--", "bash", "-c", step]
+    words = [stage, str(run), "--input=dataset", f"--log={log}", f"--silence={silence_s}", *options, "--", "bash", "-c", step]
     with log.open("a") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "slurm.attempt", *words], env=environment, stdout=output, stderr=output, text=True, cwd=run
@@ -107,8 +113,12 @@ def run(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def outcome(run: Path, job: int = 7) -> Attempt:
-    return attempts.read_attempts(JobFolder.of(RunFolder(run)), "train")[-1]
+def outcome(run: Path, stage: str = "train") -> Attempt:
+    return attempts.read_attempts(JobFolder.of(RunFolder(run)), stage)[-1]
+
+
+def text_of(path: Path) -> str:
+    return path.read_text() if path.is_file() else ""
 
 
 def test_a_step_that_is_done_leaves_its_word(run: Path) -> None:
@@ -123,11 +133,44 @@ def test_an_input_that_is_not_there_is_the_reason(run: Path) -> None:
     assert "dataset/manifest.json does not exist" in outcome(run).reason and not (run / "ran").exists()
 
 
+def test_a_damaged_file_of_the_run_is_named_and_recorded(run: Path) -> None:
+    (run / "traces").mkdir()
+    (run / "traces" / "1-a-b-c-d.arrow").write_bytes(b"")
+    (run / "traces" / "1-a-b-c-d.json").write_text("{")
+    assert start(run, "touch ran", stage="generate").wait(30) == 2
+    found = outcome(run, stage="generate")
+    assert found.outcome == "unusable" and "1-a-b-c-d.json" in found.reason and not (run / "ran").exists()
+
+
+def test_a_stage_that_is_done_is_done_though_nothing_can_be_recorded(run: Path) -> None:
+    """As on a full disk: a folder stands where the record would be written."""
+    (run / "slurm" / "attempts" / "train.7.jsonl").mkdir(parents=True)
+    assert start(run, "exit 0").wait(30) == 0
+    assert "this attempt is not recorded" in (run / "log").read_text()
+
+
+@pytest.mark.parametrize(("is_cancelled", "code"), [(False, 75), (True, 130)])
+def test_a_signal_before_the_step_is_recorded_and_is_no_attempt_in_vain(run: Path, is_cancelled: bool, code: int) -> None:
+    """While it waits for a server that has not come yet."""
+    (run / "slurm").mkdir()
+    if is_cancelled:
+        (run / "slurm" / "cancelled").touch()
+    (run / "squeue").write_text(f"#!/bin/bash\necho '9|9|RUNNING|None|n1|tracestill serve {run}'\n")
+    (run / "squeue").chmod(0o755)
+    for _ in range(3):
+        process = start(run, "touch ran", options=("--asks-servers",))
+        wait_until(lambda: '"start"' in "".join(text_of(run / "slurm" / "attempts" / "train.7.jsonl").splitlines()[-1:]))
+        process.send_signal(signal.SIGUSR2)
+        assert process.wait(30) == code
+    assert {one.outcome for one in attempts.read_attempts(JobFolder.of(RunFolder(run)), "train")} == {"not begun"}
+    assert start(run, "exit 75").wait(30) == (130 if is_cancelled else 75) and not (run / "ran").exists()
+
+
 @pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
 def test_a_signal_reaches_the_step(run: Path, number: signal.Signals) -> None:
     step = f"trap 'mkdir -p checkpoints/step-00000009; exit 75' {number.name[3:]}; touch ready; while :; do sleep 0.1; done"
     process = start(run, step)
-    wait_for_file(run / "ready")
+    wait_until((run / "ready").exists)
     process.send_signal(number)
     assert process.wait(30) == 75
     assert (outcome(run).outcome, outcome(run).after) == ("interrupted", "step 9")
@@ -153,9 +196,9 @@ def test_a_step_whose_count_stands_still_is_ended(run: Path) -> None:
     assert 4.0 <= took < 9.0, took
 
 
-def wait_for_file(path: Path, seconds: float = 20.0) -> None:
+def wait_until(ready: Callable[[], bool], seconds: float = 20.0) -> None:
     deadline = time.monotonic() + seconds
-    while not path.exists():
+    while not ready():
         assert time.monotonic() < deadline
         time.sleep(0.02)
 

@@ -51,7 +51,7 @@ def test_every_script_is_valid_bash(tmp_path: Path, stage: str) -> None:
 def test_a_script_fails_with_its_step_and_requeues_itself_on_75(tmp_path: Path) -> None:
     for stage, text in scripts(tmp_path).items():
         assert text.rstrip().endswith('exit "$rc"'), stage  # a script that ends in echo hides a failed step
-        assert "-eq 75" in text and 'scontrol requeue "$SLURM_JOB_ID"' in text
+        assert 'case "$rc" in 75 |' in text and 'scontrol requeue "$SLURM_JOB_ID"' in text
         assert "#SBATCH --requeue" in text and "#SBATCH --signal=B:USR2@" in text and "--open-mode=append" in text
 
 
@@ -109,6 +109,24 @@ def run_script(text: str, step_exit: int, tmp_path: Path) -> tuple[int, str]:
 @pytest.mark.parametrize(("step_exit", "requeued"), [(0, ""), (1, ""), (3, ""), (130, ""), (75, "requeue 17\n")])
 def test_the_exit_code_of_the_step_is_the_exit_code_of_the_job(tmp_path: Path, step_exit: int, requeued: str) -> None:
     assert run_script(scripts(tmp_path)["prompts"], step_exit, tmp_path) == (step_exit, requeued)
+
+
+@pytest.mark.parametrize("met", [140, 143])
+def test_a_signal_that_came_before_anybody_could_hear_it_requeues(tmp_path: Path, met: int) -> None:
+    """slurm.attempt takes half a second to start; a job that ends with 140 in its grace time is never seen again."""
+    assert run_script(scripts(tmp_path)["prompts"], met, tmp_path) == (75, "requeue 17\n")
+
+
+def test_a_signal_during_the_sites_own_lines_requeues(tmp_path: Path) -> None:
+    text = scripts(tmp_path, "slurm.setup=['kill -USR2 $$', touch late]")["prompts"]
+    assert run_script(text, 0, tmp_path) == (75, "requeue 17\n")
+
+
+def test_what_says_nothing_of_its_counts_has_no_watchdog(tmp_path: Path) -> None:
+    """Merging and quantising a 13B takes longer than half an hour without a word."""
+    texts = scripts(tmp_path)
+    assert [stage for stage, text in texts.items() if "--silence=inf" in text] == ["prompts", "export", "report"]
+    assert "--silence=1800.0" in texts["train"]
 
 
 # --- a site's own YAML ----------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 import json
 import shlex
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,7 +61,6 @@ def test_two_servers_come_and_go_while_a_run_asks_them(cluster: Cluster, tmp_pat
     ended = site.give(*chain, "--only", "report", *words)
     assert ended.code == 0, ended.err
     site.wait_until_over(120)
-    time.sleep(1)
     assert (folder / "servers.closed").is_file() and not list(folder.glob("servers/*.url"))
     assert site.status()["serve"]["state"] in ("cancelled", "done"), everything(site)
 
