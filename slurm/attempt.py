@@ -9,6 +9,7 @@ attempts in a row have committed nothing.
 """
 
 import argparse
+import math
 import os
 import re
 import shlex
@@ -36,6 +37,9 @@ CANCELLED = 130
 STOPPED = (Interrupted.exit_code, 128 + signal.SIGTERM, 128 + signal.SIGUSR2)
 """Of several nodes, srun ends those that are still stopping with SIGTERM once the first has ended with 75; the highest code
 counts."""
+MARGIN_S = 20.0
+"""Of a warning: for ending a step that has not stopped by itself, and for the requeue. What Slurm ends at the time limit is not
+queued again, and takes the rest of the chain with it."""
 END_S = 40.0
 """From the first signal to a hung step until it is killed: a rank that still hears has its drain."""
 WARNED = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
@@ -76,14 +80,16 @@ def judge(code: int, *, hung: str, cancelled: bool, said: str, earlier: Sequence
 class Step:
     """srun and what it started. Signals that this process gets go to it; it is ended when the stage's count stands still."""
 
-    def __init__(self, command: Sequence[str], beat: Path, silence_s: float) -> None:
+    def __init__(self, command: Sequence[str], beat: Path, silence_s: float, warning_s: float) -> None:
         self.beat, self.silence_s = beat, silence_s
+        self.patience_s, self.asked_at = max(warning_s - MARGIN_S, warning_s / 2), math.inf
         self.process = subprocess.Popen(command, env=os.environ | {BEAT_VARIABLE: str(beat)})
         for number in WARNED:
             signal.signal(number, self._pass_on)
 
     def _pass_on(self, number: int, _: FrameType | None) -> None:
         """A second SIGINT makes srun end its tasks at once, so that one becomes the stage's own wish to stop."""
+        self.asked_at = min(self.asked_at, time.monotonic())
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGUSR2 if number == signal.SIGINT else number)
 
@@ -92,9 +98,12 @@ class Step:
         last, since = self._age_mark(), time.monotonic()
         while (code := self.process.poll()) is None:
             time.sleep(POLL_S)
+            now = time.monotonic()
             if (mark := self._age_mark()) != last:
-                last, since = mark, time.monotonic()
-            elif time.monotonic() - since > self.silence_s:
+                last, since = mark, now
+            if now - self.asked_at > self.patience_s:
+                return self._end(f"not stopped {self.patience_s:g} s after it was asked to{self._where()}", is_asked=True)
+            if now - since > self.silence_s:
                 return self._end(f"nothing has moved for {self.silence_s:g} s{self._where()}")
         return (128 - code if code < 0 else code), ""
 
@@ -109,19 +118,19 @@ class Step:
         found = next(iter(attempts.lines(self.beat)), None)
         return f", at {found['done']} of {found['total']} {found['unit']}" if found else ", before the first count"
 
-    def _end(self, why: str) -> tuple[int, str]:
+    def _end(self, why: str, *, is_asked: bool = False) -> tuple[int, str]:
         """By SIGTERM, which live ranks answer by committing what they hold; what is still there after END_S by SIGKILL, on every
-        node: a stopped process hears nothing else."""
+        node: a stopped process hears nothing else. is_asked: it has had its time."""
         print(f"watchdog: {why}: the step is ended", file=sys.stderr, flush=True)
         self.process.terminate()
         try:
-            self.process.wait(END_S)
+            self.process.wait(POLL_S if is_asked else END_S)
         except subprocess.TimeoutExpired:
             job = os.environ.get("SLURM_JOB_ID", "")
             try:
                 call("scancel", "--signal=KILL", f"{job}.{_newest_step_of(job)}")
                 self.process.wait(END_S)
-            except (SlurmFailed, subprocess.TimeoutExpired):
+            except (SlurmFailed, UnusableInput, subprocess.TimeoutExpired):
                 self.process.kill()
         return self.process.wait(), why
 
@@ -172,7 +181,7 @@ def main(words: Sequence[str]) -> int:
         if (verdict := prevented(options, run, job_id, earlier)) is None:
             begun = [one for one in earlier if one.outcome not in NOT_BEGUN]
             start = options.log.stat().st_size if options.log.is_file() else 0
-            code, hung = Step(options.command, folder.beat(stage, job_id), options.silence).wait()
+            code, hung = Step(options.command, folder.beat(stage, job_id), options.silence, options.warning).wait()
             after = progress_of(run, stage)
             is_over = folder.cancelled.exists() or (stage == "serve" and folder.closed.exists())
             said = last_error(options.log, start)
@@ -245,6 +254,7 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument("--input", help="folder of the run whose manifest has to be there")
     parser.add_argument("--log", type=Path, required=True, help="where the step's words go")
     parser.add_argument("--silence", type=float, required=True, help="seconds without a count after which the step hangs")
+    parser.add_argument("--warning", type=float, required=True, help="seconds that a step has for stopping when it is asked to")
     parser.add_argument("--health", type=shlex.split, help="words of python -m slurm.health, asked on every node first")
     parser.add_argument("--staging", help="folder of shards to copy to every node first")
     parser.add_argument("--staged", help="where to on the node; variables in it are filled in there")

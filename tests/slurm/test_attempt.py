@@ -92,14 +92,22 @@ def test_time_limits_are_read_as_slurm_reads_them(limit: str, seconds: int) -> N
 
 
 def start(
-    run: Path, step: str, *, silence_s: float = 60.0, job: int = 7, stage: str = "train", options: tuple[str, ...] = ()
+    run: Path,
+    step: str,
+    *,
+    silence_s: float = 60.0,
+    warning_s: float = 60.0,
+    job: int = 7,
+    stage: str = "train",
+    options: tuple[str, ...] = (),
 ) -> "subprocess.Popen[str]":
     environment = os.environ | {
         "SLURM_JOB_ID": str(job), "SLURM_JOB_NODELIST": "n1", "PYTHONPATH": str(ROOT), "PATH": f"{run}:{os.environ['PATH']}",
     }  # fmt: skip
     log = run / "log"
     log.touch()
-    words = [stage, str(run), "--input=dataset", f"--log={log}", f"--silence={silence_s}", *options, "--", "bash", "-c", step]
+    timing = [f"--silence={silence_s}", f"--warning={warning_s}"]
+    words = [stage, str(run), "--input=dataset", f"--log={log}", *timing, *options, "--", "bash", "-c", step]
     with log.open("a") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "slurm.attempt", *words], env=environment, stdout=output, stderr=output, text=True, cwd=run
@@ -194,6 +202,18 @@ def test_a_step_whose_count_stands_still_is_ended(run: Path) -> None:
     found = outcome(run)
     assert found.outcome == "hung" and found.reason == "nothing has moved for 2 s, at 8 of 9 steps"
     assert 4.0 <= took < 9.0, took
+
+
+def test_a_step_that_does_not_stop_is_ended_before_its_time_is_up(run: Path) -> None:
+    """Slurm would end the job with it, and queue nothing again. It counts on, and has not a fresh trap for every signal."""
+    beats = 'for n in $(seq 600); do echo "{}" > "$TRACESTILL_BEAT"; sleep 0.1; done'
+    process = start(run, f"trap '' USR2 TERM; touch ready; {beats}", warning_s=4.0)
+    wait_until((run / "ready").exists)
+    process.send_signal(signal.SIGUSR2)
+    started = time.monotonic()
+    assert process.wait(30) == 75
+    assert 2.0 <= time.monotonic() - started < 4.0
+    assert outcome(run).reason.startswith("not stopped 2 s after it was asked to")
 
 
 def wait_until(ready: Callable[[], bool], seconds: float = 20.0) -> None:

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,16 +13,10 @@ from configs.load import load_recipe
 from data.store import RunFolder
 from slurm.attempts import JobFolder, excluded_nodes, read_attempts
 from slurm.scripts import Chain, render_scripts
-from tests.slurm.cluster import Cluster, releasing, running, wait_for
+from tests.slurm.cluster import Cluster, releasing, wait_for
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.slurm, pytest.mark.long]
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with running(tmp_path_factory.mktemp("slurm")) as found:
-        yield found
 
 
 class ShellJob:

@@ -1,8 +1,6 @@
 """Servers of the teacher as jobs on a real Slurm: they register, go and come, and end when nobody asks them any more."""
 
 import json
-import shlex
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,8 +8,8 @@ import pytest
 from data.ledger import read_ledger
 from student.folders import EMBEDDED
 from tests.e2e.commands import SMALL, STAGES
-from tests.slurm.cluster import Cluster, releasing, running, wait_for
-from tests.slurm.test_chain import Site, everything
+from tests.slurm.cluster import Cluster, releasing, wait_for
+from tests.slurm.site import Site, everything
 
 pytestmark = [pytest.mark.slurm, pytest.mark.long, pytest.mark.timeout(1500)]
 
@@ -29,21 +27,10 @@ SERVED = (
 )
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with running(tmp_path_factory.mktemp("slurm")) as found:
-        yield found
-
-
 def test_two_servers_come_and_go_while_a_run_asks_them(cluster: Cluster, tmp_path: Path) -> None:
-    site = Site(cluster, tmp_path)
-    words = [word for override in SERVED for word in ("-s", override)]
-    chain = ["submit", "embedded", "--run-dir", str(site.run.root)]
-    for stage in ("prompts", "generate"):
-        ended = site.give(*chain, "--only", stage, *words)
-        assert ended.code == 0, ended.err
-        if stage == "prompts":
-            site.wait_until_over(120)
+    site = Site(cluster, tmp_path, SERVED)
+    site.finish("prompts", 120)
+    site.submit("--only", "generate")
     folder = site.run.root / "slurm"
     with releasing(cluster):
         wait_for(lambda: len(list(folder.glob("servers/*.url"))) == 2, "two servers", 240)
@@ -58,21 +45,16 @@ def test_two_servers_come_and_go_while_a_run_asks_them(cluster: Cluster, tmp_pat
     served = [json.loads(line)["url"] for line in (folder / "served.jsonl").read_text().splitlines()]
     assert len(set(served)) >= 2, served
     # Nobody asks them any more once the report is made, and they do not come back.
-    ended = site.give(*chain, "--only", "report", *words)
-    assert ended.code == 0, ended.err
-    site.wait_until_over(120)
+    site.finish("report", 120)
     assert (folder / "servers.closed").is_file() and not list(folder.glob("servers/*.url"))
     assert site.status()["serve"]["state"] in ("cancelled", "done"), everything(site)
 
 
 def test_stages_wait_no_longer_than_there_is_hope(cluster: Cluster, tmp_path: Path) -> None:
     """A server that cannot start (no such option) is tried twice; whoever waits for it is told so."""
-    site = Site(cluster, tmp_path)
-    broken = [one.replace("jobs: 2", "jobs: 1, options: [--nonsense]") for one in SERVED]
-    words = [word for override in broken for word in ("-s", override)]
+    site = Site(cluster, tmp_path, tuple(one.replace("jobs: 2", "jobs: 1, options: [--nonsense]") for one in SERVED))
     with releasing(cluster):
-        ended = site.give("submit", "embedded", "--run-dir", str(site.run.root), *words)
-        assert ended.code == 0 and "serve" in ended.out, shlex.join(words) + ended.err
+        assert site.submit()["serve"] == "submitted"
         site.wait_until_over(400)
     found = site.status()
     assert found["serve"]["state"] == "failed" and "no progress in two attempts" in str(found["serve"]["reason"])
