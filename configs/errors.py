@@ -25,6 +25,12 @@ class Interrupted(TracestillError, RuntimeError):
     exit_code = 75
 
 
+class Busy(Interrupted):
+    """Another process is at the same thing in the same folder; the same command goes on when that one is done."""
+
+    says = "is already running here"
+
+
 class Stopped(SystemExit):
     """What a signal's handler raises, wherever the program is; main() ends with its one line and exit code 75. No Exception: an
     event loop, an import that is tried, a library's own `except Exception` would take it for a failure of theirs and go on. No

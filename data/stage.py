@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from rich.console import Console
 
-from configs.errors import UnusableInput
+from configs.errors import Busy, UnusableInput
 from configs.load import Loaded, fingerprint
 from configs.progress import Count, Display
 from configs.schema import Recipe
@@ -95,7 +95,8 @@ def run_stage(stage: Stage, context: Context) -> Rollup:
     """The stage is complete and sealed when this returns; done at once when it already was.
 
     Raises:
-        UnusableInput: an input stage has not finished, or another process is at this stage.
+        UnusableInput: an input stage has not finished.
+        Busy: another process is at this stage.
     """
     run, folder = context.run, stage.folder(context.run)
     inputs = inputs_of(stage, context)
@@ -218,8 +219,8 @@ def exclusive(run: RunFolder, stage: str, *, waits: bool = False) -> Iterator[No
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
         except BlockingIOError as error:
-            raise UnusableInput(
-                f"{run.root}: the {stage} stage is already running here (process {file.read() or '?'}); wait for it or end it"
+            raise Busy(
+                f"{run.root}: the {stage} stage {Busy.says} (process {file.read() or '?'}); wait for it or end it"
             ) from error
         except OSError:
             log.warning("%s: this file system has no locks; do not start the stage twice", run.root)

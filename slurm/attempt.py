@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
-from configs.errors import Interrupted, Refused, TracestillError, UnusableInput
+from configs.errors import Busy, Interrupted, Refused, TracestillError, UnusableInput
 from configs.progress import BEAT_VARIABLE
 from data.store import ROLLUP, RunFolder
 from slurm import attempts
@@ -45,9 +45,12 @@ END_S = 40.0
 WARNED = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 _ERROR = re.compile(rb"^(?:\d+: )?(error: .*|slurmstepd: error: .*|srun: error: .*)$", re.MULTILINE)
 TAIL_BYTES = 1 << 16
-BAD_NODE, EARLY = "bad node", "not begun"
-NOT_BEGUN = (BAD_NODE, EARLY)
+BAD_NODE, EARLY, BUSY = "bad node", "not begun", "busy"
+NOT_BEGUN = (BAD_NODE, EARLY, BUSY)
 """Attempts that say nothing about progress."""
+MAX_BUSY = 30
+"""Times that a job may find another process at its stage, which has committed nothing in between: an hour, at the two minutes
+that Slurm holds what is requeued. A controller that was killed has been seen to launch a job twice."""
 
 
 class Verdict(NamedTuple):
@@ -71,6 +74,10 @@ def judge(code: int, *, hung: str, cancelled: bool, said: str, earlier: Sequence
     if cancelled:
         return Verdict(CANCELLED, "cancelled", said)
     why = hung or said or f"exit code {code}"
+    if code == Busy.exit_code and Busy.says in said:
+        waited = sum(one.outcome == BUSY and one.after == after for one in earlier)
+        return Verdict(TracestillError.exit_code, "stuck", why) if waited >= MAX_BUSY else Verdict(code, BUSY, why)
+    earlier = [one for one in earlier if one.outcome not in NOT_BEGUN]
     asked = code in STOPPED
     if earlier and earlier[-1].before == before == after:
         return Verdict(TracestillError.exit_code, "stuck", f"no progress in two attempts ({after or 'nothing committed'}): {why}")
@@ -179,13 +186,12 @@ def main(words: Sequence[str]) -> int:
         finally:
             _note(lambda: _begin(folder, stage, job_id, before))
         if (verdict := prevented(options, run, job_id, earlier)) is None:
-            begun = [one for one in earlier if one.outcome not in NOT_BEGUN]
             start = options.log.stat().st_size if options.log.is_file() else 0
             code, hung = Step(options.command, folder.beat(stage, job_id), options.silence, options.warning).wait()
             after = progress_of(run, stage)
             is_over = folder.cancelled.exists() or (stage == "serve" and folder.closed.exists())
             said = last_error(options.log, start)
-            verdict = judge(code, hung=hung, cancelled=is_over, said=said, earlier=begun, before=before, after=after)
+            verdict = judge(code, hung=hung, cancelled=is_over, said=said, earlier=earlier, before=before, after=after)
         else:
             code = verdict.code
     except _StoppedEarly as stop:

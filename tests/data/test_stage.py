@@ -8,7 +8,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from configs.errors import UnusableInput
+from configs.errors import Busy, UnusableInput
 from configs.load import Loaded, load_recipe
 from data.checksum import check_text, checked_text
 from data.run_config import first_difference, open_run, settle, without_free
@@ -87,7 +87,7 @@ def test_what_comes_after_the_seal_is_not_of_the_stage(tmp_path: Path) -> None:
 def test_a_stage_is_run_by_one_process_at_a_time(context: Context) -> None:
     with (
         exclusive(context.run, "train"),
-        pytest.raises(UnusableInput, match="already running here"),
+        pytest.raises(Busy, match="already running here"),
         exclusive(context.run, "train"),
     ):
         pass

@@ -183,6 +183,13 @@ class Cluster:
         """A requeued job may start now instead of in two minutes."""
         self.call("scontrol", "update", f"JobId={job_id}", "StartTime=now")
 
+    def resume_nodes(self) -> None:
+        """Those that the controller has drained are taken back into service."""
+        for line in self.call("sinfo", "-h", "-N", "-p", "main", "-o", "%N|%T").splitlines():
+            node, state = line.split("|")
+            if state.startswith(("drain", "drng")):
+                self.call("scontrol", "update", f"NodeName={node}", "State=RESUME")
+
 
 @contextlib.contextmanager
 def running(folder: Path, num_nodes: int = 4) -> Iterator[Cluster]:
@@ -208,13 +215,14 @@ def releasing(cluster: Cluster) -> Iterator[None]:
         since: dict[int, float] = {}
         while not stop.wait(0.5):
             with contextlib.suppress(subprocess.SubprocessError, KeyError, ValueError):
-                held = [
-                    int(line.split("|")[0])
-                    for line in cluster.call("squeue", "-h", "-r", "-t", "PENDING", "-o", "%A|%r").splitlines()
-                    if line.endswith("|BeginTime")
-                ]
+                cluster.resume_nodes()
+                pending = cluster.call("squeue", "-h", "-r", "-t", "PENDING", "-o", "%A|%r").splitlines()
+                why = {int(job): reason for job, reason in (line.split("|") for line in pending)}
+                held = [job for job, reason in why.items() if reason == "BeginTime" or "held" in reason]
                 since = {job: since.get(job, time.monotonic()) for job in held}
                 for job in [job for job, at in since.items() if time.monotonic() - at > RELEASE_AFTER_S]:
+                    if "held" in why[job]:
+                        cluster.call("scontrol", "release", str(job))
                     cluster.release(job)
 
     thread = threading.Thread(target=let_go, daemon=True)

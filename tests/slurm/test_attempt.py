@@ -14,7 +14,7 @@ import pytest
 from configs.cluster import seconds_of
 from data.store import RunFolder
 from slurm import attempts
-from slurm.attempt import judge, last_error
+from slurm.attempt import BUSY, MAX_BUSY, judge, last_error
 from slurm.attempts import Attempt, JobFolder
 
 ROOT = Path(__file__).parents[2]
@@ -52,6 +52,22 @@ def test_verdicts(
     found = judge(code, hung=hung, cancelled=cancelled, said="why", earlier=earlier(*befores), before=before, after=after)
     assert (found.code, found.outcome) == expected
     assert found.outcome == "done" or (hung or "why") in found.reason
+
+
+def test_a_stage_that_somebody_else_is_at_is_waited_for() -> None:
+    said = "runs/a: the train stage is already running here (process 7); wait for it or end it"
+
+    def after_waiting(times: int, progress: str = "step 5") -> tuple[int, str]:
+        before = [Attempt("train", 7, index, "n1", 0.0, "step 5", 1.0, progress, 75, BUSY) for index in range(times)]
+        found = judge(75, hung="", cancelled=False, said=said, earlier=before, before="step 5", after="step 5")
+        return found.code, found.outcome
+
+    assert after_waiting(0) == after_waiting(MAX_BUSY - 1) == (75, BUSY)
+    assert after_waiting(MAX_BUSY) == (1, "stuck")
+    assert after_waiting(MAX_BUSY, "step 4") == (75, BUSY)  # the other one is getting on
+    stopped = judge(75, hung="", cancelled=False, said="stopped by SIGUSR2", earlier=[
+        Attempt("train", 7, 0, "n1", 0.0, "step 5", 1.0, "step 5", 75, BUSY)], before="step 5", after="step 5")  # fmt: skip
+    assert stopped.outcome == "interrupted"
 
 
 def test_the_last_word_of_an_error_is_found(tmp_path: Path) -> None:

@@ -24,8 +24,8 @@ from tests.slurm.site import CLUSTER, Result, Site, everything, result_of
 
 pytestmark = [pytest.mark.slurm, pytest.mark.long, pytest.mark.timeout(2400)]
 
-SLOW = ("teacher.engine.batch_size=2",)
-"""Two requests at a time on each node, so that generating takes long enough to be disturbed."""
+SLOW = ("teacher.engine.batch_size=2", "train.epochs=6")
+"""Two requests at a time on each node and 54 optimizer steps, so that both take long enough to be disturbed."""
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +39,15 @@ def figures() -> Iterator[dict[str, Any]]:
 
 def a_site(cluster: Cluster, folder: Path, *more: str) -> Site:
     return Site(cluster, folder, (*SMALL, *CLUSTER, *SLOW, *more))
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(cluster: Cluster, quiet: Result) -> Iterator[None]:
+    """What a test that failed has left behind is not the next one's trouble."""
+    yield
+    cluster.call("scancel", "--user=root")
+    wait_for(lambda: not cluster.call("squeue", "-h"), "an empty queue", 60)
+    cluster.resume_nodes()
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +71,7 @@ def preempt_as_it_moves(site: Site, stage: str, times: int, already: int = 0) ->
     """Each time the stage has committed something more. Returns the seconds from each preemption to the requeue."""
     cluster, job, took = site.cluster, site.job_of(stage), []
     for number in range(already + 1, already + times + 1):
-        before = progress_of(site.run, stage)
-        wait_for(lambda: progress_of(site.run, stage) != before, f"progress of {stage} beyond {before}\n{site.run.root}", 200)  # noqa: B023
+        wait_until_it_moves(site, stage)
         started = time.monotonic()
         cluster.preempt(job, 0.1)
         wait_for(lambda: cluster.job(job)["Restarts"] == str(number), f"requeue {number} of {stage}\n{site.run.root}", 60)  # noqa: B023
@@ -72,11 +80,11 @@ def preempt_as_it_moves(site: Site, stage: str, times: int, already: int = 0) ->
 
 
 def test_twenty_preemptions_cost_nothing(cluster: Cluster, tmp_path: Path, quiet: Result, figures: dict[str, Any]) -> None:
-    """Twelve while two nodes generate, six while the student is trained, two while it is evaluated."""
+    """Fourteen while two nodes generate, four while the student is trained, two while it is evaluated."""
     site = a_site(cluster, tmp_path)
     started = time.monotonic()
     site.submit()
-    took, planned = [], {"generate": 12, "train": 6, "evaluate": 2}
+    took, planned = [], {"generate": 14, "train": 4, "evaluate": 2}
     with releasing(cluster):
         for stage, times in planned.items():
             took += preempt_as_it_moves(site, stage, times)
@@ -105,8 +113,12 @@ def generating(cluster: Cluster, folder: Path, *more: str) -> Site:
 
 
 def wait_until_it_moves(site: Site, stage: str, seconds: float = 200.0) -> None:
-    before = progress_of(site.run, stage)
-    wait_for(lambda: progress_of(site.run, stage) != before, f"progress of {stage} beyond {before}\n{site.run.root}", seconds)
+    """Until it has committed more than it has now."""
+    before, deadline = progress_of(site.run, stage), time.monotonic() + seconds
+    while progress_of(site.run, stage) == before:
+        assert time.monotonic() < deadline, f"no progress of {stage} beyond {before}\n{everything(site)}"
+        assert not any(one.outcome == "done" for one in site.attempts(stage)), f"{stage} is over, at {before}"
+        time.sleep(0.1)
 
 
 def assert_the_same(site: Site, quiet: Result) -> None:
@@ -157,28 +169,39 @@ def test_the_controller_is_away_for_a_minute_while_generating(
     assert_the_same(site, quiet)
 
 
-def test_a_job_that_is_launched_twice(cluster: Cluster, tmp_path: Path, quiet: Result, figures: dict[str, Any]) -> None:
-    """A controller that is killed a moment after a submission forgets the job, keeps it, or launches it again beside itself.
-    Whatever this one did, a second job is then put beside the first by hand: both generate at one pool."""
+def test_a_controller_that_forgets_a_job_it_has_launched(cluster: Cluster, tmp_path: Path, quiet: Result) -> None:
+    """Killed within five seconds of a submission it forgets the job, kills its processes, gives its number away again, and takes
+    a node out of service over that: the next submission, and an operator, put it right."""
     site = a_site(cluster, tmp_path, "evaluate.headroom=null")
     site.finish("prompts")
     site.submit("--only", "generate")
-    time.sleep(1.5)
+    wait_for(lambda: bool(site.attempts("generate")), "an attempt", 30)
     cluster.kill_controller()
     cluster.start_controller()
+    wait_for(lambda: cluster.call("squeue", "-h") is not None, "a controller", 30)
+    site.submit("--only", "generate")
     with releasing(cluster):
-        time.sleep(5)
-        script = site.run.root / "slurm" / "generate.sbatch"
-        wait_for(lambda: bool(cluster.call("sbatch", str(script))), "a controller", 30)
-        wait_until_it_moves(site, "generate")
         site.wait_until_over()
-    if site.state("generate") != "done":
-        with releasing(cluster):
-            site.finish("generate")
-    launched = [(one.job_id, one.restart, one.outcome) for one in site.attempts("generate")]
-    figures["launched_twice"] = {"attempts": launched}
-    assert len(launched) >= 2, everything(site)
+    assert len(site.attempts("generate")) >= 2, everything(site)
     assert_the_same(site, quiet)
+
+
+def test_two_jobs_of_one_stage(cluster: Cluster, tmp_path: Path, quiet: Result, figures: dict[str, Any]) -> None:
+    """As a confused controller launches them: generating, both work at one pool; training, one of them waits."""
+    site = generating(cluster, tmp_path)
+    cluster.call("sbatch", str(site.run.root / "slurm" / "generate.sbatch"))
+    with releasing(cluster):
+        site.wait_until_over()
+        assert_the_same(site, quiet)
+        site.submit("--only", "train")
+        wait_until_it_moves(site, "train")
+        cluster.call("sbatch", str(site.run.root / "slurm" / "train.sbatch"))
+        site.wait_until_over()
+    jobs = {stage: [(one.job_id, one.outcome) for one in site.attempts(stage)] for stage in ("generate", "train")}
+    figures["launched_twice"] = {"attempts": jobs}
+    assert [how for _, how in jobs["generate"]] == ["done", "done"], everything(site)
+    assert sorted(how for _, how in jobs["train"]) == ["busy", "done", "done"], everything(site)
+    assert "already running here" in next(one.reason for one in site.attempts("train") if one.outcome == "busy")
 
 
 # --- what hangs -------------------------------------------------------------------------------------------------------
