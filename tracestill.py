@@ -6,6 +6,7 @@ gates, an export. Try it: tracestill run embedded"""
 # `--help` answers without torch. A command that needs one package alone lies there, in its commands.py.
 
 import contextlib
+import dataclasses
 import errno
 import json
 import os
@@ -330,7 +331,25 @@ def submit(
     if dry_run:
         print_scripts(named, max_nodes, (first, only), _planned_hours)
     else:
-        submit_run(named, max_nodes, first, only)
+        submit_run(named, max_nodes, first, only, _is_current)
+
+
+def _is_current(context: "Context", name: str) -> bool:
+    """Whether what a stage has sealed is what this configuration makes, and what it judged would be let through again."""
+    from data.stage import is_current
+    from student.gates import require
+    from student.stages import gate_rows, headroom_refusal
+
+    quiet = dataclasses.replace(context, console=Console(quiet=True))
+    stage = next((one for one in _all_stages() if one.name == name), None)
+    if stage is not None and not is_current(stage, quiet):
+        return False
+    try:
+        if name == "evaluate":
+            require(gate_rows(quiet))
+        return name != "headroom" or headroom_refusal(quiet) is None
+    except (Refused, UnusableInput):  # or its figures are gone
+        return False
 
 
 def _planned_hours(recipe: "Recipe") -> dict[str, float]:

@@ -157,6 +157,16 @@ def completed(stage: Stage, context: Context) -> Rollup | None:
     return _complete(stage, context, fingerprint(stage.identity(context)), inputs_of(stage, context))
 
 
+def is_current(stage: Stage, context: Context) -> bool:
+    """Whether what the stage has sealed is what this configuration makes of the inputs that are there. True as well where that
+    cannot be told from here: an input or a model is on another machine."""
+    try:
+        identity, inputs = fingerprint(stage.identity(context)), inputs_of(stage, context)
+    except UnusableInput:
+        return True
+    return is_complete(context.run, stage.folder(context.run), fingerprint=identity, inputs=inputs)
+
+
 def inputs_of(stage: Stage, context: Context) -> dict[str, str]:
     """Hashes of the manifests of the stages that it depends on. Raises UnusableInput when one is not there."""
     return input_hashes(context.run, [_input(context.run, name, stage) for name in stage.depends])

@@ -1,13 +1,13 @@
 """The chain of a run on the cluster: submitted, attached to, and stopped.
 
 A job is known as this run's by its comment, which Slurm keeps; so whoever was killed between sbatch and the note of it, or finds
-jobs of a colleague at the same folder, attaches to them. What needs no job: stages whose output is sealed and that nothing before
-them is about to make anew. A stage that judges (headroom, canary, evaluate) is done only where its last attempt says so: its
-output is whole when it refuses.
+jobs of a colleague at the same folder, attaches to them. What needs no job: stages whose output is sealed for these settings,
+and that nothing before them is about to make anew. A stage that judges (headroom, canary, evaluate) is done only where its last
+attempt says so: its output is whole when it refuses.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from configs.cluster import StageName
@@ -23,11 +23,12 @@ POLL_S = 0.5
 
 
 class Placed(NamedTuple):
-    """A stage of the chain. job_id: of its job; None where none is needed."""
+    """A stage of the chain. job_id: of its job; None where none is needed. note: what a user would not expect."""
 
     stage: StageName
     how: Literal["done", "attached", "submitted", "left out"]
     job_id: int | None = None
+    note: str = ""
 
 
 def jobs_of(run: RunFolder, known: Sequence[QueuedJob]) -> dict[str, list[QueuedJob]]:
@@ -38,6 +39,15 @@ def jobs_of(run: RunFolder, known: Sequence[QueuedJob]) -> dict[str, list[Queued
         if len(words) == 3 and words[0] == "tracestill" and words[2] == str(run.root) and job.is_alive:
             found.setdefault(words[1], []).append(job)
     return found
+
+
+def how_to_release(jobs: Sequence[QueuedJob]) -> str:
+    """Of jobs that nobody but an operator sets going again; empty when there are none. Slurm itself holds what it could not
+    launch, or has requeued too often."""
+    stopped = [job for job in jobs if job.is_held]
+    if not stopped:
+        return ""
+    return f"held ({stopped[0].reason}); let it go with: scontrol release {' '.join(str(job.job_id) for job in stopped)}"
 
 
 def check_size(chain: Chain, stages: Sequence[StageName]) -> None:
@@ -63,9 +73,16 @@ def chosen_stages(chain: Chain, first: str | None, only: str | None) -> tuple[St
     return stages if first is None else stages[stages.index(first) :]  # type: ignore[arg-type]
 
 
-def submit_chain(chain: Chain, *, first: str | None = None, only: str | None = None) -> list[Placed]:
+def submit_chain(
+    chain: Chain,
+    *,
+    first: str | None = None,
+    only: str | None = None,
+    is_current: Callable[[StageName], bool] = lambda stage: True,
+) -> list[Placed]:
     """Every chosen stage is done or has a job, each after the one before it. first, only: stages that are asked for by name are
-    submitted although their output is there (a finished one is passed over by its job, in seconds).
+    submitted although their output is there (a finished one is passed over by its job, in seconds). is_current: whether what a
+    finished stage has made is what these settings make.
 
     Raises:
         UnusableInput: a stage that is not there, an input that nobody makes; no Slurm here.
@@ -87,17 +104,20 @@ def submit_chain(chain: Chain, *, first: str | None = None, only: str | None = N
             continue
         if jobs := alive.get(stage):
             before, fresh = jobs[0].array_id, True
-            placed.append(Placed(stage, "attached", before))
+            placed.append(Placed(stage, "attached", before, how_to_release(jobs)))
             continue
         if stage not in chosen:
             placed.append(Placed(stage, "left out"))
             continue
+        note = ""
         if not fresh and first is None and only is None and is_done(run, stage):
-            placed.append(Placed(stage, "done"))
-            continue
+            if is_current(stage):
+                placed.append(Placed(stage, "done"))
+                continue
+            note = "what it made was made with other settings"
         _require_input(chain, stage, before)
         before, fresh = _submit(chain, stage, scripts[stage], before), True
-        placed.append(Placed(stage, "submitted", before))
+        placed.append(Placed(stage, "submitted", before, note))
     if "serve" in stages and any(one.stage in ASKING and one.job_id is not None for one in placed):
         placed.append(_place_servers(chain, scripts["serve"], alive.get("serve", []), placed))
     return placed

@@ -1,5 +1,6 @@
 """Slurm's own commands, and what they print."""
 
+import re
 import subprocess
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -39,6 +40,11 @@ class QueuedJob(NamedTuple):
     @property
     def is_alive(self) -> bool:
         return self.state not in GONE
+
+    @property
+    def is_held(self) -> bool:
+        """JobHeldUser, JobHeldAdmin, JobHoldMaxRequeue, "launch failed requeued held"."""
+        return self.state in ("PENDING", "REQUEUE_HOLD", "SPECIAL_EXIT") and re.search("held|hold", self.reason, re.I) is not None
 
 
 def call(*words: str) -> str:

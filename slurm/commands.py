@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from slurm.scripts import Chain
 
 Hours = Callable[["Recipe"], Mapping[str, float]]
+Current = Callable[["Context", "StageName"], bool]
 
 
 def print_scripts(named: Invocation, max_nodes: int | None, chosen: tuple[str | None, str | None], hours: Hours) -> None:
@@ -51,8 +52,9 @@ def print_scripts(named: Invocation, max_nodes: int | None, chosen: tuple[str | 
         print(f"{stage:<9} {jobs}{shape.nodes} node{'s'[: shape.nodes > 1]}, time limit {limit}; {planned}")
 
 
-def submit_run(named: Invocation, max_nodes: int | None, first: str | None, only: str | None) -> None:
-    """What is missing is in the queue; what is there is attached to."""
+def submit_run(named: Invocation, max_nodes: int | None, first: str | None, only: str | None, current: Current) -> None:
+    """What is missing is in the queue; what is there is attached to. current: whether what a stage has sealed is what this
+    configuration makes."""
     from data.stage import exclusive
     from slurm.chain import check_size, chosen_stages, submit_chain
     from slurm.client import queued
@@ -63,12 +65,13 @@ def submit_run(named: Invocation, max_nodes: int | None, first: str | None, only
     context = named.open()
     chain = _chain(context, max_nodes)
     with exclusive(context.run, "submit"):
-        placed = submit_chain(chain, first=first, only=only)
+        placed = submit_chain(chain, first=first, only=only, is_current=lambda stage: current(context, stage))
     for one in placed:
         if one.how != "left out":
-            print(f"{one.stage:<9} {one.how}" + (f"  job {one.job_id}" if one.job_id is not None else ""))
+            job = f"  job {one.job_id}" if one.job_id is not None else ""
+            print(f"{one.stage:<9} {one.how}{job}" + (f"  {one.note}" if one.note else ""))
     if all(one.how in ("done", "left out") for one in placed):
-        print("nothing to do; settings that have changed since are for --from STAGE")
+        print("nothing to do; what is to be made once more is for --from STAGE")
     print(f"look at it with: tracestill status {context.run.root}")
 
 

@@ -14,12 +14,12 @@ from configs.errors import UnusableInput
 from data.ledger import Ledger, read_ledger
 from data.store import RunFolder, read_rollup
 from slurm.attempts import Attempt, JobFolder, excluded_nodes, lines, read_attempts
-from slurm.chain import is_done, jobs_of
+from slurm.chain import how_to_release, is_done, jobs_of
 from slurm.client import QueuedJob
 from slurm.progress import progress_of
 from slurm.topology import SPECS
 
-STATES = ("done", "running", "pending", "refused", "failed", "interrupted", "cancelled", "not submitted", "never ran")
+STATES = ("done", "running", "pending", "held", "refused", "failed", "interrupted", "cancelled", "not submitted", "never ran")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class ChainStatus:
     @property
     def stopped_at(self) -> StageStatus | None:
         """The stage that keeps the chain from going on, if one does."""
-        return next((one for one in self.stages if one.state in ("refused", "failed", "interrupted", "cancelled")), None)
+        return next((one for one in self.stages if one.state in ("held", "refused", "failed", "interrupted", "cancelled")), None)
 
 
 def read_status(run: RunFolder, stages: Sequence[StageName], known: Sequence[QueuedJob] | None) -> ChainStatus:
@@ -90,9 +90,10 @@ def _stage_status(
             count=_count(beats), eta_s=_eta(beats), **common,
         )  # fmt: skip
     if jobs:
-        why = jobs[0].reason if jobs[0].reason not in ("None", "") else ""
+        why = how_to_release(jobs) or (jobs[0].reason if jobs[0].reason not in ("None", "") else "")
         ended = f"; last: {last.outcome}: {last.reason}" if last is not None and last.ended and last.outcome != "done" else ""
-        return StageStatus(state="pending", jobs=tuple(job.job_id for job in jobs), reason=f"{why}{ended}", **common)
+        state = "held" if any(job.is_held for job in jobs) else "pending"
+        return StageStatus(state=state, jobs=tuple(job.job_id for job in jobs), reason=f"{why}{ended}", **common)
     if is_done(run, stage):
         return StageStatus(state="done", jobs=tuple(submitted[-1:]), **common)
     ids = tuple(submitted[-1:])
@@ -148,7 +149,15 @@ def _eta(beats: Sequence[Mapping[str, Any]]) -> float | None:
 
 # --- for people ---------------------------------------------------------------------------------------------------
 
-_STYLES = {"done": "green", "running": "bold", "refused": "red", "failed": "red", "interrupted": "red", "cancelled": "red"}
+_STYLES = {
+    "done": "green",
+    "running": "bold",
+    "held": "red",
+    "refused": "red",
+    "failed": "red",
+    "interrupted": "red",
+    "cancelled": "red",
+}
 
 
 def duration(seconds: float | None) -> str:

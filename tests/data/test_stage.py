@@ -12,7 +12,7 @@ from configs.errors import Busy, UnusableInput
 from configs.load import Loaded, load_recipe
 from data.checksum import check_text, checked_text
 from data.run_config import first_difference, open_run, settle, without_free
-from data.stage import Context, Outcome, Stage, exclusive, run_stage
+from data.stage import Context, Outcome, Stage, exclusive, is_current, run_stage
 from data.store import ROLLUP, RunFolder, commit_segment, read_rollup, seal, segments
 
 
@@ -56,6 +56,13 @@ def test_a_missing_input_is_named_before_anything_is_made(context: Context) -> N
     with pytest.raises(UnusableInput, match="run the stage that makes absent/ first"):
         run_stage(stage([], depends=("absent",)), context)
     assert not (context.run.root / "one").exists()
+
+
+def test_what_other_settings_would_make_is_not_current(context: Context) -> None:
+    assert not is_current(stage([]), context)
+    run_stage(stage([]), context)
+    assert is_current(stage([]), context) and not is_current(stage([], value=2), context)
+    assert is_current(stage([], depends=("elsewhere",)), context)  # its input is not to be seen from here
 
 
 def test_a_stage_that_fails_is_not_sealed_and_its_seconds_still_count(context: Context) -> None:

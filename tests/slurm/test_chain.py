@@ -1,14 +1,16 @@
 """The embedded recipe as jobs of a real Slurm: four virtual nodes, a teacher on two of them."""
 
+import signal
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
 from data.ledger import read_ledger
-from tests.e2e.commands import STAGES
+from tests.e2e.commands import SMALL, STAGES, command
 from tests.slurm.cluster import Cluster, releasing, wait_for
-from tests.slurm.site import Site, everything
+from tests.slurm.site import CLUSTER, Site, everything
 
 pytestmark = [pytest.mark.slurm, pytest.mark.long, pytest.mark.timeout(1500)]
 
@@ -70,3 +72,53 @@ def test_cancel_stops_cleanly_and_submit_continues(cluster: Cluster, tmp_path: P
     site.wait_until_over()
     assert read_ledger(site.run).completed == 128 and site.state("export") == "done", everything(site)
     assert site.give("cancel", str(site.run.root)).out.startswith("nothing to cancel")
+
+
+EVERY_KIND = ("teacher.engine.prepared=shards", "slurm.generate_jobs=2", "slurm.canary=0.2")
+HARD, SOFT = "evaluate.gates={accuracy: {min: 1.0}}", "evaluate.gates={accuracy: {min: 0.0}}"
+
+
+def test_every_kind_of_job_and_a_gate_that_says_no(cluster: Cluster, tmp_path: Path) -> None:
+    """Shards are prepared, a canary goes ahead, two jobs of two nodes generate together. The student is refused: nothing is
+    exported, the report says so, and what is asked for afterwards follows from the gates then."""
+    site = Site(cluster, tmp_path, (*SMALL, *CLUSTER, *EVERY_KIND))
+    stages = ["prompts", "prepare", "headroom", "canary", *STAGES[2:]]
+    assert site.submit("--max-nodes", "4", overrides=(HARD,)) == dict.fromkeys(stages, "submitted")
+    (site.run.root / "slurm" / "jobs.jsonl").unlink()  # whoever was killed before the note was written
+    assert site.submit("--max-nodes", "4", overrides=(HARD,)) == dict.fromkeys(stages, "attached")
+    held = site.cluster.call("squeue", "-h", "--name=embedded-report", "-o", "%A")
+    cluster.call("scontrol", "hold", held)
+    assert f"scontrol release {held}" in str(site.status()["report"]["reason"]), everything(site)
+    cluster.call("scontrol", "release", held)
+    wait_for(lambda: any(site.run.logs.glob("generate-*.log")), "a log of generate", 400)
+    with subprocess.Popen(
+        command("logs", str(site.run.root), "generate"),
+        env=site.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as follower:
+        wait_for(lambda: bool(site.status()["generate"]["state"] == "done"), "end of generate", 400, poll_s=1.0)
+        follower.send_signal(signal.SIGINT)
+        shown, _ = follower.communicate(timeout=30)
+    assert "generate" in shown and follower.returncode in (0, 75), (follower.returncode, shown)
+    site.wait_until_over()
+    found = site.status()
+    states = {stage: one["state"] for stage, one in found.items()}
+    refused = dict.fromkeys(stages, "done") | {"evaluate": "refused", "export": "never ran"}
+    assert states == refused, everything(site)
+    assert "accuracy" in str(found["evaluate"]["reason"]) and found["evaluate"]["attempts"] == 1, everything(site)
+    assert [one.outcome for one in site.attempts("generate")] == ["done", "done"], everything(site)
+    assert not site.run.export.exists() and (site.run.report / "index.html").is_file()
+    assert any(site.run.root.rglob("offline-run-*/run-*.wandb"))
+    assert read_ledger(site.run).completed == 128
+
+    # Gates are free to change once everything is sealed: what they decide is decided anew, on the login node where it can be.
+    after = site.submit(overrides=(SOFT,))
+    assert after == dict.fromkeys(stages, "done") | dict.fromkeys(("evaluate", "export", "report"), "submitted")
+    site.wait_until_over()
+    assert site.submit(overrides=(SOFT,)) == dict.fromkeys(stages, "done"), everything(site)
+    again = site.give("submit", *site.words(HARD))
+    assert "evaluate  submitted" in again.out and "with other settings" in again.out, again
+    site.wait_until_over()
+    assert site.state("evaluate") == "refused", everything(site)
