@@ -77,6 +77,8 @@ class Health(Section):
     """Free where `scratch` points to."""
     copy_gib_s: PositiveFloat | None = None
     """Copying from memory to memory on one core. A node with a lost memory channel or another's job on it is slow at it."""
+    gpu_copy_gib_s: PositiveFloat | None = None
+    """Copying from pinned memory to each GPU (teacher/gpu_probe.py; some seconds). A link with half its lanes is slow at it."""
     command: str | None = None
     """A shell line of the site's own; any exit code but 0 is a bad node, and its last line says why."""
 

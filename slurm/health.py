@@ -26,7 +26,7 @@ def main(words: Sequence[str]) -> int:
     options = _options().parse_args(words)
     bad = list(filter(None, (
         _gpus(options.gpus, options.gpu_memory_gib), _memory(options.memory_gib), _scratch(options.scratch, options.scratch_gib),
-        _copy(options.copy_gib_s), _command(options.command),
+        _copy(options.copy_gib_s), _gpu_copy(options.gpu_copy_gib_s), _command(options.command),
     )))  # fmt: skip
     print(json.dumps({"node": os.environ.get("SLURMD_NODENAME", socket.gethostname()), "bad": bad}), flush=True)
     return 0
@@ -40,6 +40,7 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument("--scratch", help="a folder on the node's own disk")
     parser.add_argument("--scratch-gib", type=float, help="free there")
     parser.add_argument("--copy-gib-s", type=float, help="from memory to memory, on one core")
+    parser.add_argument("--gpu-copy-gib-s", type=float, help="from pinned memory to each GPU")
     parser.add_argument("--command", help="a shell line of the site's")
     return parser
 
@@ -104,17 +105,27 @@ def _copy(wanted_gib_s: float | None) -> str:
     return "" if rate >= wanted_gib_s else f"copies {rate:.1f} GiB/s from memory to memory, expected {wanted_gib_s:g}"
 
 
-def _command(command: str | None) -> str:
-    if not command:
+def _gpu_copy(wanted_gib_s: float | None) -> str:
+    """By a program of its own: torch takes seconds to import, and a GPU that hangs it must not hang this."""
+    if wanted_gib_s is None:
         return ""
+    return _said_by([sys.executable, "-P", "-m", "teacher.gpu_probe", f"--gib-s={wanted_gib_s:g}"], "copying to the GPUs")
+
+
+def _command(command: str | None) -> str:
+    return _said_by(["bash", "-c", command], command) if command else ""
+
+
+def _said_by(words: Sequence[str], name: str) -> str:
+    """The last line of a program that fails; empty when it does not."""
     try:
-        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=COMMAND_S, check=False)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=COMMAND_S, check=False)
     except subprocess.TimeoutExpired:
-        return f"{command}: not done within {COMMAND_S:g} s"
+        return f"{name}: not done within {COMMAND_S:g} s"
     if done.returncode == 0:
         return ""
     said = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-    return said[-1] if said else f"{command}: exit code {done.returncode}"
+    return said[-1] if said else f"{name}: exit code {done.returncode}"
 
 
 if __name__ == "__main__":

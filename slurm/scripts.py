@@ -158,7 +158,8 @@ def health_words(chain: Chain, stage: StageName) -> str | None:
         "gpus": gpus if shape.uses_gpus else None,
         "gpu-memory-gib": settings.gpu_memory_gib if shape.uses_gpus else None,
         "memory-gib": settings.memory_gib, "scratch": chain.slurm.scratch or None, "scratch-gib": settings.scratch_gib,
-        "copy-gib-s": settings.copy_gib_s, "command": settings.command,
+        "copy-gib-s": settings.copy_gib_s, "gpu-copy-gib-s": settings.gpu_copy_gib_s if shape.uses_gpus else None,
+        "command": settings.command,
     }  # fmt: skip
     return shlex.quote(shlex.join(f"--{name}={value}" for name, value in values.items() if value is not None))
 

@@ -67,13 +67,14 @@ def _vllm(recipe: Recipe, engine: HttpEngine, settings: Servers, model: str, nam
 
 def _sglang(recipe: Recipe, engine: HttpEngine, settings: Servers, model: str, name: str, glm: bool) -> ServerCommand:
     """https://docs.sglang.io/advanced_features/server_arguments.html: its tensor-parallel size is all GPUs of the launch;
-    attention that is data-parallel splits them into --dp-size groups."""
+    attention that is data-parallel splits them into --attn-dp-size groups (which releases before that option, and until the end
+    of 2026, also know as --dp-size with --enable-dp-attention)."""
     teacher = recipe.teacher
     nodes, world = teacher.hardware.nodes, teacher.hardware.nodes * teacher.hardware.gpus_per_node
     words = ["python", "-m", "sglang.launch_server", "--model-path", model, "--served-model-name", name, "--tp-size", str(world)]
     words += ["--ep-size", str(world)] if teacher.layout.expert_parallel != 1 else []
     if (groups := world // teacher.layout.tensor_parallel) > 1:
-        words += ["--dp-size", str(groups), "--enable-dp-attention"]
+        words += ["--attn-dp-size", str(groups)]
     words += ["--kv-cache-dtype", "fp8_e4m3"] if engine.kv_dtype == "fp8" else []
     words += ["--reasoning-parser", "glm45", "--tool-call-parser", "glm47"] if glm else []
     words += ["--nnodes", str(nodes), "--node-rank", "{node}", "--dist-init-addr", "{head}:{peer_port}"] if nodes > 1 else []

@@ -49,6 +49,8 @@ def test_a_node_that_is_fit_has_nothing_wrong(tmp_path: Path) -> None:
         (["--scratch=/proc/none"], {}, "scratch /proc/none: No such file or directory"),
         (["--scratch=$SCRATCH", "--scratch-gib=1e9"], {}, "GiB free, expected 1e+09"),
         (["--copy-gib-s=1e6"], {}, "GiB/s from memory to memory, expected 1e+06"),
+        pytest.param(["--gpu-copy-gib-s=1"], {}, "torch sees no GPU", marks=pytest.mark.skipif(
+            bool(shutil.which("nvidia-smi")), reason="there may be a GPU here")),
         (["--command=echo first; echo link 3 is down; exit 4"], {}, "link 3 is down"),
         (["--command=exit 4"], {}, "exit 4: exit code 4"),
     ],

@@ -44,8 +44,8 @@ def test_glm_on_two_nodes_has_data_parallel_attention_and_one_front_end() -> Non
 
 def test_sglang_takes_all_gpus_as_its_tensor_parallel_size() -> None:
     first, others = words("glm52-fp8-16xh200", "slurm.servers={program: sglang}")
-    assert value(first, "--tp-size") == value(first, "--ep-size") == value(first, "--dp-size") == "16"
-    assert "--enable-dp-attention" in first and value(first, "--kv-cache-dtype") == "fp8_e4m3"
+    assert value(first, "--tp-size") == value(first, "--ep-size") == value(first, "--attn-dp-size") == "16"
+    assert "--enable-dp-attention" not in first and value(first, "--kv-cache-dtype") == "fp8_e4m3"
     assert value(first, "--dist-init-addr") == "{head}:{peer_port}" and others == first
 
 
