@@ -23,8 +23,8 @@ class StageSpec(NamedTuple):
 SPECS: dict[StageName, StageSpec] = {
     spec.name: spec
     for spec in (
+        StageSpec("prepare", ("prepare",), None, None),  # first: the tokenizer that prompts are counted with comes with the shards
         StageSpec("prompts", ("prompts",), None, "prompts", counts=False),
-        StageSpec("prepare", ("prepare",), None, None),
         StageSpec("serve", (), None, None),
         StageSpec("headroom", ("evaluate", "--headroom"), "prompts", "headroom", judges=True),
         StageSpec("canary", ("generate", "--canary"), "prompts", None, judges=True),

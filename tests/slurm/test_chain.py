@@ -82,7 +82,7 @@ def test_every_kind_of_job_and_a_gate_that_says_no(cluster: Cluster, tmp_path: P
     """Shards are prepared, a canary goes ahead, two jobs of two nodes generate together. The student is refused: nothing is
     exported, the report says so, and what is asked for afterwards follows from the gates then."""
     site = Site(cluster, tmp_path, (*SMALL, *CLUSTER, *EVERY_KIND))
-    stages = ["prompts", "prepare", "headroom", "canary", *STAGES[2:]]
+    stages = ["prepare", "prompts", "headroom", "canary", *STAGES[2:]]
     assert site.submit("--max-nodes", "4", overrides=(HARD,)) == dict.fromkeys(stages, "submitted")
     (site.run.root / "slurm" / "jobs.jsonl").unlink()  # whoever was killed before the note was written
     assert site.submit("--max-nodes", "4", overrides=(HARD,)) == dict.fromkeys(stages, "attached")
