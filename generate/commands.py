@@ -96,8 +96,11 @@ def ask_a_share(named: Invocation, *, as_json: bool) -> None:
     """The canary is answered, judged and printed. Raises Refused when it disappoints."""
     context = named.open()
     from generate.canary import canary_table, refusal, violations
-    from generate.launch import ask_canary
+    from generate.launch import ask_canary, join_canary
 
+    if is_not_the_first_node(named):
+        join_canary(context)
+        return
     found, thresholds = ask_canary(context), context.recipe.generate.canary
     context.console.print(canary_table(found, thresholds))
     said = violations(found, thresholds)

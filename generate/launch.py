@@ -104,6 +104,9 @@ def ask_canary(context: Context) -> "CanaryReport":
             open_before = left
             launch(context, display.show, ledger)
             wait_for_others(context)
+            if nodes_of(context.recipe) is not None:  # as in ask_together
+                left = num_open(context)
+                break
     if left:
         raise Interrupted(f"{left} requests of the canary are still open; the same command continues")
     return measure(context.recipe, run, context.folders)
@@ -207,8 +210,19 @@ def join_generation(context: Context) -> None:
     if ledger.pending or (context.recipe.generate.retry_failed and ledger.failed):
         refuse_strangers(context)  # as the first node does, which would be waited for at the rendezvous
         refuse_if_spent(context, ledger.pending)
-        nodes = nodes_of(context.recipe)
-        _run_ranks_here(context, nodes, context.run.logs / f"generate.n{nodes.rank if nodes else 0}.log", lambda: None)
+        _join_ranks(context)
+
+
+def join_canary(context: Context) -> None:
+    """Another node's part of a canary, likewise."""
+    if num_open(context):
+        refuse_if_spent(context, read_ledger(context.run).pending)
+        _join_ranks(context)
+
+
+def _join_ranks(context: Context) -> None:
+    nodes = nodes_of(context.recipe)
+    _run_ranks_here(context, nodes, context.run.logs / f"generate.n{nodes.rank if nodes else 0}.log", lambda: None)
 
 
 def _run_ranks_here(

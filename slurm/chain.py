@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 from configs.cluster import StageName
 from configs.errors import Refused, UnusableInput
 from data.store import RunFolder, read_rollup, write_bytes
-from slurm.attempts import JobFolder, append, note_stages, read_attempts
+from slurm.attempts import JobFolder, append, lines, note_stages, read_attempts
 from slurm.client import QueuedJob, call, queued, sbatch
 from slurm.scripts import Chain, array_of, dependency_kind, render_scripts
 from slurm.topology import ASKING, SPECS, previous_of, stage_shape
@@ -96,6 +96,7 @@ def submit_chain(
     run.logs.mkdir(parents=True, exist_ok=True)
     folder.root.mkdir(parents=True, exist_ok=True)
     note_stages(folder, stages)
+    noted = {line["job_id"] for line in lines(folder.jobs)}
     placed: list[Placed] = []
     before: int | None = None
     fresh = False  # something earlier is being made
@@ -104,6 +105,8 @@ def submit_chain(
             continue
         if jobs := alive.get(stage):
             before, fresh = jobs[0].array_id, True
+            if before not in noted:
+                append(folder.jobs, {"stage": stage, "job_id": before, "array": array_of(chain, stage), "at": time.time()})
             placed.append(Placed(stage, "attached", before, how_to_release(jobs)))
             continue
         if stage not in chosen:

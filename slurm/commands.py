@@ -96,7 +96,7 @@ def status(
     from slurm.status import read_status, status_json, status_tables
 
     found = read_status(run, _stages(run), _asked())
-    Console(highlight=False, soft_wrap=True).print(status_tables(found))
+    Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200).print(status_tables(found))
     if as_json:
         print(json.dumps(status_json(found)))
 

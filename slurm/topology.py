@@ -23,7 +23,7 @@ class StageSpec(NamedTuple):
 SPECS: dict[StageName, StageSpec] = {
     spec.name: spec
     for spec in (
-        StageSpec("prepare", ("prepare",), None, None),  # first: the tokenizer that prompts are counted with comes with the shards
+        StageSpec("prepare", ("prepare",), None, None),  # first: prompts are counted with the tokenizer beside the shards
         StageSpec("prompts", ("prompts",), None, "prompts", counts=False),
         StageSpec("serve", (), None, None),
         StageSpec("headroom", ("evaluate", "--headroom"), "prompts", "headroom", judges=True),
