@@ -109,7 +109,9 @@ def test_every_kind_of_job_and_a_gate_that_says_no(cluster: Cluster, tmp_path: P
     assert states == refused, everything(site)
     assert "accuracy" in str(found["evaluate"]["reason"]) and found["evaluate"]["attempts"] == 1, everything(site)
     assert [one.outcome for one in site.attempts("generate")] == ["done", "done"], everything(site)
-    assert "".join(path.read_text() for path in site.run.logs.glob("canary-*.log")).count("canary: ") == 1  # by one node of two
+    assert (
+        "".join(path.read_text() for path in site.run.logs.glob("canary-*.log")).count("canary: 32 requests") == 1
+    )  # by one node of two
     assert not site.run.export.exists() and (site.run.report / "index.html").is_file()
     assert any(site.run.root.rglob("offline-run-*/run-*.wandb"))
     assert read_ledger(site.run).completed == 128

@@ -44,10 +44,17 @@ def test_two_servers_come_and_go_while_a_run_asks_them(cluster: Cluster, tmp_pat
     assert (ledger.completed, ledger.failed, ledger.pending) == (128, 0, 0), everything(site)
     served = [json.loads(line)["url"] for line in (folder / "served.jsonl").read_text().splitlines()]
     assert len(set(served)) >= 2, served
-    # Nobody asks them any more once the report is made, and they do not come back.
-    site.finish("report", 120)
+    # The rest of the chain: evaluation asks them too, and afterwards they end and do not come back.
+    again = site.submit()
+    assert again["generate"] == "done" and again["serve"] == "attached" and again["evaluate"] == "submitted"
+    with releasing(cluster):
+        site.wait_until_over()
     assert (folder / "servers.closed").is_file() and not list(folder.glob("servers/*.url"))
-    assert site.status()["serve"]["state"] in ("cancelled", "done"), everything(site)
+    found = {stage: one["state"] for stage, one in site.status().items()}
+    assert found.pop("serve") in ("cancelled", "done"), everything(site)
+    assert set(found.values()) == {"done"}, everything(site)
+    answered = json.loads((site.run.evaluation / "teacher.json").read_text())
+    assert answered["metrics"]["num_items"] == 57, answered
 
 
 def test_stages_wait_no_longer_than_there_is_hope(cluster: Cluster, tmp_path: Path) -> None:
