@@ -148,6 +148,14 @@ def _newest_step_of(job: str) -> str:
     return max(numbers, key=int) if numbers else "0"
 
 
+def is_scancelled(job_id: int) -> bool:
+    """Somebody has ended the job by Slurm's own command: requeueing would bring it back. False where Slurm does not say."""
+    try:
+        return call("squeue", "--noheader", f"--jobs={job_id}", "--states=all", "--format=%T").strip() == "CANCELLED"
+    except (SlurmFailed, UnusableInput):
+        return False
+
+
 def stage_shards(source: str, target: str) -> int:
     """On every node of the job, once. Returns the exit code."""
     command = ["srun", "--ntasks-per-node=1", "--kill-on-bad-exit=1", sys.executable, "-P", "-m", "slurm.staging", source, target]
@@ -189,9 +197,12 @@ def main(words: Sequence[str]) -> int:
             start = options.log.stat().st_size if options.log.is_file() else 0
             code, hung = Step(options.command, folder.beat(stage, job_id), options.silence, options.warning).wait()
             after = progress_of(run, stage)
-            is_over = folder.cancelled.exists() or (stage == "serve" and folder.closed.exists())
             said = last_error(options.log, start)
-            verdict = judge(code, hung=hung, cancelled=is_over, said=said, earlier=earlier, before=before, after=after)
+            if stage == "serve" and folder.closed.exists():
+                verdict = Verdict(0, "done", "nobody asks it any more")
+            else:
+                is_over = folder.cancelled.exists() or (code in STOPPED and is_scancelled(job_id))
+                verdict = judge(code, hung=hung, cancelled=is_over, said=said, earlier=earlier, before=before, after=after)
         else:
             code = verdict.code
     except _StoppedEarly as stop:

@@ -104,7 +104,8 @@ def _stage_status(
             )
         else:
             states = {"refused": "refused", "cancelled": "cancelled", "interrupted": "interrupted", "done": "interrupted"}
-            state, reason = states.get(last.outcome, "failed"), last.reason or "what it made is no longer there"
+            gone = "what it made is no longer there" if last.outcome == "done" else ""
+            state, reason = states.get(last.outcome, "failed"), last.reason or gone
         return StageStatus(state=state, jobs=ids, reason=reason, **common)
     if not ids:
         sealed = SPECS[stage].output is not None and read_rollup(run.root / str(SPECS[stage].output)) is not None

@@ -104,6 +104,21 @@ def test_twenty_preemptions_are_twenty_requeues(cluster: Cluster, tmp_path: Path
     assert len(list(tmp_path.glob("checkpoints/step-*"))) == 60
 
 
+@pytest.mark.parametrize("hears", ["TERM", "nothing"])
+def test_what_somebody_has_cancelled_stays_cancelled(cluster: Cluster, tmp_path: Path, hears: str) -> None:
+    """By Slurm's own command, whether the step commits and ends by itself or is killed."""
+    trap = "mkdir -p checkpoints/step-00000003; exit 75" if hears == "TERM" else ""
+    job = ShellJob(cluster, tmp_path, f"trap '{trap}' USR2 TERM\ntouch up\nwhile :; do sleep 0.2; done", *LIMITS)
+    wait_for((tmp_path / "up").exists, "a start", 60)
+    cluster.call("scancel", str(job.job_id))
+    job.wait("CANCELLED", 60)
+    wait_for(lambda: not cluster.call("squeue", "-h", f"--jobs={job.job_id}"), "an end", 60)
+    assert cluster.job(job.job_id)["Restarts"] == "0"
+    assert job.state() == "CANCELLED"
+    if hears == "TERM":
+        assert job.attempts()[0][0] == "cancelled" and (tmp_path / "checkpoints" / "step-00000003").is_dir()
+
+
 def test_the_time_limit_requeues_and_twice_in_vain_stops(cluster: Cluster, tmp_path: Path) -> None:
     """A limit of three minutes, warned of 80 s before (Slurm may send it a minute early); the step commits nothing."""
     job = ShellJob(

@@ -51,7 +51,6 @@ def test_two_servers_come_and_go_while_a_run_asks_them(cluster: Cluster, tmp_pat
         site.wait_until_over()
     assert (folder / "servers.closed").is_file() and not list(folder.glob("servers/*.url"))
     found = {stage: one["state"] for stage, one in site.status().items()}
-    assert found.pop("serve") in ("cancelled", "done"), everything(site)
     assert set(found.values()) == {"done"}, everything(site)
     answered = json.loads((site.run.evaluation / "teacher.json").read_text())
     assert answered["metrics"]["num_items"] == 57, answered
