@@ -200,7 +200,7 @@ def test_two_jobs_of_one_stage(cluster: Cluster, tmp_path: Path, quiet: Result, 
     jobs = {stage: [(one.job_id, one.outcome) for one in site.attempts(stage)] for stage in ("generate", "train")}
     figures["launched_twice"] = {"attempts": jobs}
     assert [how for _, how in jobs["generate"]] == ["done", "done"], everything(site)
-    assert sorted(set(how for _, how in jobs["train"])) == ["busy", "done"], everything(site)
+    assert sorted({how for _, how in jobs["train"]}) == ["busy", "done"], everything(site)
     assert [how for _, how in jobs["train"]].count("done") == 2, everything(site)
     assert "already running here" in next(one.reason for one in site.attempts("train") if one.outcome == "busy")
 
