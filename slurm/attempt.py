@@ -149,9 +149,10 @@ def _newest_step_of(job: str) -> str:
 
 
 def is_scancelled(job_id: int) -> bool:
-    """Somebody has ended the job by Slurm's own command: requeueing would bring it back. False where Slurm does not say."""
+    """Somebody has ended the job by Slurm's own command: requeueing would bring it back. False where Slurm does not say. Asked
+    as a filter: what squeue prints of a job whose processes still end is COMPLETING, whatever ends them."""
     try:
-        return call("squeue", "--noheader", f"--jobs={job_id}", "--states=all", "--format=%T").strip() == "CANCELLED"
+        return bool(call("squeue", "--noheader", f"--jobs={job_id}", "--states=CANCELLED", "--format=%i").strip())
     except (SlurmFailed, UnusableInput):
         return False
 
