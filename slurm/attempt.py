@@ -22,6 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
+from configs.cluster import seconds_of
 from configs.errors import Busy, Interrupted, Refused, TracestillError, UnusableInput
 from configs.progress import BEAT_VARIABLE
 from data.store import ROLLUP, RunFolder
@@ -149,12 +150,25 @@ def _newest_step_of(job: str) -> str:
 
 
 def is_scancelled(job_id: int) -> bool:
-    """Somebody has ended the job by Slurm's own command: requeueing would bring it back. False where Slurm does not say. Asked
-    as a filter: what squeue prints of a job whose processes still end is COMPLETING, whatever ends them."""
+    """Somebody has ended the job by Slurm's own command: requeueing would bring it back. False where Slurm does not say."""
     try:
-        return bool(call("squeue", "--noheader", f"--jobs={job_id}", "--states=CANCELLED", "--format=%i").strip())
+        return says_cancelled(call("scontrol", "--oneliner", "show", "job", str(job_id)))
     except (SlurmFailed, UnusableInput):
         return False
+
+
+def says_cancelled(shown: str) -> bool:
+    """Of what scontrol shows of a job. While processes of a job that Slurm ends are there it is COMPLETING, and Slurm 22.05 hides
+    why: after a preemption there is a PreemptTime, and at the time limit the time is used up."""
+    fields = dict(word.split("=", 1) for word in shown.split() if "=" in word)
+    state = fields.get("JobState", "")
+    if "CANCELLED" in state or "COMPLETING" not in state:
+        return "CANCELLED" in state
+    try:
+        is_over_time = seconds_of(fields["RunTime"]) >= seconds_of(fields["TimeLimit"])
+    except (KeyError, ValueError):  # UNLIMITED
+        is_over_time = False
+    return fields.get("PreemptTime", "None") == "None" and not is_over_time
 
 
 def stage_shards(source: str, target: str) -> int:

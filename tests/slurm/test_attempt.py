@@ -14,7 +14,7 @@ import pytest
 from configs.cluster import seconds_of
 from data.store import RunFolder
 from slurm import attempts
-from slurm.attempt import BUSY, MAX_BUSY, judge, last_error
+from slurm.attempt import BUSY, MAX_BUSY, judge, last_error, says_cancelled
 from slurm.attempts import Attempt, JobFolder
 
 ROOT = Path(__file__).parents[2]
@@ -68,6 +68,27 @@ def test_a_stage_that_somebody_else_is_at_is_waited_for() -> None:
     stopped = judge(75, hung="", cancelled=False, said="stopped by SIGUSR2", earlier=[
         Attempt("train", 7, 0, "n1", 0.0, "step 5", 1.0, "step 5", 75, BUSY)], before="step 5", after="step 5")  # fmt: skip
     assert stopped.outcome == "interrupted"
+
+
+@pytest.mark.parametrize(
+    ("state", "used", "limit", "preempted", "expected"),
+    [
+        ("RUNNING", "00:00:09", "1-00:00:00", "None", False),
+        ("RUNNING", "00:00:09", "1-00:00:00", "2026-11-24T00:33:41", False),  # in its grace time
+        ("COMPLETING", "00:00:09", "1-00:00:00", "None", True),
+        ("COMPLETING", "00:00:09", "UNLIMITED", "None", True),
+        ("COMPLETING", "00:00:09", "1-00:00:00", "2026-11-24T00:33:41", False),
+        ("COMPLETING", "00:10:01", "00:10:00", "None", False),
+        ("CANCELLED", "00:10:01", "00:10:00", "None", True),
+        ("TIMEOUT", "00:10:01", "00:10:00", "None", False),
+    ],
+)
+def test_what_scancel_has_ended_is_told_from_what_slurm_has(
+    state: str, used: str, limit: str, preempted: str, expected: bool
+) -> None:
+    shown = f"JobId=7 JobState={state} Reason=None RunTime={used} TimeLimit={limit} PreemptTime={preempted} Comment=a b=c"
+    assert says_cancelled(shown) is expected
+    assert not says_cancelled("")
 
 
 def test_the_last_word_of_an_error_is_found(tmp_path: Path) -> None:

@@ -90,12 +90,15 @@ def test_jobs_that_generate_together_are_an_array_within_the_nodes(tmp_path: Pat
     assert "#SBATCH --array=0-5\n" in scripts(tmp_path, *overrides)["generate"]
 
 
-def run_script(text: str, step_exit: int, tmp_path: Path) -> tuple[int, str]:
-    """Runs a rendered script with stand-ins for slurm.attempt and the Slurm command that it calls."""
+def run_script(text: str, step_exit: int, tmp_path: Path, shown: str = "JobState=RUNNING PreemptTime=None") -> tuple[int, str]:
+    """Runs a rendered script with stand-ins for slurm.attempt and the Slurm command that it calls; shown: of the job."""
     tools = tmp_path / "bin"
     tools.mkdir()
     calls = tmp_path / "calls"
-    for name, body in (("python", f"exit {step_exit}"), ("scontrol", f'echo "$@" >> {calls}')):
+    for name, body in (
+        ("python", f"exit {step_exit}"),
+        ("scontrol", f'[ "$2" = show ] && echo "{shown}" || echo "$@" >> {calls}'),
+    ):
         (tools / name).write_text(f"#!/bin/bash\n{body}\n")
         (tools / name).chmod(0o755)
     first = text.replace("export PATH=", "unused=")
@@ -115,6 +118,12 @@ def test_the_exit_code_of_the_step_is_the_exit_code_of_the_job(tmp_path: Path, s
 def test_a_signal_that_came_before_anybody_could_hear_it_requeues(tmp_path: Path, met: int) -> None:
     """slurm.attempt takes half a second to start; a job that ends with 140 in its grace time is never seen again."""
     assert run_script(scripts(tmp_path)["prompts"], met, tmp_path) == (75, "requeue 17\n")
+
+
+@pytest.mark.parametrize("met", [140, 143])
+@pytest.mark.parametrize("shown", ["JobState=CANCELLED PreemptTime=None", "JobState=COMPLETING ExitCode=0:0 PreemptTime=None"])
+def test_what_somebody_has_cancelled_before_it_began_is_not_requeued(tmp_path: Path, met: int, shown: str) -> None:
+    assert run_script(scripts(tmp_path)["prompts"], met, tmp_path, shown) == (130, "")
 
 
 def test_a_signal_during_the_sites_own_lines_requeues(tmp_path: Path) -> None:
