@@ -73,7 +73,7 @@ def judge(code: int, *, hung: str, cancelled: bool, said: str, earlier: Sequence
     if code in (UnusableInput.exit_code, Refused.exit_code):
         return Verdict(code, "refused" if code == Refused.exit_code else "unusable", said)
     if cancelled:
-        return Verdict(CANCELLED, "cancelled", said)
+        return Verdict(CANCELLED, "cancelled", said or "it was asked to end")
     why = hung or said or f"exit code {code}"
     if code == Busy.exit_code and Busy.says in said:
         waited = sum(one.outcome == BUSY and one.after == after for one in earlier)

@@ -51,7 +51,7 @@ def test_every_script_is_valid_bash(tmp_path: Path, stage: str) -> None:
 def test_a_script_fails_with_its_step_and_requeues_itself_on_75(tmp_path: Path) -> None:
     for stage, text in scripts(tmp_path).items():
         assert text.rstrip().endswith('exit "$rc"'), stage  # a script that ends in echo hides a failed step
-        assert 'case "$rc" in 75 |' in text and 'scontrol requeue "$SLURM_JOB_ID"' in text
+        assert 'case "$rc" in 75) requeue' in text and 'scontrol requeue "$SLURM_JOB_ID"' in text
         assert "#SBATCH --requeue" in text and "#SBATCH --signal=B:USR2@" in text and "--open-mode=append" in text
 
 
