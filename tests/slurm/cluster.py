@@ -35,10 +35,12 @@ def missing() -> str:
 
 @dataclass
 class Cluster:
-    """A running one. `environment` makes Slurm's commands talk to it."""
+    """A running one. `environment` makes Slurm's commands talk to it. inside: words before every program of it, such as those
+    that enter another network."""
 
     folder: Path
     num_nodes: int = 4
+    inside: tuple[str, ...] = ()
     ports: tuple[int, int] = (0, 0)
     daemons: dict[str, "subprocess.Popen[bytes]"] = field(default_factory=dict)
 
@@ -83,7 +85,12 @@ class Cluster:
     def _launch(self, name: str, *words: str) -> None:
         with (self.folder / "log" / f"{name}.out").open("ab") as output:
             self.daemons[name] = subprocess.Popen(
-                words, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=self.environment, start_new_session=True
+                (*self.inside, *words),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=self.environment,
+                start_new_session=True,
             )
 
     def start_controller(self, *, clean: bool = False) -> None:
@@ -154,7 +161,9 @@ class Cluster:
     # --- its commands ----------------------------------------------------------------------------------------------------
 
     def call(self, *words: str) -> str:
-        done = subprocess.run(words, env=self.environment, capture_output=True, text=True, timeout=60, check=True)
+        done = subprocess.run(
+            (*self.inside, *words), env=self.environment, capture_output=True, text=True, timeout=60, check=True
+        )
         return done.stdout.strip()
 
     def states(self) -> dict[int, str]:
@@ -192,11 +201,11 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def running(folder: Path, num_nodes: int = 4) -> Iterator[Cluster]:
+def running(folder: Path, num_nodes: int = 4, inside: tuple[str, ...] = ()) -> Iterator[Cluster]:
     """Skips the test where there can be none."""
     if why := missing():
         pytest.skip(why)
-    cluster = Cluster(folder, num_nodes)
+    cluster = Cluster(folder, num_nodes, inside)
     try:
         cluster.start()
         yield cluster

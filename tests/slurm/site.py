@@ -38,7 +38,13 @@ class Site:
 
     def give(self, *words: str) -> Ended:
         done = subprocess.run(
-            command(*words), cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=200, check=False
+            [*self.cluster.inside, *command(*words)],
+            cwd=self.folder,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=False,
         )
         return Ended(done.returncode, done.stdout, done.stderr)
 

@@ -9,7 +9,7 @@ import pytest
 
 from data.ledger import read_ledger
 from tests.e2e.commands import SMALL, STAGES, command
-from tests.slurm.cluster import Cluster, releasing, wait_for
+from tests.slurm.cluster import Cluster, releasing, running, wait_for
 from tests.slurm.site import CLUSTER, Site, everything
 
 pytestmark = [pytest.mark.slurm, pytest.mark.long, pytest.mark.timeout(1500)]
@@ -125,3 +125,24 @@ def test_every_kind_of_job_and_a_gate_that_says_no(cluster: Cluster, tmp_path: P
     assert "evaluate  submitted" in again.out and "with other settings" in again.out, again
     site.wait_until_over()
     assert site.state("evaluate") == "refused", everything(site)
+
+
+def test_the_chain_on_a_cluster_without_any_network_but_its_own(tmp_path: Path) -> None:
+    """Controller, nodes and jobs see loopback alone: no stage, and nothing that W&B does, needs more."""
+    alone = ["unshare", "--net", "sh", "-c", "ip link set lo up && echo up && exec sleep 3600"]
+    with subprocess.Popen(alone, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as network:
+        try:
+            assert network.stdout is not None
+            if network.stdout.readline() != "up\n":
+                pytest.skip("unshare --net is not permitted here, or ip is not installed (iproute2)")
+            with running(tmp_path / "cluster", 2, inside=("nsenter", f"--net=/proc/{network.pid}/ns/net")) as cluster:
+                site = Site(cluster, tmp_path / "site")
+                away = "import socket; socket.create_connection(('192.0.2.1', 80), 5)"
+                tried = subprocess.run([*cluster.inside, "python3", "-c", away], capture_output=True, text=True, check=False)
+                assert "Network is unreachable" in tried.stderr
+                site.submit()
+                site.wait_until_over()
+                assert {one["state"] for one in site.status().values()} == {"done"}, everything(site)
+                assert any(site.run.root.rglob("offline-run-*/run-*.wandb"))
+        finally:
+            network.kill()
