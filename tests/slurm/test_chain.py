@@ -128,8 +128,9 @@ def test_every_kind_of_job_and_a_gate_that_says_no(cluster: Cluster, tmp_path: P
 
 
 def test_the_chain_on_a_cluster_without_any_network_but_its_own(tmp_path: Path) -> None:
-    """Controller, nodes and jobs see loopback alone: no stage, and nothing that W&B does, needs more."""
-    alone = ["unshare", "--net", "sh", "-c", "ip link set lo up && echo up && exec sleep 3600"]
+    """Controller, nodes and jobs see loopback alone: no stage, and nothing that W&B does, needs more. It has a second address,
+    because Slurm's daemons do not start where there is none but 127.0.0.1."""
+    alone = ["unshare", "--net", "sh", "-c", "ip link set lo up && ip addr add 10.0.0.1 dev lo && echo up && exec sleep 3600"]
     with subprocess.Popen(alone, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as network:
         try:
             assert network.stdout is not None
