@@ -38,9 +38,9 @@ if TYPE_CHECKING:
     from student.stages import Target
     from teacher.judge import JudgeEngine
 
-DISK_ERRORS = {
-    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ESTALE, errno.EIO, errno.ENOTCONN, errno.EREMOTEIO,
-}  # fmt: skip
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+DISK_AWAY = {errno.ESTALE, errno.EIO, errno.ENOTCONN, errno.EREMOTEIO}
+"""A shared file system that has lost this node for a moment: whoever tries again, on this node or another, goes on."""
 
 
 def application() -> typer.Typer:
@@ -84,6 +84,9 @@ def _exit_code() -> int:
     except Stopped as stop:
         return _say(Interrupted(str(stop)))
     except OSError as error:
+        if error.errno in DISK_AWAY:
+            said = f"{error.filename or 'run directory'}: {error.strerror}"
+            return _say(Interrupted(f"{said}; everything committed so far is kept, the same command continues"))
         if error.errno not in DISK_ERRORS:
             raise
         return _say(

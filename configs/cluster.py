@@ -96,6 +96,9 @@ class Servers(Section):
     """Further words for the program, such as `--max-model-len=262144`."""
     start_seconds: PositiveFloat = 3600.0
     """From the start of the program to its first answer: reading 750 GB and compiling."""
+    idle_seconds: PositiveFloat = 600.0
+    """Servers end when for so long no job of the run has asked them or could start to: their nodes are what training waits for.
+    Others are submitted for the evaluation."""
 
 
 class Slurm(Job):
@@ -128,8 +131,10 @@ class Slurm(Job):
     warning_seconds: PositiveInt = 300
     """From the warning to the time limit: what a stage has for finishing its step and writing what it holds."""
     silence_seconds: PositiveFloat = 1800.0
-    """A stage whose counts have not moved for so long hangs: it is ended and goes back into the queue. Loading is part of it.
-    prompts, export and report count nothing: they have their time limit."""
+    """A stage whose counts have not moved for so long hangs: it is ended and goes back into the queue. Tokens of answers that are
+    not whole count. prompts, export and report count nothing: they have their time limit."""
+    loading_seconds: PositiveFloat = 5400.0
+    """Likewise, before a stage's first count: reading a teacher of 1.5 TB."""
     health: Health | None = Health()
 
     @field_validator("scratch")

@@ -20,13 +20,15 @@ BEAT_VARIABLE = "TRACESTILL_BEAT"
 
 class Count(NamedTuple):
     """How far a stage is. failed: of those done; said on the line, so that a run that fails does not look like one that works.
-    unit: what is counted, where that is not what the stage counts."""
+    unit: what is counted, where that is not what the stage counts. tokens: said so far, in what is not done as well: who waits
+    for long answers is not silent."""
 
     done: int
     total: int
     note: str = ""
     failed: int = 0
     unit: str = ""
+    tokens: int = 0
 
     @property
     def remark(self) -> str:
@@ -69,8 +71,9 @@ def read_counts(paths: list[Path]) -> Count | None:
             continue
     if len(counts) < len(paths):
         return None
-    done, total, failed = (sum(column) for column in zip(*((one.done, one.total, one.failed) for one in counts), strict=True))
-    return Count(done, total, counts[0].note, failed, counts[0].unit)
+    sums = ((one.done, one.total, one.failed, one.tokens) for one in counts)
+    done, total, failed, tokens = (sum(column) for column in zip(*sums, strict=True))
+    return Count(done, total, counts[0].note, failed, counts[0].unit, tokens)
 
 
 class Display:

@@ -215,6 +215,7 @@ class Shift:
         if (hand := self.asked.get(partial.request_id)) is not None:  # else it has ended meanwhile
             hand.checkpoint(self.journal, partial)
             self.tokens_of[partial.request_id] = len(partial.token_ids)
+            self._show()
 
     def keep(self, request_id: str, raw: bytes) -> None:
         self.asked[request_id].keep(self.journal, raw)
@@ -240,8 +241,12 @@ class Shift:
         self.finished, self.tokens = self.finished + 1, self.tokens + len(completion.token_ids)
         if completion.finish_reason == "abort":
             self._count_failure(completion)
-        rate = self.tokens / (time.perf_counter() - self.started)
-        self.report(Count(self.finished, self.finished + self.pool.num_open, f"{rate:.0f} tokens/s", self.failures.total()))
+        self._show()
+
+    def _show(self) -> None:
+        total, rate = self.finished + self.pool.num_open, self.tokens / (time.perf_counter() - self.started)
+        tokens = self.tokens + sum(self.tokens_of.values())
+        self.report(Count(self.finished, total, f"{rate:.0f} tokens/s", self.failures.total(), tokens=tokens))
 
     def _count_failure(self, completion: Completion) -> None:
         """The first of each kind is a warning: a run that fails must not look like one that works."""

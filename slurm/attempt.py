@@ -28,12 +28,13 @@ from configs.progress import BEAT_VARIABLE
 from data.store import ROLLUP, RunFolder
 from slurm import attempts
 from slurm.attempts import Attempt, JobFolder
-from slurm.client import SlurmFailed, call
-from slurm.nodes import leave_out, unfit_nodes
+from slurm.client import SlurmFailed, call, own_address
+from slurm.nodes import HealthUnknown, leave_out, unfit_nodes
 from slurm.progress import progress_of
 from slurm.servers import close_servers, wait_for_server
 
 POLL_S = 0.25
+LOOKS, LOOK_S = 4, 3.0
 CANCELLED = 130
 STOPPED = (Interrupted.exit_code, 128 + signal.SIGTERM, 128 + signal.SIGUSR2)
 """Of several nodes, srun ends those that are still stopping with SIGTERM once the first has ended with 75; the highest code
@@ -44,7 +45,9 @@ queued again, and takes the rest of the chain with it."""
 END_S = 40.0
 """From the first signal to a hung step until it is killed: a rank that still hears has its drain."""
 WARNED = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
-_ERROR = re.compile(rb"^(?:\d+: )?(error: .*|slurmstepd: error: .*|srun: error: .*)$", re.MULTILINE)
+_ERROR = re.compile(rb"^(?:\d+: )?(error: .*|slurmstepd(?:-\S+)?: error: .*|srun: error: .*)$", re.MULTILINE)
+_EXITED = re.compile(rb"^srun: error: .*: Exited with exit code (\d+)$", re.MULTILINE)
+_ASKED = re.compile(rb"^error: stopped by SIG")
 TAIL_BYTES = 1 << 16
 BAD_NODE, EARLY, BUSY = "bad node", "not begun", "busy"
 NOT_BEGUN = (BAD_NODE, EARLY, BUSY)
@@ -88,8 +91,10 @@ def judge(code: int, *, hung: str, cancelled: bool, said: str, earlier: Sequence
 class Step:
     """srun and what it started. Signals that this process gets go to it; it is ended when the stage's count stands still."""
 
-    def __init__(self, command: Sequence[str], beat: Path, silence_s: float, warning_s: float) -> None:
-        self.beat, self.silence_s = beat, silence_s
+    def __init__(
+        self, command: Sequence[str], beat: Path, silence_s: float, warning_s: float, loading_s: float = math.inf
+    ) -> None:
+        self.beat, self.silence_s, self.loading_s = beat, silence_s, max(loading_s, silence_s)
         self.patience_s, self.asked_at = max(warning_s - MARGIN_S, warning_s / 2), math.inf
         self.process = subprocess.Popen(command, env=os.environ | {BEAT_VARIABLE: str(beat)})
         for number in WARNED:
@@ -111,8 +116,9 @@ class Step:
                 last, since = mark, now
             if now - self.asked_at > self.patience_s:
                 return self._end(f"not stopped {self.patience_s:g} s after it was asked to{self._where()}", is_asked=True)
-            if now - since > self.silence_s:
-                return self._end(f"nothing has moved for {self.silence_s:g} s{self._where()}")
+            patience_s = self.silence_s if last else self.loading_s
+            if now - since > patience_s:
+                return self._end(f"nothing has moved for {patience_s:g} s{self._where()}")
         return (128 - code if code < 0 else code), ""
 
     def _age_mark(self) -> int:
@@ -149,10 +155,10 @@ def _newest_step_of(job: str) -> str:
     return max(numbers, key=int) if numbers else "0"
 
 
-def is_scancelled(job_id: int) -> bool:
+def is_scancelled() -> bool:
     """Somebody has ended the job by Slurm's own command: requeueing would bring it back. False where Slurm does not say."""
     try:
-        return says_cancelled(call("scontrol", "--oneliner", "show", "job", str(job_id)))
+        return says_cancelled(call("scontrol", "--oneliner", "show", "job", own_address()))
     except (SlurmFailed, UnusableInput):
         return False
 
@@ -179,19 +185,33 @@ def stage_shards(source: str, target: str) -> int:
 
 
 def last_error(log: Path | None, start: int) -> str:
-    """The last line in which the step, or Slurm on its behalf, names an error; empty when there is none."""
+    """The last line in which the step, or Slurm on its behalf, names an error; empty when there is none. When one node's part has
+    failed, srun ends the others', which say that they were stopped: that is not the reason."""
+    found = _ERROR.findall(_tail(log, start))
+    own = [line for line in found if line.startswith(b"error: ")]
+    reasons = [line for line in own if not _ASKED.match(line)]
+    others = [line for line in found if b"Exited with exit code" not in line]  # that is known
+    return (reasons or own or others or [b""])[-1].decode(errors="replace").removeprefix("error: ")
+
+
+def own_code(log: Path | None, start: int, code: int) -> int:
+    """The step's, by its own choice where one of its nodes chose: srun's is the highest of all nodes', and those that it ended
+    because of that one say 75 or 143."""
+    chosen = [int(found) for found in _EXITED.findall(_tail(log, start))]
+    return next((wanted for wanted in (Refused.exit_code, UnusableInput.exit_code) if code and wanted in chosen), code)
+
+
+def _tail(log: Path | None, start: int) -> bytes:
+    """What was added to the log since it had `start` bytes, the end of it."""
     if log is None:
-        return ""
+        return b""
     try:
         with log.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(start, size - TAIL_BYTES))
-            found = _ERROR.findall(file.read())
+            return file.read()
     except OSError:
-        return ""
-    own = [line for line in found if line.startswith(b"error: ")]
-    others = [line for line in found if b"Exited with exit code" not in line]  # that is known
-    return (own or others or [b""])[-1].decode(errors="replace").removeprefix("error: ")
+        return b""
 
 
 def main(words: Sequence[str]) -> int:
@@ -208,15 +228,17 @@ def main(words: Sequence[str]) -> int:
             before = after = progress_of(run, stage)
         finally:
             _note(lambda: _begin(folder, stage, job_id, before))
-        if (verdict := prevented(options, run, job_id, earlier)) is None:
+        if (verdict := prevented(options, run, job_id, earlier, before)) is None:
             start = options.log.stat().st_size if options.log.is_file() else 0
-            code, hung = Step(options.command, folder.beat(stage, job_id), options.silence, options.warning).wait()
+            beat = folder.beat(stage, job_id)
+            code, hung = Step(options.command, beat, options.silence, options.warning, options.loading).wait()
             after = progress_of(run, stage)
             said = last_error(options.log, start)
+            code = own_code(options.log, start, code)
             if stage == "serve" and folder.closed.exists():
                 verdict = Verdict(0, "done", "nobody asks it any more")
             else:
-                is_over = folder.cancelled.exists() or (code in STOPPED and is_scancelled(job_id))
+                is_over = folder.cancelled.exists() or (code in STOPPED and is_scancelled())
                 verdict = judge(code, hung=hung, cancelled=is_over, said=said, earlier=earlier, before=before, after=after)
         else:
             code = verdict.code
@@ -225,10 +247,14 @@ def main(words: Sequence[str]) -> int:
         verdict = Verdict(CANCELLED if folder.cancelled.exists() else code, EARLY, f"stopped by {stop} before the step began")
     except TracestillError as error:  # a damaged file of the run, which whoever reads next would meet too
         code, verdict = error.exit_code, Verdict(error.exit_code, "unusable", str(error))
+    except OSError as error:  # a file system that is away for a moment; it is the same to the next attempt, or it is not
+        said = f"{error.filename or run.root}: {error.strerror}"
+        code = Interrupted.exit_code
+        verdict = judge(code, hung="", cancelled=False, said=said, earlier=earlier, before=before, after=after)
     _note(lambda: attempts.end(
         folder, stage, job_id, after=after, code=code, outcome=verdict.outcome, reason=verdict.reason
     ))  # fmt: skip
-    if options.closes_servers and verdict.code != Interrupted.exit_code:
+    if options.closes_servers and verdict.code in (0, UnusableInput.exit_code, Refused.exit_code):
         close_servers(run)
     if verdict.code != 0:
         print(f"{stage}: {verdict.outcome}: {verdict.reason}", file=sys.stderr, flush=True)
@@ -236,13 +262,20 @@ def main(words: Sequence[str]) -> int:
 
 
 def prevented(
-    options: argparse.Namespace, run: RunFolder, job_id: int, earlier: Sequence[Attempt]
+    options: argparse.Namespace, run: RunFolder, job_id: int, earlier: Sequence[Attempt], before: str
 ) -> Verdict | None:  # fmt: skip
     """Why the step is not begun; None: it can be."""
+    if JobFolder.of(run).cancelled.exists():
+        return Verdict(CANCELLED, "cancelled", "the run was cancelled before this attempt began")
     missing = _missing_input(run, options.input) or (wait_for_server(run) if options.asks_servers else "")
     if missing:
         return Verdict(UnusableInput.exit_code, "unusable", missing)
-    if options.health is not None and (unfit := unfit_nodes(options.health)):
+    try:
+        unfit = {} if options.health is None else unfit_nodes(options.health)
+    except HealthUnknown as error:
+        said = f"health check: {error}"
+        return judge(1, hung="", cancelled=False, said=said, earlier=earlier, before=before, after=before)
+    if unfit:
         left = leave_out(run, job_id, unfit, times=sum(one.outcome == BAD_NODE for one in earlier))
         if left.is_futile:
             return Verdict(TracestillError.exit_code, "stuck", left.reason)
@@ -251,7 +284,7 @@ def prevented(
         start = options.log.stat().st_size if options.log.is_file() else 0
         if code := stage_shards(options.staging, options.staged):
             said = last_error(options.log, start)
-            return judge(code, hung="", cancelled=False, said=said, earlier=(), before="", after="")
+            return judge(code, hung="", cancelled=False, said=said, earlier=earlier, before=before, after=before)
     return None
 
 
@@ -286,6 +319,7 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument("--input", help="folder of the run whose manifest has to be there")
     parser.add_argument("--log", type=Path, required=True, help="where the step's words go")
     parser.add_argument("--silence", type=float, required=True, help="seconds without a count after which the step hangs")
+    parser.add_argument("--loading", type=float, default=math.inf, help="likewise, before the first count")
     parser.add_argument("--warning", type=float, required=True, help="seconds that a step has for stopping when it is asked to")
     parser.add_argument("--health", type=shlex.split, help="words of python -m slurm.health, asked on every node first")
     parser.add_argument("--staging", help="folder of shards to copy to every node first")
@@ -298,8 +332,12 @@ def _options() -> argparse.ArgumentParser:
 
 def _missing_input(run: RunFolder, folder: str | None) -> str:
     """A dependency can be satisfied by a job that wrote nothing; the manifest is the proof."""
-    if folder is None or (run.root / folder / ROLLUP).is_file():
+    if folder is None:
         return ""
+    for _ in range(LOOKS):  # another node's view of a shared folder may be a moment old
+        if (run.root / folder / ROLLUP).is_file():
+            return ""
+        time.sleep(LOOK_S)
     return f"{run.root / folder / ROLLUP} does not exist: the stage before has not finished"
 
 

@@ -7,6 +7,7 @@ keeps no accounts.
     slurm/beats/STAGE.JOB.json      the stage's newest count (configs/progress.py)
     slurm/excluded.jsonl            nodes that failed a health check
     slurm/servers/JOB.url           where a server of the teacher listens; renewed while it answers
+    slurm/servers/JOB.idle          nobody has asked it for a while: it ends
     slurm/served.jsonl              a line when a server has answered for the first time
     slurm/servers.closed            nobody is to ask them any more
     slurm/cancelled                 nobody is to requeue anything
@@ -57,6 +58,10 @@ class JobFolder:
 
     def server(self, job_id: int) -> Path:
         return self.servers / f"{job_id}.url"
+
+    def idle(self, job_id: int) -> Path:
+        """There when nobody asks the server any more: all nodes of its job end."""
+        return self.servers / f"{job_id}.idle"
 
     @property
     def served(self) -> Path:

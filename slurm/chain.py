@@ -6,6 +6,7 @@ and that nothing before them is about to make anew. A stage that judges (headroo
 attempt says so: its output is whole when it refuses.
 """
 
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
@@ -14,12 +15,13 @@ from configs.cluster import StageName
 from configs.errors import Refused, UnusableInput
 from data.store import RunFolder, read_rollup, write_bytes
 from slurm.attempts import JobFolder, append, lines, note_stages, read_attempts
-from slurm.client import QueuedJob, call, queued, sbatch
+from slurm.client import QueuedJob, SlurmFailed, call, queued, sbatch
 from slurm.scripts import Chain, array_of, dependency_kind, render_scripts
 from slurm.topology import ASKING, SPECS, previous_of, stage_shape
 
 GRACE_S = 60.0
-POLL_S = 0.5
+SETTLE_S = 120.0
+POLL_S = 1.0
 
 
 class Placed(NamedTuple):
@@ -32,13 +34,31 @@ class Placed(NamedTuple):
 
 
 def jobs_of(run: RunFolder, known: Sequence[QueuedJob]) -> dict[str, list[QueuedJob]]:
-    """This run's jobs among those that Slurm knows, by stage; elements of an array one by one."""
+    """This run's jobs among those that Slurm knows, by stage; elements of an array one by one. Where a site's plugin has put
+    something of its own into the comment: by the number that was noted, and the name."""
+    noted = {line["job_id"]: str(line["stage"]) for line in lines(JobFolder.of(run).jobs)}
     found: dict[str, list[QueuedJob]] = {}
     for job in known:
         words = job.comment.split(" ", 2)
-        if len(words) == 3 and words[0] == "tracestill" and words[2] == str(run.root) and job.is_alive:
-            found.setdefault(words[1], []).append(job)
+        stage = words[1] if len(words) == 3 and words[0] == "tracestill" and words[2] == str(run.root) else None
+        if stage is None and words[0] != "tracestill" and job.name.endswith(f"-{noted.get(job.array_id)}"):
+            stage = noted[job.array_id]
+        if stage is not None and job.is_alive:
+            found.setdefault(stage, []).append(job)
     return found
+
+
+def settled_jobs_of(run: RunFolder) -> dict[str, list[QueuedJob]]:
+    """Likewise, once none of them is on its way out: what is COMPLETING is back in the queue a moment later, or gone, and
+    whatever waits for it then goes too."""
+    deadline = time.monotonic() + SETTLE_S
+    while True:
+        found = jobs_of(run, queued())
+        if not any(job.state == "COMPLETING" for jobs in found.values() for job in jobs):
+            return found
+        if time.monotonic() > deadline:
+            raise SlurmFailed(f"submit: jobs of this run are still ending after {SETTLE_S:g} s; the same command tries again")
+        time.sleep(POLL_S)
 
 
 def how_to_release(jobs: Sequence[QueuedJob]) -> str:
@@ -47,7 +67,7 @@ def how_to_release(jobs: Sequence[QueuedJob]) -> str:
     stopped = [job for job in jobs if job.is_held]
     if not stopped:
         return ""
-    return f"held ({stopped[0].reason}); let it go with: scontrol release {' '.join(str(job.job_id) for job in stopped)}"
+    return f"held ({stopped[0].reason}); let it go with: scontrol release {' '.join(job.address for job in stopped)}"
 
 
 def check_size(chain: Chain, stages: Sequence[StageName]) -> None:
@@ -55,7 +75,10 @@ def check_size(chain: Chain, stages: Sequence[StageName]) -> None:
     if chain.max_nodes is None:
         return
     for stage in stages:
-        if (nodes := stage_shape(chain.recipe, stage).nodes) > chain.max_nodes:
+        nodes = stage_shape(chain.recipe, stage).nodes
+        if stage in ASKING and "serve" in chain.stages:
+            nodes += stage_shape(chain.recipe, "serve").nodes
+        if nodes > chain.max_nodes:
             key = "train.nodes" if stage == "train" else "teacher.hardware.nodes"
             raise Refused(f"--max-nodes {chain.max_nodes}: {stage} needs {nodes} nodes at once; raise it, or lower {key}")
 
@@ -90,11 +113,14 @@ def submit_chain(
     """
     run, folder, stages = chain.run, JobFolder.of(chain.run), chain.stages
     chosen = chosen_stages(chain, first, only)
-    alive = jobs_of(run, queued())
-    folder.cancelled.unlink(missing_ok=True)
+    alive = settled_jobs_of(run)
     scripts = {script.stage: script.text for script in render_scripts(chain)}
     run.logs.mkdir(parents=True, exist_ok=True)
     folder.root.mkdir(parents=True, exist_ok=True)
+    for stage, text in scripts.items():
+        if stage in chosen or stage == "serve":
+            _refuse_what_slurm_would(folder, stage, text)
+    folder.cancelled.unlink(missing_ok=True)
     note_stages(folder, stages)
     noted = {line["job_id"] for line in lines(folder.jobs)}
     placed: list[Placed] = []
@@ -103,6 +129,9 @@ def submit_chain(
     for stage in stages:
         if stage == "serve":
             continue
+        if stage == "report" and fresh and (stale := [job for job in alive.get(stage, []) if job.state == "PENDING"]):
+            call("scancel", *(job.address for job in stale))  # it waits for the end of a chain of before
+            del alive[stage]
         if jobs := alive.get(stage):
             before, fresh = jobs[0].array_id, True
             if before not in noted:
@@ -119,20 +148,28 @@ def submit_chain(
                 continue
             note = "what it made was made with other settings"
         _require_input(chain, stage, before)
-        before, fresh = _submit(chain, stage, scripts[stage], before), True
+        before, fresh = _submit(chain, stage, before), True
         placed.append(Placed(stage, "submitted", before, note))
-    if "serve" in stages and any(one.stage in ASKING and one.job_id is not None for one in placed):
-        placed.append(_place_servers(chain, scripts["serve"], alive.get("serve", []), placed))
-    return placed
+    return placed + (_place_servers(chain, alive.get("serve", []), placed) if "serve" in stages else [])
 
 
-def _submit(chain: Chain, stage: StageName, text: str, before: int | None) -> int:
-    """The job's id. before: the job that it waits for."""
-    folder = JobFolder.of(chain.run)
+def _refuse_what_slurm_would(folder: JobFolder, stage: StageName, text: str) -> None:
+    """Raises UnusableInput before the first job is in the queue, and not between two of them."""
     script = folder.script(stage)
     write_bytes(script, text.encode())
+    try:
+        call("sbatch", "--test-only", str(script))
+    except SlurmFailed as error:
+        raise UnusableInput(
+            f"slurm, or slurm.stages.{stage}: {error}; nothing was submitted; what was asked for stands in {script}"
+        ) from error
+
+
+def _submit(chain: Chain, stage: StageName, before: int | None) -> int:
+    """The job's id. before: the job that it waits for."""
+    folder = JobFolder.of(chain.run)
     options = [] if before is None else [f"--dependency={dependency_kind(stage)}:{before}", "--kill-on-invalid-dep=yes"]
-    job_id = sbatch(str(script), options)
+    job_id = sbatch(str(folder.script(stage)), options)
     append(
         folder.jobs,
         {"stage": stage, "job_id": job_id, "array": array_of(chain, stage), "at": time.time(), "options": options},
@@ -140,15 +177,24 @@ def _submit(chain: Chain, stage: StageName, text: str, before: int | None) -> in
     return job_id
 
 
-def _place_servers(chain: Chain, text: str, alive: Sequence[QueuedJob], placed: Sequence[Placed]) -> Placed:
-    """Servers beside the stages that ask them: they wait for what comes before the first of those, and nobody waits for them."""
-    if alive:
-        return Placed("serve", "attached", alive[0].array_id)
+def _place_servers(chain: Chain, alive: Sequence[QueuedJob], placed: Sequence[Placed]) -> list[Placed]:
+    """Servers beside the stages that ask them: they wait for what comes before the first of those, and nobody waits for them.
+    While the student is trained there are none, so evaluation has its own."""
     folder, jobs = JobFolder.of(chain.run), {one.stage: one.job_id for one in placed}
-    folder.closed.unlink(missing_ok=True)
-    folder.servers.mkdir(parents=True, exist_ok=True)
-    before = previous_of(chain.stages, "serve")
-    return Placed("serve", "submitted", _submit(chain, "serve", text, None if before is None else jobs.get(before)))
+    there = list(dict.fromkeys(job.array_id for job in alive))
+    found = []
+    for group in (ASKING[:-1], ASKING[-1:]):
+        first: StageName | None = next((stage for stage in group if jobs.get(stage) is not None), None)
+        if first is None:
+            continue
+        if there:
+            found.append(Placed("serve", "attached", there.pop(0)))
+            continue
+        folder.closed.unlink(missing_ok=True)
+        folder.servers.mkdir(parents=True, exist_ok=True)
+        before = previous_of(chain.stages, first)
+        found.append(Placed("serve", "submitted", _submit(chain, "serve", None if before is None else jobs.get(before))))
+    return found
 
 
 def is_done(run: RunFolder, stage: StageName) -> bool:
@@ -184,17 +230,41 @@ def cancel_chain(run: RunFolder, *, grace_s: float = GRACE_S) -> Mapping[str, st
     folder.root.mkdir(parents=True, exist_ok=True)
     write_bytes(folder.cancelled, b"no job of this run goes back into the queue\n")  # before anybody can end with 75
     for stage, jobs in alive.items():
-        running = [job for job in jobs if job.state in ("RUNNING", "COMPLETING", "SUSPENDED")]
-        waiting = [job for job in jobs if job not in running]
-        if waiting:
-            call("scancel", *(str(job.job_id) for job in waiting))
-        for job in running:
-            call("scancel", "--signal=USR2", "--batch", str(job.job_id))
-        found[stage] = "asked to stop" if running else "taken out of the queue"
-    deadline = time.monotonic() + grace_s
+        for job in jobs:
+            if job.state in WAITING:
+                _try("scancel", job.address)
+        found[stage] = "taken out of the queue" if all(job.state in WAITING for job in jobs) else "stopped"
+    for jobs in alive.values():
+        for job in jobs:
+            if job.state not in (*WAITING, "COMPLETING"):
+                _try("scancel", "--signal=USR2", "--batch", job.address)
+    if left := _wait_until_gone(run, grace_s):
+        for stage, jobs in left.items():
+            for job in jobs:
+                _try("scancel", job.address)
+            found[stage] = f"ended: it had not stopped within {grace_s:g} s"
+        _wait_until_gone(run, SETTLE_S)
+    return found
+
+
+WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT")
+
+
+def _try(*words: str) -> None:
+    """A job may have ended since it was looked at; what Slurm says of one must not keep us from the others."""
+    try:
+        call(*words)
+    except SlurmFailed as error:
+        print(f"cancel: {error}", file=sys.stderr, flush=True)
+
+
+def _wait_until_gone(run: RunFolder, seconds: float) -> Mapping[str, list[QueuedJob]]:
+    """What is left of the run's jobs after that time, at most. What has come back meanwhile is taken out."""
+    deadline = time.monotonic() + seconds
     while (left := jobs_of(run, queued())) and time.monotonic() < deadline:
+        for jobs in left.values():
+            for job in jobs:
+                if job.state in WAITING:
+                    _try("scancel", job.address)
         time.sleep(POLL_S)
-    for stage, jobs in left.items():
-        call("scancel", *(str(job.job_id) for job in jobs))
-        found[stage] = f"ended: it had not stopped within {grace_s:g} s"
-    return {stage: "stopped" if how == "asked to stop" else how for stage, how in found.items()}
+    return left

@@ -1,5 +1,6 @@
 """Slurm's own commands, and what they print."""
 
+import os
 import re
 import subprocess
 from collections.abc import Sequence
@@ -27,8 +28,10 @@ class SlurmFailed(TracestillError):
 
 
 class QueuedJob(NamedTuple):
-    """A job that Slurm has not forgotten. job_id: of an element of an array, its own; array_id: the id that the array was
-    submitted as. state: Slurm's word. reason: why it is pending. nodes: where it runs. comment: ours."""
+    """A job that Slurm has not forgotten. job_id: of an element of an array, its own once it has been started; array_id: the id
+    that the array was submitted as. address: what commands call this one job: ARRAY_TASK of an element, because the number of one
+    element is that of the array, and means all of them. state: Slurm's word. reason: why it is pending. nodes: where it runs.
+    name, comment: ours."""
 
     job_id: int
     array_id: int
@@ -36,6 +39,8 @@ class QueuedJob(NamedTuple):
     reason: str
     nodes: str
     comment: str
+    address: str = ""
+    name: str = ""
 
     @property
     def is_alive(self) -> bool:
@@ -55,7 +60,9 @@ def call(*words: str) -> str:
         SlurmFailed: the command failed, or the controller does not answer.
     """
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+        done = subprocess.run(
+            words, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S, check=False, env=_environment()
+        )
     except FileNotFoundError as error:
         raise UnusableInput(f"{words[0]}: not found on this machine; give this command on a login node of the cluster") from error
     except subprocess.TimeoutExpired as error:
@@ -68,20 +75,31 @@ def call(*words: str) -> str:
     return done.stdout
 
 
+def _environment() -> dict[str, str]:
+    """Without what a user has set for squeue's tables: SQUEUE_STATES would hide jobs from us."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
+
+
 def sbatch(script: str, options: Sequence[str]) -> int:
     """The job's id. script: a path."""
     return int(call("sbatch", "--parsable", *options, script).split(";")[0])
 
 
-_FIELDS = "%A|%F|%T|%r|%N|%k"
+_FIELDS = "%A|%F|%i|%T|%r|%N|%j|%k"
 
 
 def queued() -> list[QueuedJob]:
     """All jobs that wait or run, whoever's they are: a run folder may be shared. Elements of an array one by one."""
     found = []
-    for line in call("squeue", "--noheader", "--array", f"--format={_FIELDS}").splitlines():
-        parts = line.split("|", 5)
-        if len(parts) == 6:
-            job_id, array_id, state, reason, nodes, comment = parts
-            found.append(QueuedJob(int(job_id), int(array_id), state, reason, nodes, comment.strip()))
+    for line in call("squeue", "--noheader", "--all", "--array", f"--format={_FIELDS}").splitlines():
+        parts = line.split("|", 7)
+        if len(parts) == 8 and parts[0].isdigit() and parts[1].isdigit():  # a name of somebody else's may hold a bar
+            job_id, array_id, address, state, reason, nodes, name, comment = parts
+            found.append(QueuedJob(int(job_id), int(array_id), state, reason, nodes, comment.strip(), address, name))
     return found
+
+
+def own_address() -> str:
+    """Of the job that this runs in, as `QueuedJob.address`."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else os.environ["SLURM_JOB_ID"]

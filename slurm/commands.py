@@ -150,9 +150,11 @@ def cancel(
 ) -> None:
     """Stops the run's jobs cleanly: what is committed stays, nothing is queued again. `submit` continues."""
     run = existing_run(run_dir)
+    from data.stage import exclusive
     from slurm.chain import cancel_chain
 
-    found = cancel_chain(run, grace_s=grace)
+    with exclusive(run, "submit", waits=True):
+        found = cancel_chain(run, grace_s=grace)
     for stage, how in found.items():
         print(f"{stage:<9} {how}")
     if not found:

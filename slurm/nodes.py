@@ -6,36 +6,49 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from configs.errors import UnusableInput
+from configs.errors import TracestillError, UnusableInput
 from data.store import RunFolder, write_bytes
 from slurm.attempts import JobFolder, append, excluded_nodes
 from slurm.chain import jobs_of
-from slurm.client import SlurmFailed, call, queued, sbatch
+from slurm.client import SlurmFailed, call, own_address, queued, sbatch
 
 HEALTH_S = 300.0
 MAX_TIMES = 5
 
 
+class HealthUnknown(TracestillError):
+    """No node has answered: that is no node's fault."""
+
+
 def unfit_nodes(words: Sequence[str]) -> dict[str, str]:
-    """Nodes of this job that slurm.health found something wrong with, or that did not answer it, with what it was."""
+    """Nodes of this job that slurm.health found something wrong with, or that did not answer it, with what it was.
+
+    Raises HealthUnknown when there is no answer at all.
+    """
     nodes = call("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
     command = ["srun", f"--nodes={len(nodes)}", "--ntasks-per-node=1", "--kill-on-bad-exit=0",
                sys.executable, "-P", "-m", "slurm.health", *words]  # fmt: skip
     try:
-        said = subprocess.run(command, capture_output=True, text=True, timeout=HEALTH_S, check=False).stdout
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=HEALTH_S, check=False)
+        said, wrong, within = done.stdout, done.stderr, ""
     except subprocess.TimeoutExpired as error:
-        said = (error.stdout or b"").decode(errors="replace") if isinstance(error.stdout, bytes) else error.stdout or ""
+        said, wrong = (
+            one.decode(errors="replace") if isinstance(one, bytes) else one or "" for one in (error.stdout, error.stderr)
+        )
+        within = f" within {HEALTH_S:g} s"
     found = {}
     for line in said.splitlines():
         with contextlib.suppress(ValueError, KeyError, TypeError):
             answer = json.loads(line)
             found[answer["node"]] = "; ".join(answer["bad"])
-    return {
-        node: found.get(node, f"no answer to the health check within {HEALTH_S:g} s") for node in nodes if found.get(node, "?")
-    }
+    last = next((line for line in reversed(wrong.splitlines()) if line.strip()), "")
+    silence = f"no answer to the health check{within}" + (f": {last.strip()}" if last else "")
+    if not found and not within:
+        raise HealthUnknown(silence)
+    return {node: found.get(node, silence) for node in nodes if found.get(node, "?")}
 
 
 class LeftOut(NamedTuple):
@@ -52,28 +65,41 @@ def leave_out(run: RunFolder, job_id: int, unfit: Mapping[str, str], *, times: i
     folder = JobFolder.of(run)
     reason = "; ".join(f"{node}: {why}" for node, why in sorted(unfit.items()))
     known = excluded_nodes(folder)
-    if unfit.keys() <= known.keys() and times >= MAX_TIMES:
-        return LeftOut(f"Slurm gives this job nodes that are left out: {reason}", is_futile=True)
+    if times >= MAX_TIMES:  # or the check asks for what no node here has
+        return LeftOut(f"{times + 1} attempts have met unfit nodes; this one {reason}", is_futile=True)
     for node in sorted(unfit.keys() - known.keys()):
         append(folder.excluded, {"node": node, "reason": unfit[node], "job_id": job_id, "at": time.time()})
     listed = ",".join(sorted({*known, *unfit}))
-    try:
-        for jobs in jobs_of(run, queued()).values():
-            for job in jobs:
-                if job.state == "PENDING":
-                    call("scontrol", "update", f"JobId={job.job_id}", f"ExcNodeList={listed}")
-        _update_when_queued(folder, run, job_id, listed)
-    except (SlurmFailed, UnusableInput) as error:
-        print(f"leaving out {listed}: {error}", file=sys.stderr, flush=True)
+    with _said(listed):
+        for job in [job for jobs in jobs_of(run, queued()).values() for job in jobs if job.state == "PENDING"]:
+            with _said(listed):  # it may have started meanwhile
+                call("scontrol", "update", f"JobId={job.address}", f"ExcNodeList={_with_those_of(job.address, listed)}")
+    with _said(listed):
+        _update_when_queued(folder, run, own_address(), _with_those_of(own_address(), listed))
     return LeftOut(reason, is_futile=False)
 
 
-def _update_when_queued(folder: JobFolder, run: RunFolder, job_id: int, nodes: str) -> None:
+@contextlib.contextmanager
+def _said(listed: str) -> Iterator[None]:
+    try:
+        yield
+    except (SlurmFailed, UnusableInput) as error:
+        print(f"leaving out {listed}: {error}", file=sys.stderr, flush=True)
+
+
+def _with_those_of(job: str, listed: str) -> str:
+    """And the nodes that the job leaves out already, by its site's wish: an update replaces them."""
+    fields = dict(word.split("=", 1) for word in call("scontrol", "--oneliner", "show", "job", job).split() if "=" in word)
+    already = fields.get("ExcNodeList", "(null)")
+    return listed if already == "(null)" else f"{already},{listed}"
+
+
+def _update_when_queued(folder: JobFolder, run: RunFolder, job: str, nodes: str) -> None:
     """Not within the first half second of a requeue: the job would start with a revoked credential (Slurm 22.05)."""
-    script = folder.root / f"exclude.{job_id}.sbatch"
+    script = folder.root / f"exclude.{job}.sbatch"
     lines = [
-        "#!/bin/bash", f"# job {job_id} goes on without {nodes}", "for _ in $(seq 60); do", "    sleep 5",
-        f"    scontrol update JobId={job_id} ExcNodeList={nodes} StartTime=now && exit 0", "done", "exit 1", "",
+        "#!/bin/bash", f"# job {job} goes on without {nodes}", "for _ in $(seq 60); do", "    sleep 5",
+        f"    scontrol update JobId={job} ExcNodeList={nodes} StartTime=now && exit 0", "done", "exit 1", "",
     ]  # fmt: skip
     write_bytes(script, "\n".join(lines).encode())
     same = {"partition": "SLURM_JOB_PARTITION", "account": "SLURM_JOB_ACCOUNT", "qos": "SLURM_JOB_QOS"}

@@ -4,6 +4,8 @@ the same words would be so for ever."""
 import contextlib
 from pathlib import Path
 
+import yaml
+
 from data.ledger import read_fates
 from data.store import RunFolder, segments
 from data.work import WorkFolder
@@ -25,6 +27,8 @@ def progress_of(run: RunFolder, stage: str) -> str:
             return _said(step=_newest_step(run))
         case "serve":
             return _said(servers=sum(1 for _ in lines(JobFolder.of(run).served)))
+        case "prepare":
+            return _said(files=_prepared_files(run))
         case "export":
             return _said(formats=len(list(run.export.glob("[!.]*/provenance.json"))))
         case _:
@@ -41,6 +45,15 @@ def _bytes(folder: Path) -> int:
         with contextlib.suppress(OSError):  # renamed meanwhile
             total += path.stat().st_size if path.is_file() else 0
     return total
+
+
+def _prepared_files(run: RunFolder) -> int:
+    """Of the shards that the run's recipe names, as seen from where its jobs run; a file has its name when it is whole."""
+    try:
+        engine = yaml.safe_load(run.config.read_text())["recipe"]["teacher"]["engine"]
+        return sum(path.is_file() and not path.name.startswith(".") for path in Path(engine["prepared"]).rglob("*"))
+    except (OSError, KeyError, TypeError, yaml.YAMLError):
+        return 0
 
 
 def _newest_step(run: RunFolder) -> int:

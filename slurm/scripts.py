@@ -1,6 +1,7 @@
 """A recipe as a chain of Slurm jobs: one readable sbatch script a stage."""
 
 import hashlib
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import NamedTuple
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from configs.cluster import Slurm, StageName
+from configs.errors import UnusableInput
 from configs.schema import DeepSpeedEngine, Recipe
 from data.store import RunFolder
 from slurm.attempts import JobFolder, excluded_nodes
@@ -80,12 +82,14 @@ def _values(chain: Chain, stage: StageName) -> dict[str, object]:
         "slurm": chain.slurm,
         "excluded": sorted({*chain.slurm.exclude, *excluded_nodes(JobFolder.of(run))}),
         "wandb": recipe.train.wandb,
-        "comment": comment_of(run, stage),
-        "cwd": chain.cwd,
-        "log": run.logs / f"{stage}-%j.log",
+        "comment": _in_quotes(comment_of(run, stage)),
+        "cwd": _in_quotes(chain.cwd),
+        "log": f"{_in_quotes(run.logs).replace('%', '%%')}/{stage}-%j.log",
         "log_now": shlex.quote(str(run.logs / f"{stage}-")) + '"$SLURM_JOB_ID".log',
         "programs": shlex.quote(str(Path(sys.executable).parent)),
         "input": input_of(stage, stages),
+        "loading": chain.slurm.loading_seconds if SPECS[stage].counts else "inf",
+        "cancelled": shlex.quote(str(JobFolder.of(run).cancelled)),
         "silence": chain.slurm.silence_seconds if SPECS[stage].counts else "inf",
         "health": health_words(chain, stage),
         "staged": staged_shards(chain, stage),
@@ -94,6 +98,15 @@ def _values(chain: Chain, stage: StageName) -> dict[str, object]:
         "run_dir": shlex.quote(str(run.root)),
         "command": stage_command(chain, stage),
     }
+
+
+def _in_quotes(said: Path | str) -> str:
+    """For an #SBATCH line. Raises UnusableInput for what cannot stand in one."""
+    if any(sign in str(said) for sign in '"\n\\'):
+        raise UnusableInput(
+            f"{said}: sbatch reads no path with a quotation mark, a backslash or a line break; name another folder"
+        )
+    return str(said)
 
 
 def asks_servers(chain: Chain, stage: StageName) -> bool:
@@ -106,6 +119,7 @@ def _serve_command(chain: Chain) -> str:
     command = server_command(chain.recipe, (chain.folder, chain.cwd))
     ranks = max(1, teacher.hardware.gpus_per_node // teacher.layout.tensor_parallel)
     words = ["python", "-P", "-m", "slurm.serve", str(chain.run.root), f"--start={settings.start_seconds:g}"]
+    words += [f"--idle={settings.idle_seconds:g}"]
     words += [f"--ranks-per-node={ranks}", f"--others={shlex.join(command.others)}"] if command.others else []
     return shlex.join([*words, "--", *command.first])
 
@@ -125,7 +139,8 @@ def array_of(chain: Chain, stage: StageName) -> str | None:
     shape = stage_shape(chain.recipe, stage)
     if shape.jobs == 1:
         return None
-    at_once = shape.jobs if chain.max_nodes is None else min(shape.jobs, chain.max_nodes // shape.nodes)
+    free = None if chain.max_nodes is None else chain.max_nodes - (stage == "serve")  # one is for whoever asks
+    at_once = shape.jobs if free is None else min(shape.jobs, free // shape.nodes)
     return f"0-{shape.jobs - 1}" + (f"%{at_once}" if at_once < shape.jobs else "")
 
 
@@ -153,7 +168,7 @@ def health_words(chain: Chain, stage: StageName) -> str | None:
     settings, shape = chain.slurm.health, stage_shape(chain.recipe, stage)
     if settings is None or not (shape.uses_gpus or (settings.command and shape.processes)):
         return None
-    gpus = chain.recipe.teacher.hardware.gpus_per_node if settings.gpus is None else settings.gpus
+    gpus = gpus_asked(chain, stage) if settings.gpus is None else settings.gpus
     values = {
         "gpus": gpus if shape.uses_gpus else None,
         "gpu-memory-gib": settings.gpu_memory_gib if shape.uses_gpus else None,
@@ -162,6 +177,12 @@ def health_words(chain: Chain, stage: StageName) -> str | None:
         "command": settings.command,
     }  # fmt: skip
     return shlex.quote(shlex.join(f"--{name}={value}" for name, value in values.items() if value is not None))
+
+
+def gpus_asked(chain: Chain, stage: StageName) -> int:
+    """On a node: what the stage's gres says, such as gpu:h200:8; without one, what a node has."""
+    found = re.search(r"(?:^|,)(?:gres/)?gpu(?::[^:,()]+)?:(\d+)", chain.slurm.job(stage).gres or "")
+    return int(found[1]) if found else chain.recipe.teacher.hardware.gpus_per_node
 
 
 def stage_command(chain: Chain, stage: StageName) -> str:

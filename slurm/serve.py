@@ -7,6 +7,7 @@ while the server answers. A server that answers no more is ended, and its job go
 import argparse
 import contextlib
 import http.client
+import math
 import os
 import shlex
 import signal
@@ -24,8 +25,10 @@ from configs.progress import BEAT_VARIABLE
 from data.store import RunFolder, write_bytes
 from slurm.attempts import JobFolder, append
 from slurm.client import call
+from slurm.servers import is_asked
 
 BEAT_S = 5.0
+LOOK_S = 60.0
 ANSWER_S = 30.0
 SILENT_BEATS = 6
 END_S = 30.0
@@ -35,26 +38,32 @@ def main(words: Sequence[str]) -> int:
     """What the batch script says. Returns the exit code: 75 when it was asked to stop, 1 when the server ended or fell silent."""
     options = _options().parse_args(words)
     node, job = int(os.environ.get("SLURM_NODEID", "0")), int(os.environ["SLURM_JOB_ID"])
+    restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     names = call("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
     places = {
         "address": address_of(names[node]), "port": str(free_port(job)), "head": address_of(names[0]),
-        "peer_port": str(20000 + job % 20000), "node": str(node), "first_rank": str(node * options.ranks_per_node),
+        "peer_port": str(20000 + (job + 101 * restart) % 12000), "node": str(node),
+        "first_rank": str(node * options.ranks_per_node),
     }  # fmt: skip
     chosen = options.command if node == 0 else options.others
     command = [_filled(word, places) for word in chosen]
     for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
         signal.signal(number, _stop)
     url = f"http://{places['address']}:{places['port']}/v1"
+    folder = JobFolder.of(RunFolder(options.run_dir))
+    if node == 0:
+        for stale in (folder.server(job), folder.idle(job)):  # of an attempt that could not sign off
+            stale.unlink(missing_ok=True)
     print(f"serve: {' '.join(command)}", flush=True)
     process = subprocess.Popen(command, preexec_fn=die_with_parent)
     try:
-        return _keep(process, RunFolder(options.run_dir), job, url if node == 0 else "", options.start)
+        return _keep(process, RunFolder(options.run_dir), job, url if node == 0 else "", options.start, options.idle)
     except Stopped:
         print("serve: asked to stop; requests in flight are asked again elsewhere", flush=True)
         return Interrupted.exit_code
     finally:
         if node == 0:
-            JobFolder.of(RunFolder(options.run_dir)).server(job).unlink(missing_ok=True)
+            folder.server(job).unlink(missing_ok=True)
         process.terminate()
         try:
             process.wait(END_S)
@@ -62,14 +71,23 @@ def main(words: Sequence[str]) -> int:
             process.kill()
 
 
-def _keep(process: "subprocess.Popen[bytes]", run: RunFolder, job: int, url: str, start_s: float) -> int:
-    """Until the server ends or answers no more. url: empty on nodes that only help."""
+def _keep(process: "subprocess.Popen[bytes]", run: RunFolder, job: int, url: str, start_s: float, idle_s: float) -> int:
+    """Until the server ends, answers no more, or is not asked any more. url: empty on nodes that only help."""
     folder = JobFolder.of(run)
     started, silent, registered = time.monotonic(), 0, False
+    asked = looked = started
     while process.poll() is None:
         time.sleep(BEAT_S)
+        if folder.idle(job).exists():
+            print("serve: no job of the run asks any more", flush=True)
+            return 0
         if not url:
             continue
+        if (now := time.monotonic()) - looked > min(LOOK_S, idle_s / 2):
+            looked, asked = now, now if is_asked(run) else asked
+            if now - asked > idle_s:
+                write_bytes(folder.idle(job), b"")
+                continue
         if answers(url):
             silent = 0
             try:
@@ -149,6 +167,7 @@ def _options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m slurm.serve", description=__doc__)
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--start", type=float, required=True, help="seconds until the first answer")
+    parser.add_argument("--idle", type=float, default=math.inf, help="seconds without a job that asks")
     parser.add_argument("--ranks-per-node", type=int, default=1, help="data-parallel ranks of a node")
     parser.add_argument("--others", type=shlex.split, default=[], help="the command of the job's other nodes")
     parser.add_argument("command", nargs="+")

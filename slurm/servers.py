@@ -5,9 +5,10 @@ import time
 
 from configs.errors import UnusableInput
 from data.store import RunFolder, write_bytes
-from slurm.attempts import JobFolder
-from slurm.chain import jobs_of
-from slurm.client import SlurmFailed, call, queued
+from slurm.attempts import JobFolder, append, read_attempts
+from slurm.chain import WAITING, jobs_of
+from slurm.client import SlurmFailed, call, queued, sbatch
+from slurm.topology import ASKING
 
 LOOK_S = 2.0
 ASK_SLURM_S = 30.0
@@ -20,12 +21,36 @@ def wait_for_server(run: RunFolder) -> str:
         if time.monotonic() - asked > ASK_SLURM_S:
             asked = time.monotonic()
             try:
-                if "serve" not in jobs_of(run, queued()):
+                if "serve" not in jobs_of(run, queued()) and not _called_back(run):
                     return f"no server has registered in {folder.servers}, and no job is left that could: see the logs of serve"
             except (SlurmFailed, UnusableInput) as error:
                 print(f"waiting for a server: {error}", file=sys.stderr, flush=True)
         time.sleep(LOOK_S)
     return ""
+
+
+def _called_back(run: RunFolder) -> bool:
+    """Servers that ended because nobody asked are started once more, as they were; those that failed are not."""
+    folder = JobFolder.of(run)
+    ended = [one.outcome for one in read_attempts(folder, "serve")]
+    if not ended or ended[-1] != "done" or folder.closed.exists():
+        return False
+    job_id = sbatch(str(folder.script("serve")), [])
+    append(folder.jobs, {"stage": "serve", "job_id": job_id, "array": None, "at": time.time(), "options": []})
+    return True
+
+
+def is_asked(run: RunFolder) -> bool:
+    """Whether a job of the run asks the teacher, or waits for nothing but its turn. True where Slurm does not answer."""
+    try:
+        jobs = jobs_of(run, queued())
+    except (SlurmFailed, UnusableInput):
+        return True
+    return any(
+        job.state not in WAITING or not (job.is_held or job.reason.startswith("Dependency"))
+        for stage in ASKING
+        for job in jobs.get(stage, [])
+    )
 
 
 def close_servers(run: RunFolder) -> None:
@@ -34,6 +59,6 @@ def close_servers(run: RunFolder) -> None:
     write_bytes(folder.closed, b"the teacher is asked nothing more\n")  # before a job can end with 75
     try:
         if jobs := jobs_of(run, queued()).get("serve"):
-            call("scancel", *(str(job.job_id) for job in jobs))
+            call("scancel", *(job.address for job in jobs))
     except (SlurmFailed, UnusableInput) as error:
         print(f"servers are not closed: {error}", file=sys.stderr, flush=True)

@@ -8,12 +8,13 @@ import argparse
 import fcntl
 import os
 import shutil
+import socket
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from configs.errors import UnusableInput
+from configs.errors import TracestillError, UnusableInput
 
 
 def main(words: Sequence[str]) -> int:
@@ -24,9 +25,13 @@ def main(words: Sequence[str]) -> int:
     started = time.monotonic()
     try:
         copied = stage(options.source, Path(os.path.expandvars(options.target)))
-    except (OSError, UnusableInput) as error:
+    except UnusableInput as error:
         print(f"error: slurm.stage_weights: {error}", file=sys.stderr, flush=True)
-        return UnusableInput.exit_code
+        return error.exit_code
+    except OSError as error:  # this node's disk, or the shared one for a moment: another attempt may have it better
+        where = error.filename or options.target
+        print(f"error: slurm.stage_weights: {where} on {socket.gethostname()}: {error.strerror}", file=sys.stderr, flush=True)
+        return TracestillError.exit_code
     if copied:
         seconds = time.monotonic() - started
         print(f"staged {copied / 1e9:,.1f} GB to {options.target} in {seconds:,.0f} s", file=sys.stderr, flush=True)

@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -14,7 +15,7 @@ from configs.errors import UnusableInput
 from data.ledger import Ledger, read_ledger
 from data.store import RunFolder, read_rollup
 from slurm.attempts import Attempt, JobFolder, excluded_nodes, lines, read_attempts
-from slurm.chain import how_to_release, is_done, jobs_of
+from slurm.chain import WAITING, how_to_release, is_done, jobs_of
 from slurm.client import QueuedJob
 from slurm.progress import progress_of
 from slurm.topology import SPECS
@@ -82,7 +83,7 @@ def _stage_status(
     common: dict[str, Any] = {
         "stage": stage, "attempts": len(attempts), "progress": progress_of(run, stage), "seconds": _seconds(run, stage, attempts),
     }  # fmt: skip
-    running = [job for job in jobs if job.state not in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT")]
+    running = [job for job in jobs if job.state not in WAITING]
     if running:
         beats = [beat for job in running if (beat := _beat(folder, stage, job.job_id)) is not None]
         return StageStatus(
@@ -110,8 +111,20 @@ def _stage_status(
     if not ids:
         sealed = SPECS[stage].output is not None and read_rollup(run.root / str(SPECS[stage].output)) is not None
         return StageStatus(state="done" if sealed else "not submitted", **common)
-    reason = "its job never ran: the stage before it failed, or it was cancelled" if asked_slurm else "Slurm does not answer"
+    if not asked_slurm:
+        return StageStatus(state="never ran", jobs=ids, reason="Slurm does not answer", **common)
+    log = run.logs / f"{stage}-{ids[-1]}.log"
+    if said := _last_line(log):  # of its own script, or of Slurm
+        return StageStatus(state="failed", jobs=ids, reason=f"it ended before its stage began: {said}; see {log}", **common)
+    reason = "its job never ran: the stage before it failed, or it was cancelled"
     return StageStatus(state="never ran", jobs=ids, reason=reason, **common)
+
+
+def _last_line(log: Path) -> str:
+    try:
+        return next((line.strip() for line in reversed(log.read_text(errors="replace").splitlines()) if line.strip()), "")
+    except OSError:
+        return ""
 
 
 def _seconds(run: RunFolder, stage: StageName, attempts: Sequence[Attempt]) -> float | None:

@@ -28,7 +28,8 @@ from student.results import ItemResult, write_results
 from student.scoring import Metrics, measure
 from student.unseen import origin_of
 
-Progress = Callable[[int, int], None]
+Progress = Callable[[int, int, int], None]
+"""Attempts that are done, of how many, and tokens heard in those that are not."""
 """Called with (items done, items in all)."""
 AskJudge = Callable[[Sequence[tuple[Prompt, str]]], Sequence[str]]
 """Items and answers -> what became of each, in the words of data.grading.OUTCOMES."""
@@ -109,11 +110,18 @@ def evaluate_model(
     # What an engine failed in says nothing of the model, and is asked again whenever the evaluation is: a server may be back.
     if missing := [(item, key) for item, key in attempts if key not in outputs or outputs[key].finish_reason == "abort"]:
         engine.load()
-        done = len(attempts) - len(missing)
-        for committed in store.complete(engine, requests_for(missing, tokenizer, settings.sampling, settings.seed)):
+        done, tokens = len(attempts) - len(missing), 0
+
+        def heard(new: int) -> None:
+            nonlocal tokens
+            tokens += new
+            if progress is not None:
+                progress(done, len(attempts), tokens)
+
+        for committed in store.complete(engine, requests_for(missing, tokenizer, settings.sampling, settings.seed), heard):
             done += committed
             if progress is not None:
-                progress(done, len(attempts))
+                progress(done, len(attempts), tokens)
         outputs = store.outputs()
     answered = [(item, outputs[key]) for item, key in attempts]
     results = grade_outputs(answered, tokenizer, harness, judge_timeout_s, ask_judge)

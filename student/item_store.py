@@ -12,7 +12,7 @@ import dataclasses
 import os
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,9 +108,12 @@ class ItemStore:
                     found[key] = Output(**row | {name: tuple(row[name]) for name in ("token_ids", "logprobs")})
         return found
 
-    def complete(self, engine: Engine, requests: Iterable[tuple[AttemptKey, Request]]) -> Iterator[int]:
+    def complete(
+        self, engine: Engine, requests: Iterable[tuple[AttemptKey, Request]], heard: Callable[[int], None] = lambda tokens: None
+    ) -> Iterator[int]:
         """Asks each request, commits what comes back and yields how many more are committed. What an earlier process left in its
-        journal is committed first, or gone on with. When the engine fails, what is in hand is committed all the same."""
+        journal is committed first, or gone on with. When the engine fails, what is in hand is committed all the same. heard: told
+        how many tokens have come of each answer that is not whole, now and then."""
         self.journals.mkdir(parents=True, exist_ok=True)
         estate = Estate(self.journals)
         estate.look(set())
@@ -127,17 +130,18 @@ class ItemStore:
                     open_asks.append(ask)
             if batch.rows:
                 yield batch.commit()
-            yield from self._asked(engine, open_asks, batch)
+            yield from self._asked(engine, open_asks, batch, heard)
         for path in left_behind:  # all that they held is committed
             path.unlink(missing_ok=True)
         with suppress(OSError):
             self.journals.rmdir()
 
-    def _asked(self, engine: Engine, asks: Sequence[Ask], batch: "_Batch") -> Iterator[int]:
+    def _asked(self, engine: Engine, asks: Sequence[Ask], batch: "_Batch", heard: Callable[[int], None]) -> Iterator[int]:
         hands = {ask.trace_id: InHand(ask, _to_ask(ask)) for ask in asks}
 
         def take(partial: Partial) -> None:
             hands[partial.request_id].checkpoint(batch.journal, partial)
+            heard(len(partial.token_ids))
 
         committed_at = time.monotonic()
         try:

@@ -79,8 +79,8 @@ def evaluate_models(
     for position, name in enumerate(names):
         target = open_target(context, name)
 
-        def progress(done: int, total: int, name: str = name, position: int = position) -> None:
-            show(Count(position * total + done, len(names) * total, name))
+        def progress(done: int, total: int, tokens: int, name: str = name, position: int = position) -> None:
+            show(Count(position * total + done, len(names) * total, name, tokens=tokens))
 
         try:
             measured[name] = evaluate_model(

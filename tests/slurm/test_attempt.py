@@ -198,17 +198,20 @@ def test_a_stage_that_is_done_is_done_though_nothing_can_be_recorded(run: Path) 
 def test_a_signal_before_the_step_is_recorded_and_is_no_attempt_in_vain(run: Path, is_cancelled: bool, code: int) -> None:
     """While it waits for a server that has not come yet."""
     (run / "slurm").mkdir()
-    if is_cancelled:
-        (run / "slurm" / "cancelled").touch()
-    (run / "squeue").write_text(f"#!/bin/bash\necho '9|9|RUNNING|None|n1|tracestill serve {run}'\n")
+    cancelled = run / "slurm" / "cancelled"
+    (run / "squeue").write_text(f"#!/bin/bash\necho '9|9|9|RUNNING|None|n1|a-serve|tracestill serve {run}'\n")
     (run / "squeue").chmod(0o755)
     for _ in range(3):
+        cancelled.unlink(missing_ok=True)
         process = start(run, "touch ran", options=("--asks-servers",))
         wait_until(lambda: '"start"' in "".join(text_of(run / "slurm" / "attempts" / "train.7.jsonl").splitlines()[-1:]))
+        if is_cancelled:
+            cancelled.touch()
         process.send_signal(signal.SIGUSR2)
         assert process.wait(30) == code
     assert {one.outcome for one in attempts.read_attempts(JobFolder.of(RunFolder(run)), "train")} == {"not begun"}
-    assert start(run, "exit 75").wait(30) == (130 if is_cancelled else 75) and not (run / "ran").exists()
+    assert start(run, "touch ran; exit 75").wait(30) == (130 if is_cancelled else 75)
+    assert (run / "ran").exists() is not is_cancelled  # nothing of a cancelled run begins
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])

@@ -51,7 +51,7 @@ def test_every_script_is_valid_bash(tmp_path: Path, stage: str) -> None:
 def test_a_script_fails_with_its_step_and_requeues_itself_on_75(tmp_path: Path) -> None:
     for stage, text in scripts(tmp_path).items():
         assert text.rstrip().endswith('exit "$rc"'), stage  # a script that ends in echo hides a failed step
-        assert 'case "$rc" in 75) requeue' in text and 'scontrol requeue "$SLURM_JOB_ID"' in text
+        assert 'case "$rc" in 75) requeue' in text and 'scontrol requeue "$job"' in text
         assert "#SBATCH --requeue" in text and "#SBATCH --signal=B:USR2@" in text and "--open-mode=append" in text
 
 
@@ -90,21 +90,25 @@ def test_jobs_that_generate_together_are_an_array_within_the_nodes(tmp_path: Pat
     assert "#SBATCH --array=0-5\n" in scripts(tmp_path, *overrides)["generate"]
 
 
-def run_script(text: str, step_exit: int, tmp_path: Path, shown: str = "JobState=RUNNING PreemptTime=None") -> tuple[int, str]:
-    """Runs a rendered script with stand-ins for slurm.attempt and the Slurm command that it calls; shown: of the job."""
-    tools = tmp_path / "bin"
+def run_script(
+    text: str, step_exit: int, tmp_path: Path, shown: str = "JobState=RUNNING PreemptTime=None", *, seconds: float = 0.0,
+    environment: dict[str, str] | None = None, refuses: str = "",
+) -> tuple[int, str]:  # fmt: skip
+    """Runs a rendered script with stand-ins for slurm.attempt, which takes `seconds`, and the Slurm command that it calls. shown:
+    of the job. refuses: what scontrol says instead of requeueing."""
+    tools, calls = tmp_path / "bin", tmp_path / "calls"
     tools.mkdir()
-    calls = tmp_path / "calls"
+    requeue = f"echo '{refuses}'; exit 1" if refuses else f'echo "$@" >> {calls}'
     for name, body in (
-        ("python", f"exit {step_exit}"),
-        ("scontrol", f'[ "$2" = show ] && echo "{shown}" || echo "$@" >> {calls}'),
+        ("python", f"sleep {seconds}; exit {step_exit}"),
+        ("scontrol", f'case "$*" in *show*) echo "{shown}" ;; *) {requeue} ;; esac'),
     ):
         (tools / name).write_text(f"#!/bin/bash\n{body}\n")
         (tools / name).chmod(0o755)
     first = text.replace("export PATH=", "unused=")
     done = subprocess.run(
         ["bash"], input=first, text=True, check=False,
-        env={"PATH": f"{tools}:/usr/bin:/bin", "SLURM_JOB_ID": "17", "SLURM_CPUS_PER_TASK": "2"},
+        env={"PATH": f"{tools}:/usr/bin:/bin", "SLURM_JOB_ID": "17", "SLURM_CPUS_PER_TASK": "2"} | (environment or {}),
     )  # fmt: skip
     return done.returncode, calls.read_text() if calls.exists() else ""
 
@@ -129,6 +133,51 @@ def test_what_somebody_has_cancelled_before_it_began_is_not_requeued(tmp_path: P
 def test_a_signal_during_the_sites_own_lines_requeues(tmp_path: Path) -> None:
     text = scripts(tmp_path, "slurm.setup=['kill -USR2 $$', touch late]")["prompts"]
     assert run_script(text, 0, tmp_path) == (75, "requeue 17\n")
+
+
+def test_a_signal_that_comes_with_the_end_of_the_step_does_not_hide_how_it_ended(tmp_path: Path) -> None:
+    """bash says 140 of a wait that a signal has interrupted; the attempt had ended with 3."""
+    text = scripts(tmp_path)["prompts"]
+    late = text.replace(
+        """trap 'kill -USR2 "$attempt" 2>/dev/null' USR2 TERM""", """trap 'sleep 1' USR2 TERM; (sleep 0.3; kill -USR2 $$) &"""
+    )
+    assert late != text
+    assert run_script(late, 3, tmp_path, seconds=0.5) == (3, "")
+
+
+def test_an_element_of_an_array_requeues_itself_alone(tmp_path: Path) -> None:
+    """The last element to start has the array's own number, which means all of them."""
+    text = scripts(tmp_path, "slurm.generate_jobs=3")["generate"]
+    element = {"SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "2", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "n1"}
+    assert run_script(text, 75, tmp_path, environment=element) == (75, "requeue 17_2\n")
+
+
+def test_a_site_that_requeues_nothing_is_told_at_once(tmp_path: Path) -> None:
+    text = scripts(tmp_path)["prompts"]
+    assert run_script(text, 75, tmp_path, refuses="Requested operation is presently disabled")[0] == 1
+
+
+def test_unset_variables_in_the_sites_own_lines_are_the_sites_business(tmp_path: Path) -> None:
+    text = scripts(tmp_path, "slurm.setup=['echo $NOT_SET_ANYWHERE']")["prompts"]
+    assert run_script(text, 0, tmp_path) == (0, "")
+
+
+@pytest.mark.parametrize("name", ['a"b', "a\\b", "a\nb"])
+def test_a_folder_that_sbatch_cannot_read_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UnusableInput, match="sbatch reads no path with a quotation mark"):
+        scripts(tmp_path / name)
+
+
+def test_a_percent_sign_in_a_folder_is_no_pattern(tmp_path: Path) -> None:
+    assert "/a%%j/my run/logs/prompts-%j.log" in scripts(tmp_path / "a%j")["prompts"]
+
+
+@pytest.mark.parametrize(("gres", "gpus"), [("gpu:h200:4", 4), ("nvme:1,gpu:2", 2), ("gpu:a100:1(S:0)", 1), (None, 8)])
+def test_a_node_is_to_show_the_gpus_that_its_stage_asks_for(tmp_path: Path, gres: str | None, gpus: int) -> None:
+    recipe = load_recipe("glm52-bf16-16xh200", [] if gres is None else [f"slurm.stages={{train: {{gres: '{gres}'}}}}"]).recipe
+    chain = Chain(recipe, "glm52-bf16-16xh200", (), RunFolder(tmp_path / "run"), recipe.slurm, tmp_path, tmp_path)
+    texts = {script.stage: script.text for script in render_scripts(chain)}
+    assert f"--gpus={gpus}" in texts["train"] and "--gpus=8" in texts["generate"]
 
 
 def test_what_says_nothing_of_its_counts_has_no_watchdog(tmp_path: Path) -> None:

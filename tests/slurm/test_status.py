@@ -11,7 +11,7 @@ from slurm.status import read_status
 
 def of_train(run: RunFolder, state: str, reason: str) -> tuple[str, str]:
     """The state and the reason that the status gives a stage whose one job Slurm describes so."""
-    job = QueuedJob(7, 7, state, reason, "", f"tracestill train {run.root}")
+    job = QueuedJob(7, 7, state, reason, "", f"tracestill train {run.root}", "7")
     found = read_status(run, ("train",), [job])
     assert (found.stopped_at is not None) == (found.stages[0].state == "held")
     return found.stages[0].state, found.stages[0].reason
