@@ -214,8 +214,9 @@ def running(folder: Path, num_nodes: int = 4, inside: tuple[str, ...] = ()) -> I
 
 
 @contextlib.contextmanager
-def releasing(cluster: Cluster) -> Iterator[None]:
-    """Requeued jobs go on after a few seconds while this lasts, as if an operator sat there."""
+def releasing(cluster: Cluster, *, repairs: bool = False) -> Iterator[None]:
+    """Requeued jobs go on after a few seconds while this lasts, and not only after two minutes. repairs: as if an operator sat
+    there besides, nodes that the controller has taken out of service are put back, and jobs that it holds are let go."""
     import threading
 
     stop = threading.Event()
@@ -224,10 +225,11 @@ def releasing(cluster: Cluster) -> Iterator[None]:
         since: dict[int, float] = {}
         while not stop.wait(0.5):
             with contextlib.suppress(subprocess.SubprocessError, KeyError, ValueError):
-                cluster.resume_nodes()
+                if repairs:
+                    cluster.resume_nodes()
                 pending = cluster.call("squeue", "-h", "-r", "-t", "PENDING", "-o", "%A|%r").splitlines()
                 why = {int(job): reason for job, reason in (line.split("|") for line in pending)}
-                held = [job for job, reason in why.items() if reason == "BeginTime" or "held" in reason]
+                held = [job for job, reason in why.items() if reason == "BeginTime" or (repairs and "held" in reason)]
                 since = {job: since.get(job, time.monotonic()) for job in held}
                 for job in [job for job, at in since.items() if time.monotonic() - at > RELEASE_AFTER_S]:
                     if "held" in why[job]:

@@ -22,10 +22,12 @@ pytestmark = [pytest.mark.slurm, pytest.mark.long]
 class ShellJob:
     """A `train` job of the product, whose command is a shell script of the test's instead of tracestill."""
 
-    def __init__(self, cluster: Cluster, folder: Path, step: str, *overrides: str, stage: str = "train") -> None:
+    def __init__(
+        self, cluster: Cluster, folder: Path, step: str, *overrides: str, stage: str = "train", max_nodes: int | None = None
+    ) -> None:
         self.cluster, self.run, self.stage = cluster, RunFolder(folder), stage
         recipe = load_recipe("embedded", ["train.processes=1", *overrides]).recipe
-        chain = Chain(recipe, "embedded", (), self.run, recipe.slurm, folder, folder)
+        chain = Chain(recipe, "embedded", (), self.run, recipe.slurm, folder, folder, max_nodes)
         text = next(script.text for script in render_scripts(chain) if script.stage == stage)
         (folder / "step").write_text(f"#!/bin/bash\ncd {folder}\n{step}\n")
         (folder / "step").chmod(0o755)
@@ -84,7 +86,7 @@ def test_shards_are_on_every_node_before_the_step(cluster: Cluster, tmp_path: Pa
 
 
 def test_twenty_preemptions_are_twenty_requeues(cluster: Cluster, tmp_path: Path) -> None:
-    """The step counts to forty, committing each number, and stops when it is asked to."""
+    """The step counts to sixty, committing each number, and stops when it is asked to."""
     step = (
         "trap 'exit 75' USR2 TERM\n"
         "for n in $(seq $(( $(ls checkpoints 2>/dev/null | wc -l) + 1 )) 60); do\n"
@@ -102,6 +104,69 @@ def test_twenty_preemptions_are_twenty_requeues(cluster: Cluster, tmp_path: Path
     outcomes = [outcome for outcome, _ in job.attempts()]
     assert len(outcomes) == 21 and outcomes[-1] == "done", outcomes
     assert len(list(tmp_path.glob("checkpoints/step-*"))) == 60
+
+
+def test_an_element_of_an_array_goes_back_alone(cluster: Cluster, tmp_path: Path) -> None:
+    """The one whose number is the array's: requeued by that number, all of them would be."""
+    step = (
+        "trap 'exit 75' USR2 TERM\ntouch up.$SLURM_ARRAY_TASK_ID.${SLURM_RESTART_COUNT:-0}; while [ ! -e go ]; do sleep 0.2; done"
+    )
+    job = ShellJob(cluster, tmp_path, step, *LIMITS, "slurm.generate_jobs=3", stage="generate")
+    wait_for(lambda: len(list(tmp_path.glob("up.*.0"))) == 3, "three elements", 60)
+    elements = dict(line.split() for line in cluster.call("squeue", "-h", "-r", "-o", "%A %i").splitlines())
+    address = elements[str(job.job_id)]
+    cluster.call("scancel", "--signal=USR2", "--batch", address)
+    with releasing(cluster):
+        wait_for((tmp_path / f"up.{address.split('_')[1]}.1").exists, "its second start", 60)
+        (tmp_path / "go").touch()
+        wait_for(lambda: not cluster.call("squeue", "-h"), "the end", 90)
+    assert len(list(tmp_path.glob("up.*.1"))) == 1
+    assert sorted(outcome for outcome, _ in job.attempts()) == ["done", "done", "done", "interrupted"]
+
+
+def test_cancel_asks_the_elements_that_run_and_takes_out_those_that_wait(cluster: Cluster, tmp_path: Path) -> None:
+    step = "trap 'touch stopped.$SLURM_ARRAY_TASK_ID; exit 75' USR2\ntouch up; while :; do sleep 0.2; done"
+    job = ShellJob(cluster, tmp_path, step, *LIMITS, "slurm.generate_jobs=3", stage="generate", max_nodes=1)
+    wait_for((tmp_path / "up").exists, "a start", 60)
+    words = (
+        "from pathlib import Path; from data.store import RunFolder; from slurm.chain import cancel_chain; "
+        f"print(cancel_chain(RunFolder(Path({str(tmp_path)!r}))))"
+    )
+    environment = cluster.environment | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", words], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "{'generate': 'stopped'}\n" and done.stderr == "", done
+    assert not cluster.call("squeue", "-h")
+    assert len(list(tmp_path.glob("stopped.*"))) == 1 and [outcome for outcome, _ in job.attempts()] == ["cancelled"]
+
+
+def test_one_node_that_refuses_stops_a_job_of_two_at_once(cluster: Cluster, tmp_path: Path) -> None:
+    """srun ends the other node's part, which says that it was stopped; the higher code is not the reason."""
+    step = (
+        "trap 'echo \"error: stopped by SIGTERM; the same command continues\" >&2; exit 75' TERM\n"
+        '[ "$SLURM_NODEID" = 0 ] && { sleep 1; echo "error: gates: accuracy 0.1" >&2; exit 3; }\n'
+        "while :; do sleep 0.2; done"
+    )
+    nodes = ("teacher.hardware.nodes=2", "teacher.engine.processes=1")
+    job = ShellJob(cluster, tmp_path, step, *LIMITS, *nodes, stage="generate")
+    job.wait("FAILED")
+    assert job.attempts() == [("refused", "gates: accuracy 0.1")]
+
+
+def test_a_health_check_that_cannot_run_condemns_no_node(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    broken = tmp_path / "bin" / "srun"  # for the health check alone
+    broken.write_text(
+        '#!/bin/bash\ncase "$*" in *slurm.health*) echo "srun: error: no such plugin" >&2; exit 1 ;; esac\n'
+        'exec /usr/bin/srun "$@"\n'
+    )
+    broken.chmod(0o755)
+    overrides = (f"slurm.setup=['export PATH={tmp_path}/bin:$PATH']", "slurm.health={command: 'true'}")
+    job = ShellJob(cluster, tmp_path, "exit 0", *LIMITS, *overrides)
+    with releasing(cluster):
+        job.wait("FAILED", 120)
+    assert excluded_nodes(JobFolder.of(job.run)) == {}
+    assert [outcome for outcome, _ in job.attempts()] == ["failed", "stuck"]
+    assert "no such plugin" in job.attempts()[0][1]
 
 
 @pytest.mark.parametrize("hears", ["TERM", "nothing"])

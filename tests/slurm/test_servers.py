@@ -1,6 +1,7 @@
 """Servers of the teacher as jobs on a real Slurm: they register, go and come, and end when nobody asks them any more."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,17 @@ SERVED = (
     "teacher.layout={expert_parallel: 1}",
     "generate.sampling.max_tokens=32",
     *(override for override in SMALL if not override.startswith("teacher.engine.")),
-    "slurm.servers={program: transformers, jobs: 2, start_seconds: 300}",
+    "slurm.servers={program: transformers, jobs: 2, start_seconds: 300, idle_seconds: 20}",
     "slurm.time_limit=00:30:00",
     "slurm.warning_seconds=60",
     "evaluate.headroom=null",
 )
+
+
+def restarts_of(cluster: Cluster, job: int) -> str:
+    """Of one element of an array, whose number may be the array's."""
+    lines = cluster.call("scontrol", "--oneliner", "show", "job", str(job)).splitlines()
+    return next(re.search(r"Restarts=(\d+)", line)[1] for line in lines if f"JobId={job} " in line)  # type: ignore[index]
 
 
 def test_two_servers_come_and_go_while_a_run_asks_them(cluster: Cluster, tmp_path: Path) -> None:
@@ -37,16 +44,20 @@ def test_two_servers_come_and_go_while_a_run_asks_them(cluster: Cluster, tmp_pat
         wait_for(lambda: any(site.run.traces.glob("*.json")), "first traces", 120)
         job = int(min(folder.glob("servers/*.url")).stem)
         cluster.preempt(job, 1.0)
-        wait_for(lambda: cluster.job(job)["Restarts"] == "1", "a requeue of a server", 60)
+        wait_for(lambda: restarts_of(cluster, job) == "1", "a requeue of a server", 60)
         assert not (folder / "servers" / f"{job}.url").exists()  # it had the time to sign off
+        others = [int(line) for line in cluster.call("squeue", "-h", "-r", "--name=embedded-serve", "-o", "%A").splitlines()]
+        assert [restarts_of(cluster, other) for other in others if other != job] == ["0"]
         wait_for(lambda: cluster.states()[site.job_of("generate")] == "COMPLETED", "end of generate", 400)
     ledger = read_ledger(site.run)
     assert (ledger.completed, ledger.failed, ledger.pending) == (128, 0, 0), everything(site)
     served = [json.loads(line)["url"] for line in (folder / "served.jsonl").read_text().splitlines()]
     assert len(set(served)) >= 2, served
-    # The rest of the chain: evaluation asks them too, and afterwards they end and do not come back.
+    # They end when nobody has asked them for a while. For the rest of the chain there are others, which evaluation closes.
+    wait_for(lambda: not cluster.call("squeue", "-h"), "the end of idle servers", 120)
+    assert site.status()["serve"]["state"] == "done", everything(site)
     again = site.submit()
-    assert again["generate"] == "done" and again["serve"] == "attached" and again["evaluate"] == "submitted"
+    assert again["generate"] == "done" and again["serve"] == "submitted" and again["evaluate"] == "submitted"
     with releasing(cluster):
         site.wait_until_over()
     assert (folder / "servers.closed").is_file() and not list(folder.glob("servers/*.url"))

@@ -180,7 +180,7 @@ def test_a_controller_that_forgets_a_job_it_has_launched(cluster: Cluster, tmp_p
     cluster.start_controller()
     wait_for(lambda: cluster.call("squeue", "-h") is not None, "a controller", 30)
     site.submit("--only", "generate")
-    with releasing(cluster):
+    with releasing(cluster, repairs=True):
         site.wait_until_over()
     assert len(site.attempts("generate")) >= 2, everything(site)
     assert_the_same(site, quiet)
