@@ -19,7 +19,7 @@ from slurm.client import QueuedJob, SlurmFailed, call, queued, sbatch
 from slurm.scripts import Chain, array_of, dependency_kind, render_scripts
 from slurm.topology import ASKING, SPECS, previous_of, stage_shape
 
-GRACE_S = 60.0
+GRACE_S = 300.0  # what a stage has for stopping by default (slurm.warning_seconds); who ends sooner is not waited for
 SETTLE_S = 120.0
 POLL_S = 1.0
 

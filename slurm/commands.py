@@ -33,14 +33,15 @@ def print_scripts(named: Invocation, max_nodes: int | None, chosen: tuple[str | 
     """The scripts and what the plan says of their hours. Touches nothing."""
     from slurm.chain import check_size, chosen_stages
     from slurm.scripts import render_scripts
-    from slurm.topology import stage_shape
+    from slurm.topology import ASKING, stage_shape
 
     context = named.look()
     chain = _chain(context, max_nodes)
     wanted = chosen_stages(chain, *chosen)
     check_size(chain, wanted)
+    asks = "serve" in chain.stages and any(stage in ASKING for stage in wanted)
     for script in render_scripts(chain):
-        if script.stage in wanted:
+        if script.stage in wanted or (script.stage == "serve" and asks):
             print(f"# ---- {script.stage}.sbatch {'-' * (80 - len(script.stage))}\n{script.text}")
     known = hours(context.recipe)
     print("# ---- plan")
@@ -146,7 +147,7 @@ def cancel(
     run_dir: RunFolderArgument,
     grace: Annotated[
         float, typer.Option("--grace", help="Seconds that running stages have for committing what they hold.")
-    ] = 60.0,
+    ] = 300.0,
 ) -> None:
     """Stops the run's jobs cleanly: what is committed stays, nothing is queued again. `submit` continues."""
     run = existing_run(run_dir)

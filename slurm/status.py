@@ -1,9 +1,10 @@
 """Where the chain of a run stands: from its files, and from Slurm where Slurm answers."""
 
+import itertools
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from slurm.client import QueuedJob
 from slurm.progress import progress_of
 from slurm.topology import SPECS
 
+ENDED = ("held", "refused", "failed", "interrupted", "cancelled")
 STATES = ("done", "running", "pending", "held", "refused", "failed", "interrupted", "cancelled", "not submitted", "never ran")
 
 
@@ -55,8 +57,10 @@ class ChainStatus:
 
     @property
     def stopped_at(self) -> StageStatus | None:
-        """The stage that keeps the chain from going on, if one does."""
-        return next((one for one in self.stages if one.state in ("held", "refused", "failed", "interrupted", "cancelled")), None)
+        """The stage that keeps the chain from going on, if one does. After a stage of which one job failed although others made
+        its output whole, that is the one which Slurm has taken out of the queue."""
+        stopped = next((one for one in self.stages if one.state in ENDED), None)
+        return stopped or next((one for one in self.stages if one.state == "never ran"), None)
 
 
 def read_status(run: RunFolder, stages: Sequence[StageName], known: Sequence[QueuedJob] | None) -> ChainStatus:
@@ -67,6 +71,9 @@ def read_status(run: RunFolder, stages: Sequence[StageName], known: Sequence[Que
     for line in lines(folder.jobs):
         submitted.setdefault(line["stage"], []).append(line["job_id"])
     found = [_stage_status(run, stage, alive.get(stage, []), submitted.get(stage, []), known is not None) for stage in stages]
+    for place, (before, one) in enumerate(itertools.pairwise(found), 1):
+        if one.state == "never ran" and before.state == "done" and (said := _failed_job(folder, before.stage)):
+            found[place] = replace(one, reason=f"{said}; what {before.stage} makes is whole all the same: submit again")
     try:
         ledger = read_ledger(run)
     except UnusableInput:
@@ -118,6 +125,13 @@ def _stage_status(
         return StageStatus(state="failed", jobs=ids, reason=f"it ended before its stage began: {said}; see {log}", **common)
     reason = "its job never ran: the stage before it failed, or it was cancelled"
     return StageStatus(state="never ran", jobs=ids, reason=reason, **common)
+
+
+def _failed_job(folder: JobFolder, stage: str) -> str:
+    """Of an array, the element that failed for good: Slurm then lets nothing begin that waits for the array."""
+    last = {one.job_id: one for one in read_attempts(folder, stage)}
+    failed = next((one for one in last.values() if one.ended and one.outcome not in ("done", "interrupted", "busy")), None)
+    return "" if failed is None else f"{stage} job {failed.job_id} was {failed.outcome}: {failed.reason}"
 
 
 def _last_line(log: Path) -> str:

@@ -22,6 +22,7 @@ SERVED = (
     "generate.sampling.max_tokens=32",
     *(override for override in SMALL if not override.startswith("teacher.engine.")),
     "slurm.servers={program: transformers, jobs: 2, start_seconds: 300, idle_seconds: 20}",
+    "slurm.stages={serve: {options: [--exclusive]}}",  # a node each, so that one can be taken away
     "slurm.time_limit=00:30:00",
     "slurm.warning_seconds=60",
     "evaluate.headroom=null",

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from data.store import RunFolder
+from data.store import RunFolder, seal
+from slurm import attempts
+from slurm.attempts import JobFolder
 from slurm.client import QueuedJob
 from slurm.status import read_status
 
@@ -26,3 +28,30 @@ def test_a_job_that_slurm_holds_waits_for_somebody(tmp_path: Path, reason: str) 
 @pytest.mark.parametrize("reason", ["Priority", "Resources", "BeginTime", "Dependency", "ReqNodeNotAvail", "None"])
 def test_a_job_that_waits_its_turn_is_pending(tmp_path: Path, reason: str) -> None:
     assert of_train(RunFolder(tmp_path), "PENDING", reason) == ("pending", reason.replace("None", ""))
+
+
+def test_a_stage_that_is_whole_although_one_of_its_jobs_failed_says_so(tmp_path: Path) -> None:
+    """What waits for an array does not begin when one element has failed for good."""
+    run = RunFolder(tmp_path)
+    folder = JobFolder.of(run)
+    for job, outcome in ((8, "done"), (9, "stuck")):
+        attempts.begin(folder, "generate", job, 0, "n1", "traces 0")
+        attempts.end(folder, "generate", job, after="traces 5", code=0, outcome=outcome, reason="link 3 is down")
+    attempts.append(folder.jobs, {"stage": "generate", "job_id": 8})
+    attempts.append(folder.jobs, {"stage": "data", "job_id": 10})
+    made = run.traces / "made"
+    made.parent.mkdir()
+    made.write_text("1")
+    seal(run, run.traces, stage="generate", fingerprint="f", inputs={}, files=[made], counts={}, seconds=0.0)
+    found = read_status(run, ("generate", "data"), [])
+    assert [one.state for one in found.stages] == ["done", "never ran"] and found.stopped_at == found.stages[1]
+    assert "generate job 9 was stuck: link 3 is down" in found.stages[1].reason
+
+
+def test_a_script_that_ended_before_its_stage_began_shows_its_last_line(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    attempts.append(JobFolder.of(run).jobs, {"stage": "train", "job_id": 7})
+    run.logs.mkdir()
+    (run.logs / "train-7.log").write_text("slurm_script: line 9: module: command not found\n\n")
+    [found] = read_status(run, ("train",), []).stages
+    assert found.state == "failed" and "module: command not found" in found.reason and "train-7.log" in found.reason
