@@ -7,7 +7,7 @@ from configs.errors import UnusableInput
 from data.store import RunFolder, write_bytes
 from slurm.attempts import JobFolder, append, read_attempts
 from slurm.chain import WAITING, jobs_of
-from slurm.client import SlurmFailed, call, queued, sbatch
+from slurm.client import QueuedJob, SlurmFailed, call, queued, sbatch
 from slurm.topology import ASKING
 
 LOOK_S = 2.0
@@ -16,12 +16,13 @@ ASK_SLURM_S = 30.0
 
 def wait_for_server(run: RunFolder) -> str:
     """Returns when a server has registered: "", or why none ever will."""
-    folder, asked = JobFolder.of(run), 0.0
+    folder, asked = JobFolder.of(run), time.monotonic()  # jobs that begin together are not all known to have begun at once
     while not any(folder.servers.glob("*.url")):
         if time.monotonic() - asked > ASK_SLURM_S:
             asked = time.monotonic()
             try:
-                if "serve" not in jobs_of(run, queued()) and not _called_back(run):
+                there = jobs_of(run, queued()).get("serve", [])  # those of a later stage wait for it
+                if not any(could_start(job) for job in there) and not _called_back(run):
                     return f"no server has registered in {folder.servers}, and no job is left that could: see the logs of serve"
             except (SlurmFailed, UnusableInput) as error:
                 print(f"waiting for a server: {error}", file=sys.stderr, flush=True)
@@ -46,11 +47,12 @@ def is_asked(run: RunFolder) -> bool:
         jobs = jobs_of(run, queued())
     except (SlurmFailed, UnusableInput):
         return True
-    return any(
-        job.state not in WAITING or not (job.is_held or job.reason.startswith("Dependency"))
-        for stage in ASKING
-        for job in jobs.get(stage, [])
-    )
+    return any(could_start(job) for stage in ASKING for job in jobs.get(stage, []))
+
+
+def could_start(job: QueuedJob) -> bool:
+    """It has, or waits for nothing but its turn."""
+    return job.state not in WAITING or not (job.is_held or job.reason.startswith("Dependency"))
 
 
 def close_servers(run: RunFolder) -> None:

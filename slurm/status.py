@@ -60,7 +60,7 @@ class ChainStatus:
         """The stage that keeps the chain from going on, if one does. After a stage of which one job failed although others made
         its output whole, that is the one which Slurm has taken out of the queue."""
         stopped = next((one for one in self.stages if one.state in ENDED), None)
-        return stopped or next((one for one in self.stages if one.state == "never ran"), None)
+        return stopped or next((one for one in self.stages if one.state == "never ran" and self.asked_slurm), None)
 
 
 def read_status(run: RunFolder, stages: Sequence[StageName], known: Sequence[QueuedJob] | None) -> ChainStatus:
