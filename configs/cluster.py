@@ -31,6 +31,13 @@ def seconds_of(limit: str) -> int:
     return (first or 0) * 60 + (second or 0)
 
 
+OWN_OPTIONS = (
+    "--array", "-a", "--comment", "--output", "-o", "--error", "-e", "--job-name", "-J", "--chdir", "-D", "--dependency", "-d",
+    "--requeue", "--no-requeue", "--signal", "--open-mode", "--nodes", "-N", "--ntasks", "-n", "--ntasks-per-node", "--wrap",
+)  # fmt: skip
+"""Of sbatch, that scripts have lines of their own for."""
+
+
 class Job(Section):
     """What one job asks of the cluster; what is absent is the site's default."""
 
@@ -47,6 +54,20 @@ class Job(Section):
     options: tuple[str, ...] = ()
     """Further #SBATCH lines, such as `--exclusive` or `--reservation=night`."""
 
+    @field_validator("time_limit", "memory", mode="before")
+    @classmethod
+    def _yaml_reads_numbers(cls, value: object) -> object:
+        if isinstance(value, int):
+            raise ValueError(f'{value}: a number, as YAML reads 24:00:00; put it in quotes, as in "24:00:00" or "64G"')
+        return value
+
+    @field_validator("partition", "account", "qos", "constraint", "gres", "memory")
+    @classmethod
+    def _one_word(cls, value: str | None) -> str | None:
+        if value is not None and (not value or re.search(r"\s", value)):
+            raise ValueError(f"{value!r}: expected one word, or null for the site's default")
+        return value
+
     @field_validator("time_limit")
     @classmethod
     def _slurm_can_read_it(cls, limit: str | None) -> str | None:
@@ -60,6 +81,8 @@ class Job(Section):
         for option in options:
             if not option.startswith("-") or "\n" in option:
                 raise ValueError(f"options {option!r}: expected a line that sbatch reads, such as --exclusive")
+            if (name := re.split(r"[= ]", option)[0]) in OWN_OPTIONS:
+                raise ValueError(f"options {option!r}: {name} is what a job is known and ended by here; leave it out")
         return options
 
 
@@ -154,6 +177,8 @@ class Slurm(Job):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
+        if self.site and not self.scratch:  # it may be the site's to say; together they are looked at once more
+            return self
         if self.stage_weights and not self.scratch:
             raise ValueError("stage_weights needs scratch: a folder on each node's own disk")
         if self.health is not None and self.health.scratch_gib is not None and not self.scratch:

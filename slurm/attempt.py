@@ -9,6 +9,7 @@ attempts in a row have committed nothing.
 """
 
 import argparse
+import contextlib
 import math
 import os
 import re
@@ -135,7 +136,7 @@ class Step:
     def _end(self, why: str, *, is_asked: bool = False) -> tuple[int, str]:
         """By SIGTERM, which live ranks answer by committing what they hold; what is still there after END_S by SIGKILL, on every
         node: a stopped process hears nothing else. is_asked: it has had its time."""
-        print(f"watchdog: {why}: the step is ended", file=sys.stderr, flush=True)
+        _say(f"watchdog: {why}: the step is ended")
         self.process.terminate()
         try:
             self.process.wait(POLL_S if is_asked else END_S)
@@ -257,7 +258,7 @@ def main(words: Sequence[str]) -> int:
     if options.closes_servers and verdict.code in (0, UnusableInput.exit_code, Refused.exit_code):
         close_servers(run)
     if verdict.code != 0:
-        print(f"{stage}: {verdict.outcome}: {verdict.reason}", file=sys.stderr, flush=True)
+        _say(f"{stage}: {verdict.outcome}: {verdict.reason}")
     return verdict.code
 
 
@@ -265,6 +266,8 @@ def prevented(
     options: argparse.Namespace, run: RunFolder, job_id: int, earlier: Sequence[Attempt], before: str
 ) -> Verdict | None:  # fmt: skip
     """Why the step is not begun; None: it can be."""
+    if len(earlier) > 1 and not any(one.ended or one.before != before for one in earlier[-2:]):
+        return Verdict(TracestillError.exit_code, "stuck", "two attempts in a row were killed before they could leave a word")
     if JobFolder.of(run).cancelled.exists():
         return Verdict(CANCELLED, "cancelled", "the run was cancelled before this attempt began")
     missing = _missing_input(run, options.input) or (wait_for_server(run) if options.asks_servers else "")
@@ -301,7 +304,13 @@ def _note(write: Callable[[], None]) -> None:
     try:
         write()
     except OSError as error:
-        print(f"slurm/attempts: {error.strerror}: this attempt is not recorded", file=sys.stderr, flush=True)
+        _say(f"slurm/attempts: {error.strerror}: this attempt is not recorded")
+
+
+def _say(line: str) -> None:
+    """In the job's log, which may lie on the disk that is full: that is no reason to end."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{line}\n".encode())  # not through a buffer, which the interpreter would fail over at its end
 
 
 class _StoppedEarly(BaseException):

@@ -20,10 +20,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from configs.cluster import StageName
-from data.store import RunFolder, read_json, write_json
+from data.store import RunFolder, write_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +112,9 @@ def append(path: Path, values: Mapping[str, Any]) -> None:
         os.close(descriptor)
 
 
-def lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Whole lines of a file of `append`; none where it is not there. A line that a full disk has cut is passed over."""
+def lines(path: Path, *keys: str) -> Iterator[dict[str, Any]]:
+    """Whole lines of a file of `append` that have these keys; none where it is not there. A line that a full disk has cut is
+    passed over."""
     try:
         text = path.read_text(errors="replace")
     except OSError:
@@ -121,7 +122,7 @@ def lines(path: Path) -> Iterator[dict[str, Any]]:
     for line in text.splitlines():
         with contextlib.suppress(ValueError):
             found = json.loads(line)
-            if isinstance(found, dict):
+            if isinstance(found, dict) and all(key in found for key in keys):
                 yield found
 
 
@@ -145,22 +146,28 @@ def read_attempts(folder: JobFolder, stage: str) -> list[Attempt]:
     start of the same process."""
     found = []
     for path in (folder.root / "attempts").glob(f"{stage}.*.jsonl"):
-        job_id = int(path.name.split(".")[1])
+        if not (number := path.name.split(".")[1]).isdigit():
+            continue
+        job_id = int(number)
         begun: dict[int, int] = {}
-        for line in lines(path):
+        for line in lines(path, "event", "pid", "at", "progress"):
             if line["event"] == "start":
                 begun[line["pid"]] = len(found)
-                found.append(Attempt(stage, job_id, line["restart"], line["nodes"], line["at"], line["progress"]))
+                found.append(Attempt(stage, job_id, line.get("restart", 0), line.get("nodes", ""), line["at"], line["progress"]))
             elif (place := begun.get(line["pid"])) is not None:
                 found[place] = found[place]._replace(
-                    ended=line["at"], after=line["progress"], code=line["code"], outcome=line["outcome"], reason=line["reason"]
+                    ended=line["at"],
+                    after=line["progress"],
+                    code=line.get("code"),
+                    outcome=line.get("outcome", ""),
+                    reason=line.get("reason", ""),
                 )
     return sorted(found, key=lambda one: one.started)
 
 
 def excluded_nodes(folder: JobFolder) -> dict[str, str]:
     """Nodes that failed a health check of this run, with what was wrong."""
-    return {line["node"]: line["reason"] for line in lines(folder.excluded)}
+    return {line["node"]: line["reason"] for line in lines(folder.excluded, "node", "reason")}
 
 
 def note_stages(folder: JobFolder, stages: Sequence[StageName]) -> None:
@@ -168,5 +175,9 @@ def note_stages(folder: JobFolder, stages: Sequence[StageName]) -> None:
 
 
 def read_stages(folder: JobFolder) -> tuple[StageName, ...]:
-    """None where nothing was submitted."""
-    return tuple(read_json(folder.chain)["stages"]) if folder.chain.is_file() else ()
+    """Empty where nothing was submitted, or the file says nothing of use: submit writes it anew."""
+    try:
+        found = json.loads(folder.chain.read_text())["stages"]
+        return tuple(stage for stage in found if stage in get_args(StageName))
+    except (OSError, ValueError, TypeError, KeyError):
+        return ()

@@ -9,6 +9,7 @@ attempt says so: its output is whole when it refuses.
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from configs.cluster import StageName
@@ -36,7 +37,7 @@ class Placed(NamedTuple):
 def jobs_of(run: RunFolder, known: Sequence[QueuedJob]) -> dict[str, list[QueuedJob]]:
     """This run's jobs among those that Slurm knows, by stage; elements of an array one by one. Where a site's plugin has put
     something of its own into the comment: by the number that was noted, and the name."""
-    noted = {line["job_id"]: str(line["stage"]) for line in lines(JobFolder.of(run).jobs)}
+    noted = {line["job_id"]: str(line["stage"]) for line in lines(JobFolder.of(run).jobs, "stage", "job_id")}
     found: dict[str, list[QueuedJob]] = {}
     for job in known:
         words = job.comment.split(" ", 2)
@@ -117,28 +118,34 @@ def submit_chain(
     scripts = {script.stage: script.text for script in render_scripts(chain)}
     run.logs.mkdir(parents=True, exist_ok=True)
     folder.root.mkdir(parents=True, exist_ok=True)
+    differs = {stage: _without_nodes(_text_of(folder.script(stage))) != _without_nodes(text) for stage, text in scripts.items()}
+    at_work = {stage for stage, jobs in alive.items() if not all(job.state in WAITING for job in jobs)}
     for stage, text in scripts.items():
-        if stage in chosen or stage == "serve":
+        if (stage in chosen or stage in alive or stage == "serve") and stage not in at_work:
             _refuse_what_slurm_would(folder, stage, text)
     folder.cancelled.unlink(missing_ok=True)
     note_stages(folder, stages)
-    noted = {line["job_id"] for line in lines(folder.jobs)}
+    noted = {line["job_id"] for line in lines(folder.jobs, "job_id")}
     placed: list[Placed] = []
     before: int | None = None
     fresh = False  # something earlier is being made
+    changed = False  # by a job of now, so that jobs of before wait for what is not there any more
     for stage in stages:
         if stage == "serve":
             continue
-        if stage == "report" and fresh and (stale := [job for job in alive.get(stage, []) if job.state == "PENDING"]):
-            call("scancel", *(job.address for job in stale))  # it waits for the end of a chain of before
-            del alive[stage]
-        if jobs := alive.get(stage):
+        jobs = alive.get(stage, [])
+        is_stale = bool(jobs) and (changed or differs[stage]) and stage not in at_work
+        if is_stale:
+            for job in jobs:
+                _try("scancel", job.address)
+        elif jobs:
             before, fresh = jobs[0].array_id, True
             if before not in noted:
                 append(folder.jobs, {"stage": stage, "job_id": before, "array": array_of(chain, stage), "at": time.time()})
-            placed.append(Placed(stage, "attached", before, how_to_release(jobs)))
+            other = "at work with the settings that it was submitted with" if differs[stage] else ""
+            placed.append(Placed(stage, "attached", before, how_to_release(jobs) or other))
             continue
-        if stage not in chosen:
+        if stage not in chosen and not is_stale:
             placed.append(Placed(stage, "left out"))
             continue
         note = ""
@@ -147,10 +154,22 @@ def submit_chain(
                 placed.append(Placed(stage, "done"))
                 continue
             note = "what it made was made with other settings"
-        _require_input(chain, stage, before)
-        before, fresh = _submit(chain, stage, before), True
-        placed.append(Placed(stage, "submitted", before, note))
+        _require_input(chain, stage, placed)
+        before, fresh, changed = _submit(chain, stage, before), True, True
+        placed.append(Placed(stage, "submitted", before, "in the place of one that waited" if is_stale else note))
     return placed + (_place_servers(chain, alive.get("serve", []), placed) if "serve" in stages else [])
+
+
+def _text_of(script: Path) -> str:
+    try:
+        return script.read_text()
+    except OSError:
+        return ""
+
+
+def _without_nodes(text: str) -> str:
+    """Nodes that fail a health check change no result."""
+    return "\n".join(line for line in text.splitlines() if not line.startswith("#SBATCH --exclude="))
 
 
 def _refuse_what_slurm_would(folder: JobFolder, stage: StageName, text: str) -> None:
@@ -207,9 +226,12 @@ def is_done(run: RunFolder, stage: StageName) -> bool:
     return last is not None and last.outcome == "done" and (sealed or spec.output is None)
 
 
-def _require_input(chain: Chain, stage: StageName, before: int | None) -> None:
+def _require_input(chain: Chain, stage: StageName, placed: Sequence[Placed]) -> None:
+    """Its input is there, or a job before it makes it."""
     folder = SPECS[stage].input
-    if before is None and folder is not None and read_rollup(chain.run.root / folder) is None:
+    if folder is None or read_rollup(chain.run.root / folder) is not None:
+        return
+    if not any(one.job_id is not None and SPECS[one.stage].output == folder for one in placed):
         raise UnusableInput(
             f"submit: {stage} reads {chain.run.root / folder}, which is not finished, and no job makes it; "
             "leave out --only, or name an earlier stage with --from"

@@ -32,7 +32,7 @@ Current = Callable[["Context", "StageName"], bool]
 def print_scripts(named: Invocation, max_nodes: int | None, chosen: tuple[str | None, str | None], hours: Hours) -> None:
     """The scripts and what the plan says of their hours. Touches nothing."""
     from slurm.chain import check_size, chosen_stages
-    from slurm.scripts import render_scripts
+    from slurm.scripts import array_of, render_scripts
     from slurm.topology import ASKING, stage_shape
 
     context = named.look()
@@ -48,7 +48,8 @@ def print_scripts(named: Invocation, max_nodes: int | None, chosen: tuple[str | 
     for stage in wanted:
         shape, job = stage_shape(context.recipe, stage), chain.slurm.job(stage)
         jobs = f"{shape.jobs} jobs of " if shape.jobs > 1 else ""
-        planned = f"{known[stage] / shape.jobs:,.1f} h by the plan" if stage in known else "not planned"
+        at_once = int((array_of(chain, stage) or "").rpartition("%")[2]) if "%" in (array_of(chain, stage) or "") else shape.jobs
+        planned = f"{known[stage] / at_once:,.1f} h by the plan" if stage in known else "not planned"
         limit = job.time_limit or "the partition's"
         print(f"{stage:<9} {jobs}{shape.nodes} node{'s'[: shape.nodes > 1]}, time limit {limit}; {planned}")
 

@@ -57,4 +57,5 @@ def _prepared_files(run: RunFolder) -> int:
 
 
 def _newest_step(run: RunFolder) -> int:
-    return max((int(path.name.removeprefix("step-")) for path in run.checkpoints.glob("step-*") if path.is_dir()), default=0)
+    names = (path.name.removeprefix("step-") for path in run.checkpoints.glob("step-*") if path.is_dir())
+    return max((int(name) for name in names if name.isdigit()), default=0)

@@ -37,7 +37,7 @@ def settle_site(settings: Slurm, folders: Sequence[Path]) -> Slurm:
     own = settings.model_dump(exclude_unset=True)
     try:
         Slurm.model_validate(values)
-        return Slurm.model_validate(_over(values, own))
+        return Slurm.model_validate(_over(values, own) | {"site": ""})
     except ValidationError as error:
         raise UnusableInput(f"slurm.site {path}: {describe(error)}") from error
 

@@ -21,6 +21,7 @@ from slurm.client import QueuedJob
 from slurm.progress import progress_of
 from slurm.topology import SPECS
 
+WOULD_GO_ON = ("hung", "interrupted", "failed", "bad node", "busy", "not begun")
 ENDED = ("held", "refused", "failed", "interrupted", "cancelled")
 STATES = ("done", "running", "pending", "held", "refused", "failed", "interrupted", "cancelled", "not submitted", "never ran")
 
@@ -68,7 +69,7 @@ def read_status(run: RunFolder, stages: Sequence[StageName], known: Sequence[Que
     folder = JobFolder.of(run)
     alive = jobs_of(run, known or ())
     submitted: dict[str, list[int]] = {}
-    for line in lines(folder.jobs):
+    for line in lines(folder.jobs, "stage", "job_id"):
         submitted.setdefault(line["stage"], []).append(line["job_id"])
     found = [_stage_status(run, stage, alive.get(stage, []), submitted.get(stage, []), known is not None) for stage in stages]
     for place, (before, one) in enumerate(itertools.pairwise(found), 1):
@@ -105,7 +106,7 @@ def _stage_status(
     if is_done(run, stage):
         return StageStatus(state="done", jobs=tuple(submitted[-1:]), **common)
     ids = tuple(submitted[-1:])
-    if last is not None and (not ids or last.job_id >= ids[-1]):
+    if last is not None and (not ids or last.job_id >= ids[-1] or stage == "serve"):  # others of it may only have waited
         if last.ended is None:
             state, reason = (
                 ("interrupted", "its job is gone and has left no word") if asked_slurm else ("running", "by its files")
@@ -114,6 +115,8 @@ def _stage_status(
             states = {"refused": "refused", "cancelled": "cancelled", "interrupted": "interrupted", "done": "interrupted"}
             gone = "what it made is no longer there" if last.outcome == "done" else ""
             state, reason = states.get(last.outcome, "failed"), last.reason or gone
+            if folder.cancelled.exists() and last.outcome in WOULD_GO_ON:
+                state, reason = "cancelled", f"while it waited to go on; before: {last.outcome}: {reason}"
         return StageStatus(state=state, jobs=ids, reason=reason, **common)
     if not ids:
         sealed = SPECS[stage].output is not None and read_rollup(run.root / str(SPECS[stage].output)) is not None
@@ -123,7 +126,9 @@ def _stage_status(
     log = run.logs / f"{stage}-{ids[-1]}.log"
     if said := _last_line(log):  # of its own script, or of Slurm
         return StageStatus(state="failed", jobs=ids, reason=f"it ended before its stage began: {said}; see {log}", **common)
-    reason = "its job never ran: the stage before it failed, or it was cancelled"
+    if folder.cancelled.exists():
+        return StageStatus(state="cancelled", jobs=ids, reason="before it began", **common)
+    reason = "its job never ran: the stage before it failed, or somebody took it out of the queue"
     return StageStatus(state="never ran", jobs=ids, reason=reason, **common)
 
 
@@ -220,6 +225,10 @@ def status_tables(found: ChainStatus) -> RenderableType:
         parts.append("Slurm does not answer here: what its jobs are doing is read from the run folder alone")
     if (stop := found.stopped_at) is not None:
         parts.append(f"stopped   {stop.stage} is {stop.state}: {stop.reason}")
+        if stop.state != "held":
+            parts.append(
+                "          once that is settled, tracestill submit with the same recipe and run folder goes on from there"
+            )
     return Group(*parts)
 
 

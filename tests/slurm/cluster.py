@@ -176,7 +176,9 @@ class Cluster:
         return found
 
     def job(self, job_id: int) -> dict[str, str]:
-        line = self.call("scontrol", "--oneliner", "show", "job", str(job_id))
+        """Of an array it is shown element by element: the one of this number is meant."""
+        shown = self.call("scontrol", "--oneliner", "show", "job", str(job_id)).splitlines()
+        line = next((line for line in shown if line.startswith(f"JobId={job_id} ")), shown[0])
         return dict(word.split("=", 1) for word in line.split() if "=" in word)
 
     def preempt(self, job_id: int, seconds: float = 1.0) -> None:

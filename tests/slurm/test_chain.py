@@ -55,6 +55,35 @@ def test_a_failing_stage_stops_the_chain_and_says_why(cluster: Cluster, tmp_path
     assert "stopped   prompts is failed" in said and "gone.jsonl" in said
 
 
+def test_other_settings_take_the_place_of_jobs_that_wait(cluster: Cluster, tmp_path: Path) -> None:
+    """Nothing goes past a gate because its job waited for the end of an evaluation with another."""
+    site = Site(cluster, tmp_path)
+    site.submit()
+    wait_for(lambda: any(site.run.logs.glob("prompts-*.log")), "a start", 60)
+    before = {stage: site.job_of(stage) for stage in STAGES}
+    again = site.submit(overrides=(HARD,))
+    running = [stage for stage in STAGES if again[stage] == "attached"]
+    assert running in (["prompts"], ["headroom"], []) and again["generate"] == again["export"] == again["report"] == "submitted"
+    queue = {int(line) for line in cluster.call("squeue", "-h", "-o", "%A").split()}
+    assert queue.isdisjoint(before[stage] for stage in STAGES if again[stage] == "submitted")
+    assert f"afterok:{site.job_of('evaluate')}" in cluster.job(site.job_of("export"))["Dependency"]
+    cluster.call("scancel", str(site.job_of("train")))  # those behind it go with it, but for the report
+    wait_for(lambda: "evaluate" not in cluster.call("squeue", "-h", "-o", "%j"), "the end of what waits for it", 30)
+    last = site.submit(overrides=(HARD,))
+    assert {last[stage] for stage in ("train", "evaluate", "export", "report")} == {"submitted"}
+    assert f"afterany:{site.job_of('export')}" in cluster.job(site.job_of("report"))["Dependency"]
+    assert site.give("cancel", str(site.run.root)).code == 0 and not cluster.call("squeue", "-h")
+    found = {stage: one["state"] for stage, one in site.status().items()}
+    assert found["train"] == found["report"] == "cancelled", everything(site)
+
+
+def test_what_slurm_would_refuse_is_refused_before_anything_is_queued(cluster: Cluster, tmp_path: Path) -> None:
+    site = Site(cluster, tmp_path)
+    ended = site.give("submit", *site.words("slurm.stages={evaluate: {partition: nowhere}}"))
+    assert ended.code == 2 and "slurm.stages.evaluate" in ended.err and "nowhere" in ended.err + ended.out, ended
+    assert ended.err.count("\n") == 1 and not cluster.call("squeue", "-h")
+
+
 def test_cancel_stops_cleanly_and_submit_continues(cluster: Cluster, tmp_path: Path) -> None:
     site = Site(cluster, tmp_path)
     site.submit()

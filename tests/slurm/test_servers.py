@@ -1,7 +1,6 @@
 """Servers of the teacher as jobs on a real Slurm: they register, go and come, and end when nobody asks them any more."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -29,12 +28,6 @@ SERVED = (
 )
 
 
-def restarts_of(cluster: Cluster, job: int) -> str:
-    """Of one element of an array, whose number may be the array's."""
-    lines = cluster.call("scontrol", "--oneliner", "show", "job", str(job)).splitlines()
-    return next(re.search(r"Restarts=(\d+)", line)[1] for line in lines if f"JobId={job} " in line)  # type: ignore[index]
-
-
 def test_two_servers_come_and_go_while_a_run_asks_them(cluster: Cluster, tmp_path: Path) -> None:
     site = Site(cluster, tmp_path, SERVED)
     site.finish("prompts", 120)
@@ -45,10 +38,10 @@ def test_two_servers_come_and_go_while_a_run_asks_them(cluster: Cluster, tmp_pat
         wait_for(lambda: any(site.run.traces.glob("*.json")), "first traces", 120)
         job = int(min(folder.glob("servers/*.url")).stem)
         cluster.preempt(job, 1.0)
-        wait_for(lambda: restarts_of(cluster, job) == "1", "a requeue of a server", 60)
+        wait_for(lambda: cluster.job(job)["Restarts"] == "1", "a requeue of a server", 60)
         assert not (folder / "servers" / f"{job}.url").exists()  # it had the time to sign off
         others = [int(line) for line in cluster.call("squeue", "-h", "-r", "--name=embedded-serve", "-o", "%A").splitlines()]
-        assert [restarts_of(cluster, other) for other in others if other != job] == ["0"]
+        assert [cluster.job(other)["Restarts"] for other in others if other != job] == ["0"]
         wait_for(lambda: cluster.states()[site.job_of("generate")] == "COMPLETED", "end of generate", 400)
     ledger = read_ledger(site.run)
     assert (ledger.completed, ledger.failed, ledger.pending) == (128, 0, 0), everything(site)
