@@ -115,7 +115,7 @@ def submit_chain(
     run, folder, stages = chain.run, JobFolder.of(chain.run), chain.stages
     chosen = chosen_stages(chain, first, only)
     alive = settled_jobs_of(run)
-    scripts = {script.stage: script.text for script in render_scripts(chain)}
+    scripts: dict[StageName, str] = {script.stage: script.text for script in render_scripts(chain)}
     run.logs.mkdir(parents=True, exist_ok=True)
     folder.root.mkdir(parents=True, exist_ok=True)
     differs = {stage: _without_nodes(_text_of(folder.script(stage))) != _without_nodes(text) for stage, text in scripts.items()}

@@ -201,6 +201,15 @@ def test_a_recipe_counts_before_its_site(tmp_path: Path) -> None:
     assert (found.job("data").partition, found.job("data").qos, found.job("train").partition) == ("cpu", "low", "gpu")
 
 
+def test_what_a_recipe_wants_may_need_what_its_site_says(tmp_path: Path) -> None:
+    (tmp_path / "cluster.yaml").write_text("scratch: /local/$USER\n")
+    wanted = ["slurm.site=cluster.yaml", "slurm.stage_weights=true", "slurm.health={scratch_gib: 9}"]
+    assert settle_site(load_recipe("embedded", wanted).recipe.slurm, (tmp_path,)).scratch == "/local/$USER"
+    (tmp_path / "cluster.yaml").write_text("partition: gpu\n")
+    with pytest.raises(UnusableInput, match="stage_weights needs scratch"):
+        settle_site(load_recipe("embedded", wanted).recipe.slurm, (tmp_path,))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -212,6 +221,11 @@ def test_a_recipe_counts_before_its_site(tmp_path: Path) -> None:
         ("time_limit: '00:05:00'", "leaves no time to work"),
         ("environment: {'A B': '1'}", "expected a variable's name"),
         ("stage_weights: true", "stage_weights needs scratch"),
+        ("time_limit: 24:00:00", "put it in quotes"),
+        ("memory: 0", "put it in quotes"),
+        ("partition: a b", "'a b': expected one word"),
+        ("options: [--array=0-3]", "--array is what a job is known and ended by here"),
+        ("options: [--comment mine]", "--comment is what a job is known and ended by here"),
     ],
 )
 def test_a_site_that_cannot_be_used_is_one_line(tmp_path: Path, text: str | None, message: str) -> None:

@@ -7,6 +7,7 @@ import pytest
 from data.store import RunFolder, seal
 from slurm import attempts
 from slurm.attempts import JobFolder
+from slurm.chain import jobs_of
 from slurm.client import QueuedJob
 from slurm.status import read_status
 
@@ -55,3 +56,42 @@ def test_a_script_that_ended_before_its_stage_began_shows_its_last_line(tmp_path
     (run.logs / "train-7.log").write_text("slurm_script: line 9: module: command not found\n\n")
     [found] = read_status(run, ("train",), []).stages
     assert found.state == "failed" and "module: command not found" in found.reason and "train-7.log" in found.reason
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("chain.json", "{}"), ("chain.json", '{"stages": ["train", "nonsense"]}'), ("jobs.jsonl", '{"job_id": 7}\n[]\n{'),
+        ("attempts/train.7.jsonl", "{}\n"), ("attempts/train.x.jsonl", "{}\n"), ("excluded.jsonl", '{"node": "n1"}\n'),
+        ("beats/train.7.json", "[]"),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_of_jobs_is_passed_over(tmp_path: Path, name: str, text: str) -> None:
+    """They are for people: nothing that was made depends on them."""
+    run = RunFolder(tmp_path)
+    path = tmp_path / "slurm" / name
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    (run.checkpoints / "step-abc").mkdir(parents=True)
+    job = QueuedJob(7, 7, "RUNNING", "None", "n1", f"tracestill train {run.root}", "7")
+    [found] = read_status(run, ("train",), [job]).stages
+    assert (found.state, found.progress) == ("running", "step 0")
+    assert set(attempts.read_stages(JobFolder.of(run))) <= {"train"}
+
+
+def test_what_was_cancelled_is_cancelled_whatever_it_was_waiting_for(tmp_path: Path) -> None:
+    run, folder = RunFolder(tmp_path), JobFolder.of(RunFolder(tmp_path))
+    attempts.begin(folder, "generate", 7, 0, "n1", "traces 0")
+    attempts.end(folder, "generate", 7, after="traces 0", code=143, outcome="hung", reason="nothing has moved")
+    for stage, job in (("generate", 7), ("data", 8)):
+        attempts.append(folder.jobs, {"stage": stage, "job_id": job})
+    assert [one.state for one in read_status(run, ("generate", "data"), []).stages] == ["failed", "never ran"]
+    folder.cancelled.touch()
+    assert [one.state for one in read_status(run, ("generate", "data"), []).stages] == ["cancelled", "cancelled"]
+
+
+def test_a_job_whose_comment_a_site_has_rewritten_is_known_by_its_number_and_name(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    attempts.append(JobFolder.of(run).jobs, {"stage": "train", "job_id": 7})
+    mine, other = (QueuedJob(7, 7, "RUNNING", "None", "n1", "cost=9", "7", name) for name in ("embedded-train", "somebody-else"))
+    assert list(jobs_of(run, [mine])) == ["train"] and jobs_of(run, [other]) == {}
