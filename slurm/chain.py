@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 from configs.cluster import StageName
 from configs.errors import Refused, UnusableInput
 from data.store import RunFolder, read_rollup, write_bytes
-from slurm.attempts import JobFolder, append, lines, note_stages, read_attempts
+from slurm.attempts import JobFolder, append, excluded_nodes, lines, note_stages, read_attempts
 from slurm.client import QueuedJob, SlurmFailed, call, queued, sbatch
 from slurm.scripts import Chain, array_of, dependency_kind, render_scripts
 from slurm.topology import ASKING, SPECS, previous_of, stage_shape
@@ -138,7 +138,7 @@ def submit_chain(
         if is_stale:
             for job in jobs:
                 _try("scancel", job.address)
-        elif jobs:
+        elif jobs and not (stage == "report" and changed):  # a report that is being written is of what was
             before, fresh = jobs[0].array_id, True
             if before not in noted:
                 append(folder.jobs, {"stage": stage, "job_id": before, "array": array_of(chain, stage), "at": time.time()})
@@ -179,8 +179,11 @@ def _refuse_what_slurm_would(folder: JobFolder, stage: StageName, text: str) -> 
     try:
         call("sbatch", "--test-only", str(script))
     except SlurmFailed as error:
+        left_out = excluded_nodes(folder)
+        without = f"; {', '.join(sorted(left_out))} failed a health check: delete {folder.excluded} if they are mended"
         raise UnusableInput(
             f"slurm, or slurm.stages.{stage}: {error}; nothing was submitted; what was asked for stands in {script}"
+            + (without if left_out else "")
         ) from error
 
 

@@ -71,8 +71,12 @@ def call(*words: str) -> str:
         ) from error
     if done.returncode != 0:
         said = " ".join((done.stderr or done.stdout).split()) or f"exit code {done.returncode}"
-        raise SlurmFailed(f"{words[0]}: {said.removeprefix(words[0] + ': ')}")
+        hint = "; is slurmctld up? The same command tries again" if _AWAY.search(said) else ""
+        raise SlurmFailed(f"{words[0]}: {said.removeprefix(words[0] + ': ')}{hint}")
     return done.stdout
+
+
+_AWAY = re.compile("unable to contact|socket timed out|connection refused|zero bytes", re.IGNORECASE)
 
 
 def _environment() -> dict[str, str]:

@@ -104,7 +104,8 @@ def _stage_status(
         state = "held" if any(job.is_held for job in jobs) else "pending"
         return StageStatus(state=state, jobs=tuple(job.job_id for job in jobs), reason=f"{why}{ended}", **common)
     if is_done(run, stage):
-        return StageStatus(state="done", jobs=tuple(submitted[-1:]), **common)
+        made_by = [one.job_id for one in attempts if one.outcome == "done"] or submitted
+        return StageStatus(state="done", jobs=tuple(made_by[-1:]), **common)
     ids = tuple(submitted[-1:])
     if last is not None and (not ids or last.job_id >= ids[-1] or stage == "serve"):  # others of it may only have waited
         if last.ended is None:
