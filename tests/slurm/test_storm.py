@@ -41,15 +41,6 @@ def a_site(cluster: Cluster, folder: Path, *more: str) -> Site:
     return Site(cluster, folder, (*SMALL, *CLUSTER, *SLOW, *more))
 
 
-@pytest.fixture(autouse=True)
-def nothing_left(cluster: Cluster, quiet: Result) -> Iterator[None]:
-    """What a test that failed has left behind is not the next one's trouble."""
-    yield
-    cluster.call("scancel", "--user=root")
-    wait_for(lambda: not cluster.call("squeue", "-h"), "an empty queue", 60)
-    cluster.resume_nodes()
-
-
 @pytest.fixture(scope="module")
 def quiet(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory, figures: dict[str, Any]) -> Result:
     """The same run, which nobody disturbs."""
