@@ -62,9 +62,11 @@ def settled_jobs_of(run: RunFolder) -> dict[str, list[QueuedJob]]:
         time.sleep(POLL_S)
 
 
-def how_to_release(jobs: Sequence[QueuedJob]) -> str:
-    """Of jobs that nobody but an operator sets going again; empty when there are none. Slurm itself holds what it could not
-    launch, or has requeued too often."""
+def what_holds(jobs: Sequence[QueuedJob]) -> str:
+    """Jobs that nobody but a person sets going, and how; empty when there are none. Slurm itself holds what it could not launch,
+    or has requeued too often."""
+    if impossible := next((job for job in jobs if job.is_impossible), None):
+        return f"{impossible.reason}: it will not start as it was asked for; change that in slurm, and submit again"
     stopped = [job for job in jobs if job.is_held]
     if not stopped:
         return ""
@@ -143,7 +145,7 @@ def submit_chain(
             if before not in noted:
                 append(folder.jobs, {"stage": stage, "job_id": before, "array": array_of(chain, stage), "at": time.time()})
             other = "at work with the settings that it was submitted with" if differs[stage] else ""
-            placed.append(Placed(stage, "attached", before, how_to_release(jobs) or other))
+            placed.append(Placed(stage, "attached", before, what_holds(jobs) or other))
             continue
         if stage not in chosen and not is_stale:
             placed.append(Placed(stage, "left out"))

@@ -23,6 +23,13 @@ GONE = (
 )
 
 
+IMPOSSIBLE = (
+    "PartitionConfig", "PartitionTimeLimit", "PartitionNodeLimit", "BadConstraints", "InvalidAccount", "InvalidQOS",
+    "AccountNotAllowed", "QOSNotAllowed", "DependencyNeverSatisfied",
+)  # fmt: skip
+"""Reasons for which a job waits until somebody changes something."""
+
+
 class SlurmFailed(TracestillError):
     """A command of Slurm's that should have worked; its own words."""
 
@@ -45,6 +52,11 @@ class QueuedJob(NamedTuple):
     @property
     def is_alive(self) -> bool:
         return self.state not in GONE
+
+    @property
+    def is_impossible(self) -> bool:
+        """It waits for what its partition, account or constraint will never give it."""
+        return self.state in ("PENDING", "REQUEUE_HOLD", "SPECIAL_EXIT") and self.reason in IMPOSSIBLE
 
     @property
     def is_held(self) -> bool:

@@ -105,4 +105,5 @@ def _update_when_queued(folder: JobFolder, run: RunFolder, job: str, nodes: str)
     same = {"partition": "SLURM_JOB_PARTITION", "account": "SLURM_JOB_ACCOUNT", "qos": "SLURM_JOB_QOS"}
     options = [f"--{option}={os.environ[name]}" for option, name in same.items() if os.environ.get(name)]
     options += ["--ntasks=1", "--time=10", f"--exclude={nodes}", f"--output={run.logs / 'exclude-%j.log'}", "--job-name=exclude"]
+    options += [f"--comment=tracestill exclude {run.root}"]
     sbatch(str(script), options)

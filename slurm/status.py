@@ -16,7 +16,7 @@ from configs.errors import UnusableInput
 from data.ledger import Ledger, read_ledger
 from data.store import RunFolder, read_rollup
 from slurm.attempts import Attempt, JobFolder, excluded_nodes, lines, read_attempts
-from slurm.chain import WAITING, how_to_release, is_done, jobs_of
+from slurm.chain import WAITING, is_done, jobs_of, what_holds
 from slurm.client import QueuedJob
 from slurm.progress import progress_of
 from slurm.topology import SPECS
@@ -99,9 +99,9 @@ def _stage_status(
             count=_count(beats), eta_s=_eta(beats), **common,
         )  # fmt: skip
     if jobs:
-        why = how_to_release(jobs) or (jobs[0].reason if jobs[0].reason not in ("None", "") else "")
+        why = (held := what_holds(jobs)) or (jobs[0].reason if jobs[0].reason not in ("None", "") else "")
         ended = f"; last: {last.outcome}: {last.reason}" if last is not None and last.ended and last.outcome != "done" else ""
-        state = "held" if any(job.is_held for job in jobs) else "pending"
+        state = "held" if held else "pending"
         return StageStatus(state=state, jobs=tuple(job.job_id for job in jobs), reason=f"{why}{ended}", **common)
     if is_done(run, stage):
         made_by = [one.job_id for one in attempts if one.outcome == "done"] or submitted

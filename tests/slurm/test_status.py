@@ -26,6 +26,11 @@ def test_a_job_that_slurm_holds_waits_for_somebody(tmp_path: Path, reason: str) 
     assert state == "held" and reason in why and "scontrol release 7" in why
 
 
+def test_a_job_that_can_never_start_says_what_to_do(tmp_path: Path) -> None:
+    state, why = of_train(RunFolder(tmp_path), "PENDING", "PartitionTimeLimit")
+    assert state == "held" and why.startswith("PartitionTimeLimit: it will not start")
+
+
 @pytest.mark.parametrize("reason", ["Priority", "Resources", "BeginTime", "Dependency", "ReqNodeNotAvail", "None"])
 def test_a_job_that_waits_its_turn_is_pending(tmp_path: Path, reason: str) -> None:
     assert of_train(RunFolder(tmp_path), "PENDING", reason) == ("pending", reason.replace("None", ""))
