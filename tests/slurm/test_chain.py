@@ -103,12 +103,14 @@ def test_cancel_stops_cleanly_and_submit_continues(cluster: Cluster, tmp_path: P
     assert site.give("cancel", str(site.run.root)).out.startswith("nothing to cancel")
 
 
-EVERY_KIND = ("teacher.engine.prepared=shards", "slurm.generate_jobs=2", "slurm.canary=0.2")
+EVERY_KIND = (
+    "teacher.engine.prepared=shards", "slurm.generate_jobs=2", "slurm.canary=0.2", "train.nodes=2", "train.processes=1",
+)  # fmt: skip
 HARD, SOFT = "evaluate.gates={accuracy: {min: 1.0}}", "evaluate.gates={accuracy: {min: 0.0}}"
 
 
 def test_every_kind_of_job_and_a_gate_that_says_no(cluster: Cluster, tmp_path: Path) -> None:
-    """Shards are prepared, a canary goes ahead, two jobs of two nodes generate together. The student is refused: nothing is
+    """Shards are prepared, a canary goes ahead, two jobs of two nodes generate together, two nodes train. The student is refused: nothing is
     exported, the report says so, and what is asked for afterwards follows from the gates then."""
     site = Site(cluster, tmp_path, (*SMALL, *CLUSTER, *EVERY_KIND))
     stages = ["prepare", "prompts", "headroom", "canary", *STAGES[2:]]
