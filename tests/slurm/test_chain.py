@@ -110,8 +110,8 @@ HARD, SOFT = "evaluate.gates={accuracy: {min: 1.0}}", "evaluate.gates={accuracy:
 
 
 def test_every_kind_of_job_and_a_gate_that_says_no(cluster: Cluster, tmp_path: Path) -> None:
-    """Shards are prepared, a canary goes ahead, two jobs of two nodes generate together, two nodes train. The student is refused: nothing is
-    exported, the report says so, and what is asked for afterwards follows from the gates then."""
+    """Shards are prepared, a canary goes ahead, two jobs of two nodes generate together, two nodes train. The student is refused:
+    nothing is exported, the report says so, and what is asked for afterwards follows from the gates then."""
     site = Site(cluster, tmp_path, (*SMALL, *CLUSTER, *EVERY_KIND))
     stages = ["prepare", "prompts", "headroom", "canary", *STAGES[2:]]
     assert site.submit("--max-nodes", "4", overrides=(HARD,)) == dict.fromkeys(stages, "submitted")
