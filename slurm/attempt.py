@@ -223,7 +223,7 @@ def main(words: Sequence[str]) -> int:
     run, job_id = RunFolder(options.run_dir), int(os.environ["SLURM_JOB_ID"])
     folder, stage = JobFolder.of(run), options.stage
     before = after = ""
-    earlier = [one for one in attempts.read_attempts(folder, stage) if one.job_id == job_id]
+    earlier = attempts.attempts_of(folder, stage, job_id)
     try:
         try:
             before = after = progress_of(run, stage)

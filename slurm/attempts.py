@@ -142,27 +142,27 @@ def end(folder: JobFolder, stage: str, job_id: int, *, after: str, code: int, ou
 
 
 def read_attempts(folder: JobFolder, stage: str) -> list[Attempt]:
-    """Of all jobs of the stage, by their start. Two that a confused controller launched at once are two: an end belongs to the
-    start of the same process."""
-    found = []
-    for path in (folder.root / "attempts").glob(f"{stage}.*.jsonl"):
-        if not (number := path.name.split(".")[1]).isdigit():
-            continue
-        job_id = int(number)
-        begun: dict[int, int] = {}
-        for line in lines(path, "event", "pid", "at", "progress"):
-            if line["event"] == "start":
-                begun[line["pid"]] = len(found)
-                found.append(Attempt(stage, job_id, line.get("restart", 0), line.get("nodes", ""), line["at"], line["progress"]))
-            elif (place := begun.get(line["pid"])) is not None:
-                found[place] = found[place]._replace(
-                    ended=line["at"],
-                    after=line["progress"],
-                    code=line.get("code"),
-                    outcome=line.get("outcome", ""),
-                    reason=line.get("reason", ""),
-                )
+    """Of all jobs of the stage, by their start, as far as the clocks of their nodes agree."""
+    jobs = (path.name.split(".")[1] for path in (folder.root / "attempts").glob(f"{stage}.*.jsonl"))
+    found = [one for job in jobs if job.isdigit() for one in attempts_of(folder, stage, int(job))]
     return sorted(found, key=lambda one: one.started)
+
+
+def attempts_of(folder: JobFolder, stage: str, job_id: int) -> list[Attempt]:
+    """Of one job, oldest first. Two that a confused controller launched at once are two: an end belongs to the start of the same
+    process."""
+    found: list[Attempt] = []
+    begun: dict[int, int] = {}
+    for line in lines(folder.attempts(stage, job_id), "event", "pid", "at", "progress"):
+        if line["event"] == "start":
+            begun[line["pid"]] = len(found)
+            found.append(Attempt(stage, job_id, line.get("restart", 0), line.get("nodes", ""), line["at"], line["progress"]))
+        elif (place := begun.get(line["pid"])) is not None:
+            found[place] = found[place]._replace(
+                ended=line["at"], after=line["progress"], code=line.get("code"), outcome=line.get("outcome", ""),
+                reason=line.get("reason", ""),
+            )  # fmt: skip
+    return found
 
 
 def excluded_nodes(folder: JobFolder) -> dict[str, str]:

@@ -116,8 +116,11 @@ def _stage_status(
             states = {"refused": "refused", "cancelled": "cancelled", "interrupted": "interrupted", "done": "interrupted"}
             gone = "what it made is no longer there" if last.outcome == "done" else ""
             state, reason = states.get(last.outcome, "failed"), last.reason or gone
-            if folder.cancelled.exists() and last.outcome in WOULD_GO_ON:
+            if last.outcome in WOULD_GO_ON and folder.cancelled.exists():
                 state, reason = "cancelled", f"while it waited to go on; before: {last.outcome}: {reason}"
+            elif last.outcome in WOULD_GO_ON and asked_slurm:  # requeueing was refused, or somebody took it out
+                said = _last_line(run.logs / f"{stage}-{last.job_id}.log")
+                reason += "; its job is not in the queue any more" + (f": {said}" if said and said not in reason else "")
         return StageStatus(state=state, jobs=ids, reason=reason, **common)
     if not ids:
         sealed = SPECS[stage].output is not None and read_rollup(run.root / str(SPECS[stage].output)) is not None
