@@ -16,13 +16,15 @@ from configs.cluster import StageName
 from configs.errors import Refused, UnusableInput
 from data.store import RunFolder, read_rollup, write_bytes
 from slurm.attempts import JobFolder, append, excluded_nodes, lines, note_stages, read_attempts
-from slurm.client import QueuedJob, SlurmFailed, call, queued, sbatch
+from slurm.client import QueuedJob, SlurmAway, SlurmFailed, call, queued, sbatch
 from slurm.scripts import Chain, array_of, dependency_kind, render_scripts
 from slurm.topology import ASKING, SPECS, previous_of, stage_shape
 
 GRACE_S = 300.0  # what a stage has for stopping by default (slurm.warning_seconds); who ends sooner is not waited for
 SETTLE_S = 120.0
 POLL_S = 1.0
+NOT_NOW = "Requested node configuration is not available"
+"""What sbatch --test-only says (22.05) of nodes that are drained or down at the moment too, for which a job would wait."""
 
 
 class Placed(NamedTuple):
@@ -112,7 +114,8 @@ def submit_chain(
 
     Raises:
         UnusableInput: a stage that is not there, an input that nobody makes; no Slurm here.
-        SlurmFailed: sbatch refuses a job: those before it stay, and the same command attaches to them.
+        UnusableInput: besides, when sbatch refuses a job: those that this call has submitted are taken out again.
+        SlurmAway: the controller has gone in between: those before it stay, and the same command attaches to them.
     """
     run, folder, stages = chain.run, JobFolder.of(chain.run), chain.stages
     chosen = chosen_stages(chain, first, only)
@@ -157,7 +160,15 @@ def submit_chain(
                 continue
             note = "what it made was made with other settings"
         _require_input(chain, stage, placed)
-        before, fresh, changed = _submit(chain, stage, before), True, True
+        try:
+            before, fresh, changed = _submit(chain, stage, before), True, True
+        except SlurmAway:
+            raise
+        except SlurmFailed as error:
+            for one in reversed(placed):
+                if one.how == "submitted":
+                    _try("scancel", str(one.job_id))
+            raise _refused(folder, stage, error) from error
         placed.append(Placed(stage, "submitted", before, "in the place of one that waited" if is_stale else note))
     return placed + (_place_servers(chain, alive.get("serve", []), placed) if "serve" in stages else [])
 
@@ -180,13 +191,21 @@ def _refuse_what_slurm_would(folder: JobFolder, stage: StageName, text: str) -> 
     write_bytes(script, text.encode())
     try:
         call("sbatch", "--test-only", str(script))
+    except SlurmAway:
+        raise
     except SlurmFailed as error:
-        left_out = excluded_nodes(folder)
-        without = f"; {', '.join(sorted(left_out))} failed a health check: delete {folder.excluded} if they are mended"
-        raise UnusableInput(
-            f"slurm, or slurm.stages.{stage}: {error}; nothing was submitted; what was asked for stands in {script}"
-            + (without if left_out else "")
-        ) from error
+        if NOT_NOW not in str(error):
+            raise _refused(folder, stage, error) from error
+
+
+def _refused(folder: JobFolder, stage: StageName, error: SlurmFailed) -> UnusableInput:
+    """One line for what Slurm says of a stage's script."""
+    left_out = excluded_nodes(folder)
+    without = f"; {', '.join(sorted(left_out))} failed a health check: delete {folder.excluded} if they are mended"
+    return UnusableInput(
+        f"slurm, or slurm.stages.{stage}: {error}; nothing is submitted; what was asked for stands in {folder.script(stage)}"
+        + (without if left_out else "")
+    )
 
 
 def _submit(chain: Chain, stage: StageName, before: int | None) -> int:

@@ -34,6 +34,10 @@ class SlurmFailed(TracestillError):
     """A command of Slurm's that should have worked; its own words."""
 
 
+class SlurmAway(SlurmFailed):
+    """The controller does not answer: the same command may work later."""
+
+
 class QueuedJob(NamedTuple):
     """A job that Slurm has not forgotten. job_id: of an element of an array, its own once it has been started; array_id: the id
     that the array was submitted as. address: what commands call this one job: ARRAY_TASK of an element, because the number of one
@@ -69,7 +73,7 @@ def call(*words: str) -> str:
 
     Raises:
         UnusableInput: Slurm is not installed here.
-        SlurmFailed: the command failed, or the controller does not answer.
+        SlurmFailed: the command failed; SlurmAway: because the controller does not answer.
     """
     try:
         done = subprocess.run(
@@ -78,13 +82,13 @@ def call(*words: str) -> str:
     except FileNotFoundError as error:
         raise UnusableInput(f"{words[0]}: not found on this machine; give this command on a login node of the cluster") from error
     except subprocess.TimeoutExpired as error:
-        raise SlurmFailed(
-            f"{words[0]}: no answer within {TIMEOUT_S:g} s; is slurmctld up? The same command tries again"
-        ) from error
+        raise SlurmAway(f"{words[0]}: no answer within {TIMEOUT_S:g} s; is slurmctld up? The same command tries again") from error
     if done.returncode != 0:
         said = " ".join((done.stderr or done.stdout).split()) or f"exit code {done.returncode}"
-        hint = "; is slurmctld up? The same command tries again" if _AWAY.search(said) else ""
-        raise SlurmFailed(f"{words[0]}: {said.removeprefix(words[0] + ': ')}{hint}")
+        said = f"{words[0]}: {said.removeprefix(words[0] + ': ')}"
+        if _AWAY.search(said):
+            raise SlurmAway(f"{said}; is slurmctld up? The same command tries again")
+        raise SlurmFailed(said)
     return done.stdout
 
 

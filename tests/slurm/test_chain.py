@@ -77,11 +77,21 @@ def test_other_settings_take_the_place_of_jobs_that_wait(cluster: Cluster, tmp_p
     assert found["train"] == found["report"] == "cancelled", everything(site)
 
 
-def test_what_slurm_would_refuse_is_refused_before_anything_is_queued(cluster: Cluster, tmp_path: Path) -> None:
+@pytest.mark.parametrize("asked", ["partition: nowhere", "options: [--gres=gpu:99]"])
+def test_what_slurm_refuses_leaves_nothing_in_the_queue(cluster: Cluster, tmp_path: Path, asked: str) -> None:
+    """Told before the first job, or, where Slurm cannot tell so early, by the refusal of one in the middle."""
     site = Site(cluster, tmp_path)
-    ended = site.give("submit", *site.words("slurm.stages={evaluate: {partition: nowhere}}"))
-    assert ended.code == 2 and "slurm.stages.evaluate" in ended.err and "nowhere" in ended.err + ended.out, ended
-    assert ended.err.count("\n") == 1 and not cluster.call("squeue", "-h")
+    ended = site.give("submit", *site.words(f"slurm.stages={{evaluate: {{{asked}}}}}"))
+    assert ended.code == 2 and "slurm.stages.evaluate" in ended.err and ended.err.count("\n") == 1, ended
+    wait_for(lambda: not cluster.call("squeue", "-h"), "an empty queue", 30)
+    assert site.submit() == dict.fromkeys(STAGES, "submitted")
+
+
+def test_nodes_that_are_away_for_the_moment_are_waited_for(cluster: Cluster, tmp_path: Path) -> None:
+    """sbatch --test-only calls that a configuration that is not available."""
+    for node in cluster.nodes:
+        cluster.call("scontrol", "update", f"NodeName={node}", "State=DRAIN", "Reason=test")
+    assert Site(cluster, tmp_path).submit() == dict.fromkeys(STAGES, "submitted")
 
 
 def test_cancel_stops_cleanly_and_submit_continues(cluster: Cluster, tmp_path: Path) -> None:
