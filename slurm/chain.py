@@ -1,4 +1,4 @@
-"""The chain of a run on the cluster: submitted, attached to, and stopped.
+"""The chain of a run on the cluster: submitted, and attached to.
 
 A job is known as this run's by its comment, which Slurm keeps; so whoever was killed between sbatch and the note of it, or finds
 jobs of a colleague at the same folder, attaches to them. What needs no job: stages whose output is sealed for these settings,
@@ -6,9 +6,8 @@ and that nothing before them is about to make anew. A stage that judges (headroo
 attempt says so: its output is whole when it refuses.
 """
 
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -16,11 +15,10 @@ from configs.cluster import StageName
 from configs.errors import Refused, UnusableInput
 from data.store import RunFolder, read_rollup, write_bytes
 from slurm.attempts import JobFolder, append, excluded_nodes, lines, note_stages, read_attempts
-from slurm.client import QueuedJob, SlurmAway, SlurmFailed, call, queued, sbatch
+from slurm.client import QueuedJob, SlurmAway, SlurmFailed, call, queued, sbatch, scancel
 from slurm.scripts import Chain, array_of, dependency_kind, render_scripts
 from slurm.topology import ASKING, SPECS, previous_of, stage_shape
 
-GRACE_S = 300.0  # what a stage has for stopping by default (slurm.warning_seconds); who ends sooner is not waited for
 SETTLE_S = 120.0
 POLL_S = 1.0
 NOT_NOW = "Requested node configuration is not available"
@@ -124,7 +122,7 @@ def submit_chain(
     run.logs.mkdir(parents=True, exist_ok=True)
     folder.root.mkdir(parents=True, exist_ok=True)
     differs = {stage: _without_nodes(_text_of(folder.script(stage))) != _without_nodes(text) for stage, text in scripts.items()}
-    at_work = {stage for stage, jobs in alive.items() if not all(job.state in WAITING for job in jobs)}
+    at_work = {stage for stage, jobs in alive.items() if not all(job.is_waiting for job in jobs)}
     for stage, text in scripts.items():
         if (stage in chosen or stage in alive or stage == "serve") and stage not in at_work:
             _refuse_what_slurm_would(folder, stage, text)
@@ -142,7 +140,7 @@ def submit_chain(
         is_stale = bool(jobs) and (changed or differs[stage]) and stage not in at_work
         if is_stale:
             for job in jobs:
-                _try("scancel", job.address)
+                scancel(job.address)
         elif jobs and not (stage == "report" and changed):  # a report that is being written is of what was
             before, fresh = jobs[0].array_id, True
             if before not in noted:
@@ -161,16 +159,16 @@ def submit_chain(
             note = "what it made was made with other settings"
         _require_input(chain, stage, placed)
         try:
-            before, fresh, changed = _submit(chain, stage, before), True, True
+            before, fresh, changed = _submit(chain, stage, scripts[stage], before), True, True
         except SlurmAway:
             raise
         except SlurmFailed as error:
             for one in reversed(placed):
                 if one.how == "submitted":
-                    _try("scancel", str(one.job_id))
-            raise _refused(folder, stage, error) from error
+                    scancel(str(one.job_id))
+            raise _refused(stage, error, folder) from error
         placed.append(Placed(stage, "submitted", before, "in the place of one that waited" if is_stale else note))
-    return placed + (_place_servers(chain, alive.get("serve", []), placed) if "serve" in stages else [])
+    return placed + (_place_servers(chain, scripts["serve"], alive.get("serve", []), placed) if "serve" in stages else [])
 
 
 def _text_of(script: Path) -> str:
@@ -187,7 +185,7 @@ def _without_nodes(text: str) -> str:
 
 def _refuse_what_slurm_would(folder: JobFolder, stage: StageName, text: str) -> None:
     """Raises UnusableInput before the first job is in the queue, and not between two of them."""
-    script = folder.script(stage)
+    script = folder.script(f".{stage}")  # what is in the queue stands in the other
     write_bytes(script, text.encode())
     try:
         call("sbatch", "--test-only", str(script))
@@ -195,22 +193,25 @@ def _refuse_what_slurm_would(folder: JobFolder, stage: StageName, text: str) -> 
         raise
     except SlurmFailed as error:
         if NOT_NOW not in str(error):
-            raise _refused(folder, stage, error) from error
+            raise _refused(stage, error, folder) from error
+    finally:
+        script.unlink(missing_ok=True)
 
 
-def _refused(folder: JobFolder, stage: StageName, error: SlurmFailed) -> UnusableInput:
+def _refused(stage: StageName, error: SlurmFailed, folder: JobFolder) -> UnusableInput:
     """One line for what Slurm says of a stage's script."""
     left_out = excluded_nodes(folder)
     without = f"; {', '.join(sorted(left_out))} failed a health check: delete {folder.excluded} if they are mended"
     return UnusableInput(
-        f"slurm, or slurm.stages.{stage}: {error}; nothing is submitted; what was asked for stands in {folder.script(stage)}"
+        f"slurm, or slurm.stages.{stage}: {error}; nothing is submitted; tracestill submit --dry-run shows what was asked for"
         + (without if left_out else "")
     )
 
 
-def _submit(chain: Chain, stage: StageName, before: int | None) -> int:
+def _submit(chain: Chain, stage: StageName, text: str, before: int | None) -> int:
     """The job's id. before: the job that it waits for."""
     folder = JobFolder.of(chain.run)
+    write_bytes(folder.script(stage), text.encode())
     options = [] if before is None else [f"--dependency={dependency_kind(stage)}:{before}", "--kill-on-invalid-dep=yes"]
     job_id = sbatch(str(folder.script(stage)), options)
     append(
@@ -220,7 +221,7 @@ def _submit(chain: Chain, stage: StageName, before: int | None) -> int:
     return job_id
 
 
-def _place_servers(chain: Chain, alive: Sequence[QueuedJob], placed: Sequence[Placed]) -> list[Placed]:
+def _place_servers(chain: Chain, text: str, alive: Sequence[QueuedJob], placed: Sequence[Placed]) -> list[Placed]:
     """Servers beside the stages that ask them: they wait for what comes before the first of those, and nobody waits for them.
     While the student is trained there are none, so evaluation has its own."""
     folder, jobs = JobFolder.of(chain.run), {one.stage: one.job_id for one in placed}
@@ -236,7 +237,7 @@ def _place_servers(chain: Chain, alive: Sequence[QueuedJob], placed: Sequence[Pl
         folder.closed.unlink(missing_ok=True)
         folder.servers.mkdir(parents=True, exist_ok=True)
         before = previous_of(chain.stages, first)
-        found.append(Placed("serve", "submitted", _submit(chain, "serve", None if before is None else jobs.get(before))))
+        found.append(Placed("serve", "submitted", _submit(chain, "serve", text, None if before is None else jobs.get(before))))
     return found
 
 
@@ -260,57 +261,3 @@ def _require_input(chain: Chain, stage: StageName, placed: Sequence[Placed]) -> 
             f"submit: {stage} reads {chain.run.root / folder}, which is not finished, and no job makes it; "
             "leave out --only, or name an earlier stage with --from"
         )
-
-
-# --- the end of it -----------------------------------------------------------------------------------------------
-
-
-def cancel_chain(run: RunFolder, *, grace_s: float = GRACE_S) -> Mapping[str, str]:
-    """Nothing of the run is queued when this returns: jobs that wait are taken out, those that run are asked to finish their
-    step, commit, and end. Returns what became of each stage that had a job."""
-    folder = JobFolder.of(run)
-    found: dict[str, str] = {}
-    alive = jobs_of(run, queued())
-    if not alive:
-        return found
-    folder.root.mkdir(parents=True, exist_ok=True)
-    write_bytes(folder.cancelled, b"no job of this run goes back into the queue\n")  # before anybody can end with 75
-    for stage, jobs in alive.items():
-        for job in jobs:
-            if job.state in WAITING:
-                _try("scancel", job.address)
-        found[stage] = "taken out of the queue" if all(job.state in WAITING for job in jobs) else "stopped"
-    for jobs in alive.values():
-        for job in jobs:
-            if job.state not in (*WAITING, "COMPLETING"):
-                _try("scancel", "--signal=USR2", "--batch", job.address)
-    if left := _wait_until_gone(run, grace_s):
-        for stage, jobs in left.items():
-            for job in jobs:
-                _try("scancel", job.address)
-            found[stage] = f"ended: it had not stopped within {grace_s:g} s"
-        _wait_until_gone(run, SETTLE_S)
-    return found
-
-
-WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT")
-
-
-def _try(*words: str) -> None:
-    """A job may have ended since it was looked at; what Slurm says of one must not keep us from the others."""
-    try:
-        call(*words)
-    except SlurmFailed as error:
-        print(f"cancel: {error}", file=sys.stderr, flush=True)
-
-
-def _wait_until_gone(run: RunFolder, seconds: float) -> Mapping[str, list[QueuedJob]]:
-    """What is left of the run's jobs after that time, at most. What has come back meanwhile is taken out."""
-    deadline = time.monotonic() + seconds
-    while (left := jobs_of(run, queued())) and time.monotonic() < deadline:
-        for jobs in left.values():
-            for job in jobs:
-                if job.state in WAITING:
-                    _try("scancel", job.address)
-        time.sleep(POLL_S)
-    return left

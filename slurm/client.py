@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -58,14 +59,19 @@ class QueuedJob(NamedTuple):
         return self.state not in GONE
 
     @property
+    def is_waiting(self) -> bool:
+        """It has not been started, or not again."""
+        return self.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT")
+
+    @property
     def is_impossible(self) -> bool:
         """It waits for what its partition, account or constraint will never give it."""
-        return self.state in ("PENDING", "REQUEUE_HOLD", "SPECIAL_EXIT") and self.reason in IMPOSSIBLE
+        return self.is_waiting and self.reason in IMPOSSIBLE
 
     @property
     def is_held(self) -> bool:
         """JobHeldUser, JobHeldAdmin, JobHoldMaxRequeue, "launch failed requeued held"."""
-        return self.state in ("PENDING", "REQUEUE_HOLD", "SPECIAL_EXIT") and re.search("held|hold", self.reason, re.I) is not None
+        return self.is_waiting and re.search("held|hold", self.reason, re.I) is not None
 
 
 def call(*words: str) -> str:
@@ -103,6 +109,14 @@ def _environment() -> dict[str, str]:
 def sbatch(script: str, options: Sequence[str]) -> int:
     """The job's id. script: a path."""
     return int(call("sbatch", "--parsable", *options, script).split(";")[0])
+
+
+def scancel(*words: str) -> None:
+    """A job may have ended since it was looked at; what Slurm says of one must not keep us from the others."""
+    try:
+        call("scancel", *words)
+    except SlurmFailed as error:
+        print(error, file=sys.stderr, flush=True)
 
 
 _FIELDS = "%A|%F|%i|%T|%r|%N|%j|%k"

@@ -153,7 +153,7 @@ def cancel(
     """Stops the run's jobs cleanly: what is committed stays, nothing is queued again. `submit` continues."""
     run = existing_run(run_dir)
     from data.stage import exclusive
-    from slurm.chain import cancel_chain
+    from slurm.cancel import cancel_chain
 
     with exclusive(run, "submit", waits=True):
         found = cancel_chain(run, grace_s=grace)

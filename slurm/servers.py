@@ -6,8 +6,8 @@ import time
 from configs.errors import UnusableInput
 from data.store import RunFolder, write_bytes
 from slurm.attempts import JobFolder, append, read_attempts
-from slurm.chain import WAITING, jobs_of
-from slurm.client import QueuedJob, SlurmFailed, call, queued, sbatch
+from slurm.chain import jobs_of
+from slurm.client import QueuedJob, SlurmFailed, queued, sbatch, scancel
 from slurm.topology import ASKING
 
 LOOK_S = 2.0
@@ -52,7 +52,7 @@ def is_asked(run: RunFolder) -> bool:
 
 def could_start(job: QueuedJob) -> bool:
     """It has, or waits for nothing but its turn."""
-    return job.state not in WAITING or not (job.is_held or job.reason.startswith("Dependency"))
+    return not job.is_waiting or not (job.is_held or job.reason.startswith("Dependency"))
 
 
 def close_servers(run: RunFolder) -> None:
@@ -60,7 +60,7 @@ def close_servers(run: RunFolder) -> None:
     folder = JobFolder.of(run)
     write_bytes(folder.closed, b"the teacher is asked nothing more\n")  # before a job can end with 75
     try:
-        if jobs := jobs_of(run, queued()).get("serve"):
-            call("scancel", *(job.address for job in jobs))
+        for job in jobs_of(run, queued()).get("serve", []):
+            scancel(job.address)
     except (SlurmFailed, UnusableInput) as error:
         print(f"servers are not closed: {error}", file=sys.stderr, flush=True)

@@ -16,7 +16,7 @@ from configs.errors import UnusableInput
 from data.ledger import Ledger, read_ledger
 from data.store import RunFolder, read_rollup
 from slurm.attempts import Attempt, JobFolder, excluded_nodes, lines, read_attempts
-from slurm.chain import WAITING, is_done, jobs_of, what_holds
+from slurm.chain import is_done, jobs_of, what_holds
 from slurm.client import QueuedJob
 from slurm.progress import progress_of
 from slurm.topology import SPECS
@@ -91,7 +91,7 @@ def _stage_status(
     common: dict[str, Any] = {
         "stage": stage, "attempts": len(attempts), "progress": progress_of(run, stage), "seconds": _seconds(run, stage, attempts),
     }  # fmt: skip
-    running = [job for job in jobs if job.state not in WAITING]
+    running = [job for job in jobs if not job.is_waiting]
     if running:
         beats = [beat for job in running if (beat := _beat(folder, stage, job.job_id)) is not None]
         return StageStatus(

@@ -129,7 +129,7 @@ def test_cancel_asks_the_elements_that_run_and_takes_out_those_that_wait(cluster
     job = ShellJob(cluster, tmp_path, step, *LIMITS, "slurm.generate_jobs=3", stage="generate", max_nodes=1)
     wait_for((tmp_path / "up").exists, "a start", 60)
     words = (
-        "from pathlib import Path; from data.store import RunFolder; from slurm.chain import cancel_chain; "
+        "from pathlib import Path; from data.store import RunFolder; from slurm.cancel import cancel_chain; "
         f"print(cancel_chain(RunFolder(Path({str(tmp_path)!r}))))"
     )
     environment = cluster.environment | {"PYTHONPATH": str(ROOT)}
