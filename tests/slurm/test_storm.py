@@ -160,9 +160,12 @@ def test_the_controller_is_away_for_a_minute_while_generating(
     assert_the_same(site, quiet)
 
 
-def test_a_controller_that_forgets_a_job_it_has_launched(cluster: Cluster, tmp_path: Path, quiet: Result) -> None:
-    """Killed within five seconds of a submission it forgets the job, kills its processes, gives its number away again, and takes
-    a node out of service over that: the next submission, and an operator, put it right."""
+def test_a_controller_that_is_killed_a_moment_after_it_has_launched_a_job(
+    cluster: Cluster, tmp_path: Path, quiet: Result, figures: dict[str, Any]
+) -> None:
+    """It writes its state every five seconds. Killed before that it forgets the job, kills its processes, gives its number away
+    again, and takes a node out of service over that: the next submission, and an operator, put it right. Killed after that it
+    goes on with the job."""
     site = a_site(cluster, tmp_path, "evaluate.headroom=null")
     site.finish("prompts")
     site.submit("--only", "generate")
@@ -173,7 +176,7 @@ def test_a_controller_that_forgets_a_job_it_has_launched(cluster: Cluster, tmp_p
     site.submit("--only", "generate")
     with releasing(cluster, repairs=True):
         site.wait_until_over()
-    assert len(site.attempts("generate")) >= 2, everything(site)
+    figures["controller_killed_early"] = {"attempts": len(site.attempts("generate"))}
     assert_the_same(site, quiet)
 
 
