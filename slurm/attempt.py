@@ -141,7 +141,7 @@ class Step:
         try:
             self.process.wait(POLL_S if is_asked else END_S)
         except subprocess.TimeoutExpired:
-            job = os.environ.get("SLURM_JOB_ID", "")
+            job = own_address()
             try:
                 call("scancel", "--signal=KILL", f"{job}.{_newest_step_of(job)}")
                 self.process.wait(END_S)

@@ -168,7 +168,14 @@ def submit_chain(
                     scancel(str(one.job_id))
             raise _refused(stage, error, folder) from error
         placed.append(Placed(stage, "submitted", before, "in the place of one that waited" if is_stale else note))
-    return placed + (_place_servers(chain, scripts["serve"], alive.get("serve", []), placed) if "serve" in stages else [])
+    if "serve" not in stages:
+        return placed
+    servers = alive.get("serve", [])
+    if changed or differs["serve"]:  # what they wait for may be one of the jobs that were replaced
+        for job in [job for job in servers if job.is_waiting]:
+            scancel(job.address)
+        servers = [job for job in servers if not job.is_waiting]
+    return placed + _place_servers(chain, scripts["serve"], servers, placed)
 
 
 def _text_of(script: Path) -> str:

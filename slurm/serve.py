@@ -86,7 +86,8 @@ def _keep(process: "subprocess.Popen[bytes]", run: RunFolder, job: int, url: str
         if (now := time.monotonic()) - looked > min(LOOK_S, idle_s / 2):
             looked, asked = now, now if is_asked(run) else asked
             if now - asked > idle_s:
-                write_bytes(folder.idle(job), b"")
+                with contextlib.suppress(OSError):  # a full disk: it is tried again at the next look
+                    write_bytes(folder.idle(job), b"")
                 continue
         if answers(url):
             silent = 0
