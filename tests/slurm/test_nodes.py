@@ -212,6 +212,22 @@ def test_a_stopped_step_is_ended_within_twice_the_silence(cluster: Cluster, tmp_
     assert job.attempts()[0] == ("hung", "nothing has moved for 10 s, at 1 of 2 steps")
 
 
+def test_a_stopped_element_of_an_array_is_killed_alone(cluster: Cluster, tmp_path: Path) -> None:
+    """The one that has the array's number; the other counts on."""
+    step = (
+        'beat() { echo "{\\"done\\": $1, \\"total\\": 9, \\"unit\\": \\"steps\\"}" > "$TRACESTILL_BEAT"; }\n'
+        'touch "up.$SLURM_ARRAY_TASK_ID.${SLURM_RESTART_COUNT:-0}"; beat 1\n'
+        '[ "$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" != "$SLURM_ARRAY_JOB_ID.0" ] || { kill -STOP $$; sleep 600; }\n'
+        "n=1; while [ ! -e go ]; do sleep 1; n=$((n + 1)); beat $n; done"
+    )
+    job = ShellJob(cluster, tmp_path, step, *LIMITS, "slurm.silence_seconds=8", "slurm.generate_jobs=2", stage="generate")
+    with releasing(cluster):
+        wait_for(lambda: len(list(tmp_path.glob("up.*.1"))) == 1, "a second start", 150)
+        (tmp_path / "go").touch()
+        wait_for(lambda: not cluster.call("squeue", "-h"), "the end", 90)
+    assert sorted(outcome for outcome, _ in job.attempts()) == ["done", "done", "hung"]
+
+
 def test_a_node_that_dies_costs_its_attempt(cluster: Cluster, tmp_path: Path) -> None:
     step = "echo $SLURM_JOB_NODELIST >> where; mkdir -p checkpoints/step-$(printf %08d $$); [ -e go ] || sleep 600"
     job = ShellJob(cluster, tmp_path, step, *LIMITS)
