@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,6 +22,7 @@ from slurm.client import QueuedJob
 from slurm.progress import progress_of
 from slurm.topology import SPECS
 
+LAST_BYTES = 1 << 14
 WOULD_GO_ON = ("hung", "interrupted", "failed", "bad node", "busy", "not begun")
 ENDED = ("held", "refused", "failed", "interrupted", "cancelled")
 STATES = ("done", "running", "pending", "held", "refused", "failed", "interrupted", "cancelled", "not submitted", "never ran")
@@ -145,7 +147,10 @@ def _failed_job(folder: JobFolder, stage: str) -> str:
 
 def _last_line(log: Path) -> str:
     try:
-        return next((line.strip() for line in reversed(log.read_text(errors="replace").splitlines()) if line.strip()), "")
+        with log.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - LAST_BYTES))
+            text = file.read().decode(errors="replace")
+        return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
     except OSError:
         return ""
 
