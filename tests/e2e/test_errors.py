@@ -113,6 +113,18 @@ def test_recipes_are_found_where_they_ship() -> None:
     assert (RECIPES / "embedded.yaml").is_file()
 
 
+def test_a_shared_disk_that_is_away_for_a_moment_is_no_bad_input(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN001
+    """Another attempt, perhaps on another node, goes on: 75, which a job answers by going back into the queue."""
+
+    def stale(*_: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle", "prompts.arrow")
+
+    path = recipe(tmp_path, FINE)
+    monkeypatch.setattr("generate.stages.write_prompts", stale)
+    code, line = run("prompts", path)
+    assert code == 75 and "Stale file handle" in line and "the same command continues" in line and "\n" not in line
+
+
 def test_a_full_disk_is_one_line_and_nothing_is_half_written(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN001
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "prompts.arrow")
