@@ -132,7 +132,13 @@ def run(
     if dry_run:
         print_plan(_all_stages, named)
         return
-    _check_models(named)
+    recipe = named.load().recipe
+    if not recipe.evaluate.prompt_suites:
+        raise UnusableInput(
+            "evaluate.suites: none that gives items, so nothing could be gated; add at least one beside any lm_eval, or run the "
+            "stages one by one"
+        )
+    _require_models(recipe)
     context = named.open()
     from data.stage import run_stage
     from data.store import read_rollup
@@ -157,17 +163,11 @@ def run(
         raise refusal
 
 
-def _check_models(named: Invocation) -> None:
-    """Both models are there before the run folder is made: a typo costs nothing."""
-    recipe = named.load().recipe
+def _require_models(recipe: "Recipe") -> None:
+    """Both models are there before the run folder is made: a typo costs nothing, and no night."""
     from student.folders import resolve
     from teacher.folders import model_folder, weights_folder
 
-    if not recipe.evaluate.prompt_suites:
-        raise UnusableInput(
-            "evaluate.suites: none that gives items, so nothing could be gated; add at least one beside any lm_eval, or run the "
-            "stages one by one"
-        )
     if recipe.teacher.engine.type == "http":
         model_folder(recipe.teacher.model)
     else:
@@ -334,7 +334,20 @@ def submit(
     if dry_run:
         print_scripts(named, max_nodes, (first, only), _planned_hours)
     else:
-        submit_run(named, max_nodes, first, only, _is_current)
+        submit_run(named, max_nodes, (first, only), _require_models_to_submit, _is_current)
+
+
+def _require_models_to_submit(recipe: "Recipe") -> None:
+    """Shards may still be to prepare, from the checkpoint."""
+    from configs.schema import DeepSpeedEngine
+    from teacher.checkpoint.manifest import is_prepared
+    from teacher.folders import prepared_folder
+
+    shards, engine = prepared_folder(recipe.teacher), recipe.teacher.engine
+    if isinstance(engine, DeepSpeedEngine) and shards is not None and not is_prepared(shards):
+        engine = engine.model_copy(update={"prepared": ""})
+    teacher = recipe.teacher.model_copy(update={"engine": engine})
+    _require_models(recipe.model_copy(update={"teacher": teacher}))
 
 
 def _is_current(context: "Context", name: str) -> bool:

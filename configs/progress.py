@@ -83,7 +83,7 @@ class Display:
         self.stage, self.unit, self.console = stage, unit, console
         self.started, self.first_done, self.last_line = time.monotonic(), None, 0.0
         self.counted = ""
-        self.beat = Path(os.environ[BEAT_VARIABLE]) if os.environ.get(BEAT_VARIABLE) else None
+        self.beat = own_beat()
         self.last_count: Count | None = None
         self.last_beat = 0.0
         self.bar: Progress | None = None
@@ -128,13 +128,16 @@ class Display:
         if self.beat is None or count == self.last_count or now - self.last_beat < WRITE_INTERVAL_S:
             return
         self.last_count, self.last_beat = count, now
-        values = {
-            "stage": self.stage,
-            "done": count.done,
-            "total": count.total,
-            "unit": unit,
-            "per_s": rate,
-            "note": count.remark,
-        }
-        with contextlib.suppress(OSError):  # a display; the stage itself finds out that the disk is full
-            _replace(self.beat, json.dumps(values))
+        write_beat(self.beat, self.stage, count._replace(unit=unit), per_s=rate)
+
+
+def own_beat() -> Path | None:
+    """Where whoever watches over this process looks for its sign of life, if anybody does."""
+    return Path(os.environ[BEAT_VARIABLE]) if os.environ.get(BEAT_VARIABLE) else None
+
+
+def write_beat(path: Path, stage: str, count: Count, *, per_s: float = 0.0) -> None:
+    """A sign of life; what it says is for `tracestill status`."""
+    said = {"stage": stage, "done": count.done, "total": count.total, "unit": count.unit, "per_s": per_s, "note": count.remark}
+    with contextlib.suppress(OSError):  # a display; the stage itself finds out that the disk is full
+        _replace(path, json.dumps(said))

@@ -9,13 +9,11 @@ attempts in a row have committed nothing.
 """
 
 import argparse
-import contextlib
 import math
 import os
 import re
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -25,7 +23,6 @@ from typing import NamedTuple
 
 from configs.cluster import seconds_of
 from configs.errors import Busy, Interrupted, Refused, TracestillError, UnusableInput
-from configs.progress import BEAT_VARIABLE
 from data.store import ROLLUP, RunFolder
 from slurm import attempts
 from slurm.attempts import Attempt, JobFolder
@@ -33,19 +30,13 @@ from slurm.client import SlurmFailed, call, own_address
 from slurm.nodes import HealthUnknown, leave_out, unfit_nodes
 from slurm.progress import progress_of
 from slurm.servers import close_servers, wait_for_server
+from slurm.step import WARNED, Step, say
 
-POLL_S = 0.25
 LOOKS, LOOK_S = 4, 3.0
 CANCELLED = 130
 STOPPED = (Interrupted.exit_code, 128 + signal.SIGTERM, 128 + signal.SIGUSR2)
 """Of several nodes, srun ends those that are still stopping with SIGTERM once the first has ended with 75; the highest code
 counts."""
-MARGIN_S = 20.0
-"""Of a warning: for ending a step that has not stopped by itself, and for the requeue. What Slurm ends at the time limit is not
-queued again, and takes the rest of the chain with it."""
-END_S = 40.0
-"""From the first signal to a hung step until it is killed: a rank that still hears has its drain."""
-WARNED = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 _ERROR = re.compile(rb"^(?:\d+: )?(error: .*|slurmstepd(?:-\S+)?: error: .*|srun: error: .*)$", re.MULTILINE)
 _EXITED = re.compile(rb"^srun: error: .*: Exited with exit code (\d+)$", re.MULTILINE)
 _ASKED = re.compile(rb"^error: stopped by SIG")
@@ -89,73 +80,6 @@ def judge(code: int, *, hung: str, cancelled: bool, said: str, earlier: Sequence
     return Verdict(Interrupted.exit_code, "hung" if hung else "interrupted" if asked else "failed", why)
 
 
-class Step:
-    """srun and what it started. Signals that this process gets go to it; it is ended when the stage's count stands still."""
-
-    def __init__(
-        self, command: Sequence[str], beat: Path, silence_s: float, warning_s: float, loading_s: float = math.inf
-    ) -> None:
-        self.beat, self.silence_s, self.loading_s = beat, silence_s, max(loading_s, silence_s)
-        self.patience_s, self.asked_at = max(warning_s - MARGIN_S, warning_s / 2), math.inf
-        self.process = subprocess.Popen(command, env=os.environ | {BEAT_VARIABLE: str(beat)})
-        for number in WARNED:
-            signal.signal(number, self._pass_on)
-
-    def _pass_on(self, number: int, _: FrameType | None) -> None:
-        """A second SIGINT makes srun end its tasks at once, so that one becomes the stage's own wish to stop."""
-        self.asked_at = min(self.asked_at, time.monotonic())
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGUSR2 if number == signal.SIGINT else number)
-
-    def wait(self) -> tuple[int, str]:
-        """The step's exit code (128 + N for a signal), and what the watchdog saw; empty: nothing."""
-        last, since = self._age_mark(), time.monotonic()
-        while (code := self.process.poll()) is None:
-            time.sleep(POLL_S)
-            now = time.monotonic()
-            if (mark := self._age_mark()) != last:
-                last, since = mark, now
-            if now - self.asked_at > self.patience_s:
-                return self._end(f"not stopped {self.patience_s:g} s after it was asked to{self._where()}", is_asked=True)
-            patience_s = self.silence_s if last else self.loading_s
-            if now - since > patience_s:
-                return self._end(f"nothing has moved for {patience_s:g} s{self._where()}")
-        return (128 - code if code < 0 else code), ""
-
-    def _age_mark(self) -> int:
-        """Changes whenever the stage's count has. Only differences count: clocks of nodes differ."""
-        try:
-            return self.beat.stat().st_mtime_ns
-        except OSError:
-            return 0
-
-    def _where(self) -> str:
-        found = next(iter(attempts.lines(self.beat)), None)
-        return f", at {found['done']} of {found['total']} {found['unit']}" if found else ", before the first count"
-
-    def _end(self, why: str, *, is_asked: bool = False) -> tuple[int, str]:
-        """By SIGTERM, which live ranks answer by committing what they hold; what is still there after END_S by SIGKILL, on every
-        node: a stopped process hears nothing else. is_asked: it has had its time."""
-        _say(f"watchdog: {why}: the step is ended")
-        self.process.terminate()
-        try:
-            self.process.wait(POLL_S if is_asked else END_S)
-        except subprocess.TimeoutExpired:
-            job = own_address()
-            try:
-                call("scancel", "--signal=KILL", f"{job}.{_newest_step_of(job)}")
-                self.process.wait(END_S)
-            except (SlurmFailed, UnusableInput, subprocess.TimeoutExpired):
-                self.process.kill()
-        return self.process.wait(), why
-
-
-def _newest_step_of(job: str) -> str:
-    steps = [line.split(".")[-1] for line in call("squeue", "--noheader", "--steps", f"--jobs={job}", "--format=%i").split()]
-    numbers = [step for step in steps if step.isdigit()]
-    return max(numbers, key=int) if numbers else "0"
-
-
 def is_scancelled() -> bool:
     """Somebody has ended the job by Slurm's own command: requeueing would bring it back. False where Slurm does not say."""
     try:
@@ -178,11 +102,17 @@ def says_cancelled(shown: str) -> bool:
     return fields.get("PreemptTime", "None") == "None" and not is_over_time
 
 
-def stage_shards(source: str, target: str) -> int:
-    """On every node of the job, once. Returns the exit code."""
-    command = ["srun", "--ntasks-per-node=1", "--kill-on-bad-exit=1", sys.executable, "-P", "-m", "slurm.staging", source, target]
-    code = subprocess.run(command, check=False).returncode
-    return 128 - code if code < 0 else code
+def stage_shards(options: argparse.Namespace, beat: Path) -> tuple[int, str]:
+    """On every node of the job, once; watched over like the step itself. Returns the exit code, and what the watchdog saw."""
+    command = ["srun", "--ntasks-per-node=1", "--kill-on-bad-exit=1", sys.executable, "-P", "-m", "slurm.staging",
+               options.staging, options.staged]  # fmt: skip
+    step = Step(command, beat, options.silence, options.warning, options.loading)
+    found = step.wait()
+    _hear_signals()
+    beat.unlink(missing_ok=True)  # the step's own first count is still to come
+    if step.was_asked:
+        raise _StoppedEarly("a signal while shards were staged")
+    return found
 
 
 def last_error(log: Path | None, start: int) -> str:
@@ -218,8 +148,7 @@ def _tail(log: Path | None, start: int) -> bytes:
 def main(words: Sequence[str]) -> int:
     """What the batch script says. Returns the exit code."""
     options = _options().parse_args(words)
-    for number in WARNED:
-        signal.signal(number, _stop_before_the_step)
+    _hear_signals()
     run, job_id = RunFolder(options.run_dir), int(os.environ["SLURM_JOB_ID"])
     folder, stage = JobFolder.of(run), options.stage
     before = after = ""
@@ -258,7 +187,7 @@ def main(words: Sequence[str]) -> int:
     if options.closes_servers and verdict.code in (0, UnusableInput.exit_code, Refused.exit_code):
         close_servers(run)
     if verdict.code != 0:
-        _say(f"{stage}: {verdict.outcome}: {verdict.reason}")
+        say(f"{stage}: {verdict.outcome}: {verdict.reason}")
     return verdict.code
 
 
@@ -268,9 +197,12 @@ def prevented(
     """Why the step is not begun; None: it can be."""
     if len(earlier) > 1 and not any(one.ended or one.before != before for one in earlier[-2:]):
         return Verdict(TracestillError.exit_code, "stuck", "two attempts in a row were killed before they could leave a word")
-    if JobFolder.of(run).cancelled.exists():
+    is_cancelled = JobFolder.of(run).cancelled.exists
+    missing = "" if is_cancelled() else _missing_input(run, options.input)
+    if options.asks_servers and not missing and not is_cancelled():
+        missing = wait_for_server(run)
+    if is_cancelled():
         return Verdict(CANCELLED, "cancelled", "the run was cancelled before this attempt began")
-    missing = _missing_input(run, options.input) or (wait_for_server(run) if options.asks_servers else "")
     if missing:
         return Verdict(UnusableInput.exit_code, "unusable", missing)
     try:
@@ -285,9 +217,10 @@ def prevented(
         return Verdict(Interrupted.exit_code, BAD_NODE, left.reason)
     if options.staging:
         start = options.log.stat().st_size if options.log.is_file() else 0
-        if code := stage_shards(options.staging, options.staged):
+        code, hung = stage_shards(options, JobFolder.of(run).beat(options.stage, job_id))
+        if code or hung:
             said = last_error(options.log, start)
-            return judge(code, hung="", cancelled=False, said=said, earlier=earlier, before=before, after=before)
+            return judge(code, hung=hung, cancelled=False, said=said, earlier=earlier, before=before, after=before)
     return None
 
 
@@ -304,17 +237,16 @@ def _note(write: Callable[[], None]) -> None:
     try:
         write()
     except OSError as error:
-        _say(f"slurm/attempts: {error.strerror}: this attempt is not recorded")
-
-
-def _say(line: str) -> None:
-    """In the job's log, which may lie on the disk that is full: that is no reason to end."""
-    with contextlib.suppress(OSError):
-        os.write(2, f"{line}\n".encode())  # not through a buffer, which the interpreter would fail over at its end
+        say(f"slurm/attempts: {error.strerror}: this attempt is not recorded")
 
 
 class _StoppedEarly(BaseException):
     """A signal before the step: nothing has begun, and the job goes back into the queue."""
+
+
+def _hear_signals() -> None:
+    for number in WARNED:
+        signal.signal(number, _stop_before_the_step)
 
 
 def _stop_before_the_step(number: int, _: FrameType | None) -> None:

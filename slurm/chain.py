@@ -7,7 +7,7 @@ attempt says so: its output is whole when it refuses.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -115,67 +115,122 @@ def submit_chain(
         UnusableInput: besides, when sbatch refuses a job: those that this call has submitted are taken out again.
         SlurmAway: the controller has gone in between: those before it stay, and the same command attaches to them.
     """
-    run, folder, stages = chain.run, JobFolder.of(chain.run), chain.stages
+    run, folder = chain.run, JobFolder.of(chain.run)
     chosen = chosen_stages(chain, first, only)
     alive = settled_jobs_of(run)
     scripts: dict[StageName, str] = {script.stage: script.text for script in render_scripts(chain)}
     run.logs.mkdir(parents=True, exist_ok=True)
     folder.root.mkdir(parents=True, exist_ok=True)
-    differs = {stage: _without_nodes(_text_of(folder.script(stage))) != _without_nodes(text) for stage, text in scripts.items()}
-    at_work = {stage for stage, jobs in alive.items() if not all(job.is_waiting for job in jobs)}
+    submission = _Submission(chain, scripts, alive)
     for stage, text in scripts.items():
-        if (stage in chosen or stage in alive or stage == "serve") and stage not in at_work:
+        if (stage in chosen or stage in alive or stage == "serve") and stage not in submission.at_work:
             _refuse_what_slurm_would(folder, stage, text)
     folder.cancelled.unlink(missing_ok=True)
-    note_stages(folder, stages)
-    noted = {line["job_id"] for line in lines(folder.jobs, "job_id")}
-    placed: list[Placed] = []
-    before: int | None = None
-    fresh = False  # something earlier is being made
-    changed = False  # by a job of now, so that jobs of before wait for what is not there any more
-    for stage in stages:
-        if stage == "serve":
-            continue
-        jobs = alive.get(stage, [])
-        is_stale = bool(jobs) and (changed or differs[stage]) and stage not in at_work
-        if is_stale:
-            for job in jobs:
-                scancel(job.address)
-        elif jobs and not (stage == "report" and changed):  # a report that is being written is of what was
-            before, fresh = jobs[0].array_id, True
-            if before not in noted:
-                append(folder.jobs, {"stage": stage, "job_id": before, "array": array_of(chain, stage), "at": time.time()})
-            other = "at work with the settings that it was submitted with" if differs[stage] else ""
-            placed.append(Placed(stage, "attached", before, what_holds(jobs) or other))
-            continue
-        if stage not in chosen and not is_stale:
-            placed.append(Placed(stage, "left out"))
-            continue
-        note = ""
-        if not fresh and first is None and only is None and is_done(run, stage):
-            if is_current(stage):
-                placed.append(Placed(stage, "done"))
+    note_stages(folder, chain.stages)
+    try:
+        submission.place_stages(chosen, is_current if first is None and only is None else None)
+        if "serve" in chain.stages:
+            submission.place_servers()
+    except UnusableInput:
+        submission.take_back()
+        raise
+    return submission.placed
+
+
+class _Submission:
+    """One call of submit. alive: the run's jobs that Slurm has, by stage. differs: stages whose script is another than the one
+    that stands in the run folder. at_work: stages of which a job has begun. changed: something was submitted by now, so that jobs
+    of before wait for what is not there any more."""
+
+    def __init__(self, chain: Chain, scripts: Mapping[StageName, str], alive: Mapping[str, Sequence[QueuedJob]]) -> None:
+        self.chain, self.folder, self.scripts, self.alive = chain, JobFolder.of(chain.run), scripts, alive
+        self.differs = {
+            stage: _without_nodes(_text_of(self.folder.script(stage))) != _without_nodes(text) for stage, text in scripts.items()
+        }
+        self.at_work = {stage for stage, jobs in alive.items() if not all(job.is_waiting for job in jobs)}
+        self.noted = {line["job_id"] for line in lines(self.folder.jobs, "job_id")}
+        self.placed: list[Placed] = []
+        self.changed = False
+
+    def place_stages(self, chosen: Sequence[StageName], is_current: Callable[[StageName], bool] | None) -> None:
+        """All but servers, each after the one before it. is_current: None where stages are asked for by name."""
+        before: int | None = None
+        fresh = False  # something earlier is being made
+        for stage in self.chain.stages:
+            if stage == "serve":
                 continue
-            note = "what it made was made with other settings"
-        _require_input(chain, stage, placed)
+            jobs = self.alive.get(stage, [])
+            is_stale = bool(jobs) and (self.changed or self.differs[stage]) and stage not in self.at_work
+            if is_stale:
+                for job in jobs:
+                    scancel(job.address)
+            elif jobs and not (stage == "report" and self.changed):  # a report that is being written is of what was
+                before, fresh = jobs[0].array_id, True
+                self._attach(stage, jobs)
+                continue
+            if stage not in chosen and not is_stale:
+                self.placed.append(Placed(stage, "left out"))
+                continue
+            note = ""
+            if not fresh and is_current is not None and is_done(self.chain.run, stage):
+                if is_current(stage):
+                    self.placed.append(Placed(stage, "done"))
+                    continue
+                note = "what it made was made with other settings"
+            _require_input(self.chain, stage, self.placed)
+            before, fresh, self.changed = self._submit(stage, before), True, True
+            self.placed.append(Placed(stage, "submitted", before, "in the place of one that waited" if is_stale else note))
+
+    def place_servers(self) -> None:
+        """Beside the stages that ask them: they wait for what comes before the first of those, and nobody waits for them. While
+        the student is trained there are none, so evaluation has its own."""
+        jobs, servers = {one.stage: one.job_id for one in self.placed}, self.alive.get("serve", [])
+        if self.changed or self.differs["serve"]:  # what they wait for may be one of the jobs that were replaced
+            for job in [job for job in servers if job.is_waiting]:
+                scancel(job.address)
+            servers = [job for job in servers if not job.is_waiting]
+        there = list(dict.fromkeys(job.array_id for job in servers))
+        for group in (ASKING[:-1], ASKING[-1:]):
+            first: StageName | None = next((stage for stage in group if jobs.get(stage) is not None), None)
+            if first is None:
+                continue
+            if there:
+                self.placed.append(Placed("serve", "attached", there.pop(0)))
+                continue
+            self.folder.closed.unlink(missing_ok=True)
+            self.folder.servers.mkdir(parents=True, exist_ok=True)
+            before = previous_of(self.chain.stages, first)
+            self.placed.append(Placed("serve", "submitted", self._submit("serve", None if before is None else jobs.get(before))))
+
+    def take_back(self) -> None:
+        """What this call has submitted."""
+        for one in reversed(self.placed):
+            if one.how == "submitted":
+                scancel(str(one.job_id))
+
+    def _attach(self, stage: StageName, jobs: Sequence[QueuedJob]) -> None:
+        job_id = jobs[0].array_id
+        if job_id not in self.noted:
+            self._note(stage, job_id)
+        other = "at work with the settings that it was submitted with" if self.differs[stage] else ""
+        self.placed.append(Placed(stage, "attached", job_id, what_holds(jobs) or other))
+
+    def _submit(self, stage: StageName, before: int | None) -> int:
+        """The job's id. before: the job that it waits for."""
+        write_bytes(self.folder.script(stage), self.scripts[stage].encode())
+        options = [] if before is None else [f"--dependency={dependency_kind(stage)}:{before}", "--kill-on-invalid-dep=yes"]
         try:
-            before, fresh, changed = _submit(chain, stage, scripts[stage], before), True, True
+            job_id = sbatch(str(self.folder.script(stage)), options)
         except SlurmAway:
             raise
         except SlurmFailed as error:
-            for one in reversed(placed):
-                if one.how == "submitted":
-                    scancel(str(one.job_id))
-            raise _refused(stage, error, folder) from error
-        placed.append(Placed(stage, "submitted", before, "in the place of one that waited" if is_stale else note))
-    if "serve" not in stages:
-        return placed
-    servers = alive.get("serve", [])
-    if changed or differs["serve"]:  # what they wait for may be one of the jobs that were replaced
-        for job in [job for job in servers if job.is_waiting]:
-            scancel(job.address)
-        servers = [job for job in servers if not job.is_waiting]
-    return placed + _place_servers(chain, scripts["serve"], servers, placed)
+            raise _refused(stage, error, self.folder) from error
+        self._note(stage, job_id, options=options)
+        return job_id
+
+    def _note(self, stage: StageName, job_id: int, **more: Sequence[str]) -> None:
+        array = array_of(self.chain, stage)
+        append(self.folder.jobs, {"stage": stage, "job_id": job_id, "array": array, "at": time.time(), **more})
 
 
 def _text_of(script: Path) -> str:
@@ -213,39 +268,6 @@ def _refused(stage: StageName, error: SlurmFailed, folder: JobFolder) -> Unusabl
         f"slurm, or slurm.stages.{stage}: {error}; nothing is submitted; tracestill submit --dry-run shows what was asked for"
         + (without if left_out else "")
     )
-
-
-def _submit(chain: Chain, stage: StageName, text: str, before: int | None) -> int:
-    """The job's id. before: the job that it waits for."""
-    folder = JobFolder.of(chain.run)
-    write_bytes(folder.script(stage), text.encode())
-    options = [] if before is None else [f"--dependency={dependency_kind(stage)}:{before}", "--kill-on-invalid-dep=yes"]
-    job_id = sbatch(str(folder.script(stage)), options)
-    append(
-        folder.jobs,
-        {"stage": stage, "job_id": job_id, "array": array_of(chain, stage), "at": time.time(), "options": options},
-    )
-    return job_id
-
-
-def _place_servers(chain: Chain, text: str, alive: Sequence[QueuedJob], placed: Sequence[Placed]) -> list[Placed]:
-    """Servers beside the stages that ask them: they wait for what comes before the first of those, and nobody waits for them.
-    While the student is trained there are none, so evaluation has its own."""
-    folder, jobs = JobFolder.of(chain.run), {one.stage: one.job_id for one in placed}
-    there = list(dict.fromkeys(job.array_id for job in alive))
-    found = []
-    for group in (ASKING[:-1], ASKING[-1:]):
-        first: StageName | None = next((stage for stage in group if jobs.get(stage) is not None), None)
-        if first is None:
-            continue
-        if there:
-            found.append(Placed("serve", "attached", there.pop(0)))
-            continue
-        folder.closed.unlink(missing_ok=True)
-        folder.servers.mkdir(parents=True, exist_ok=True)
-        before = previous_of(chain.stages, first)
-        found.append(Placed("serve", "submitted", _submit(chain, "serve", text, None if before is None else jobs.get(before))))
-    return found
 
 
 def is_done(run: RunFolder, stage: StageName) -> bool:

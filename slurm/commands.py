@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 Hours = Callable[["Recipe"], Mapping[str, float]]
 Current = Callable[["Context", "StageName"], bool]
+Check = Callable[["Recipe"], None]
 
 
 def print_scripts(named: Invocation, max_nodes: int | None, chosen: tuple[str | None, str | None], hours: Hours) -> None:
@@ -54,16 +55,21 @@ def print_scripts(named: Invocation, max_nodes: int | None, chosen: tuple[str | 
         print(f"{stage:<9} {jobs}{shape.nodes} node{'s'[: shape.nodes > 1]}, time limit {limit}; {planned}")
 
 
-def submit_run(named: Invocation, max_nodes: int | None, first: str | None, only: str | None, current: Current) -> None:
-    """What is missing is in the queue; what is there is attached to. current: whether what a stage has sealed is what this
-    configuration makes."""
+def submit_run(
+    named: Invocation, max_nodes: int | None, chosen: tuple[str | None, str | None], models: Check, current: Current
+) -> None:  # fmt: skip
+    """What is missing is in the queue; what is there is attached to. models: raises UnusableInput for models that are not there.
+    current: whether what a stage has sealed is what this configuration makes."""
     from data.stage import exclusive
     from slurm.chain import check_size, chosen_stages, submit_chain
     from slurm.client import queued
 
+    first, only = chosen
     wanted = _chain(named.look(), max_nodes)
     check_size(wanted, chosen_stages(wanted, first, only))
     queued()  # a machine without Slurm is told so before anything is written
+    if only is None and not any(option.startswith("--container") for option in wanted.slurm.srun):  # which has paths of its own
+        models(wanted.recipe)
     context = named.open()
     chain = _chain(context, max_nodes)
     with exclusive(context.run, "submit"):

@@ -89,8 +89,7 @@ def _said(listed: str) -> Iterator[None]:
 
 def _with_those_of(job: str, listed: str) -> str:
     """And the nodes that the job leaves out already, by its site's wish: an update replaces them."""
-    fields = dict(word.split("=", 1) for word in call("scontrol", "--oneliner", "show", "job", job).split() if "=" in word)
-    already = fields.get("ExcNodeList", "(null)")
+    already = _fields_of(job).get("ExcNodeList", "(null)")
     return listed if already == "(null)" else f"{already},{listed}"
 
 
@@ -102,8 +101,21 @@ def _update_when_queued(folder: JobFolder, run: RunFolder, job: str, nodes: str)
         f"    scontrol update JobId={job} ExcNodeList={nodes} StartTime=now && exit 0", "done", "exit 1", "",
     ]  # fmt: skip
     write_bytes(script, "\n".join(lines).encode())
-    same = {"partition": "SLURM_JOB_PARTITION", "account": "SLURM_JOB_ACCOUNT", "qos": "SLURM_JOB_QOS"}
-    options = [f"--{option}={os.environ[name]}" for option, name in same.items() if os.environ.get(name)]
-    options += ["--ntasks=1", "--time=10", f"--exclude={nodes}", f"--output={run.logs / 'exclude-%j.log'}", "--job-name=exclude"]
-    options += [f"--comment=tracestill exclude {run.root}"]
-    sbatch(str(script), options)
+    options = ["--ntasks=1", "--time=10", f"--exclude={nodes}", f"--output={run.logs / 'exclude-%j.log'}", "--job-name=exclude"]
+    options += [f"--comment=tracestill exclude {run.root}", *_where_it_runs(job)]
+    try:
+        sbatch(str(script), options)
+    except SlurmFailed:  # a partition of GPUs alone lets nobody in who asks for none
+        sbatch(str(script), [*options, "--gres=gpu:1"])
+
+
+def _where_it_runs(job: str) -> list[str]:
+    """What a small job says to get onto the same kind of node."""
+    fields = _fields_of(job)
+    same = {"partition": "Partition", "account": "Account", "qos": "QOS", "constraint": "Features", "reservation": "Reservation"}
+    return [f"--{option}={fields[name]}" for option, name in same.items() if fields.get(name, "") not in ("", "(null)", "N/A")]
+
+
+def _fields_of(job: str) -> dict[str, str]:
+    """Of what scontrol shows of a job."""
+    return dict(word.split("=", 1) for word in call("scontrol", "--oneliner", "show", "job", job).split() if "=" in word)

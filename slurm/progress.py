@@ -19,8 +19,11 @@ def progress_of(run: RunFolder, stage: str) -> str:
             fates = read_fates(run)
             return _said(traces=sum(fates.by_reason.values()), journal_bytes=_bytes(WorkFolder.of(run).journal))
         case "headroom" | "evaluate":
-            rows = sum(part.rows for items in sorted(run.evaluation.glob("*.items")) for part in segments(items))
-            return _said(items=rows)
+            asked, scored = (
+                sum(part.rows for folder in sorted(run.evaluation.glob(f"*.{kind}")) for part in segments(folder))
+                for kind in ("items", "scores")
+            )
+            return _said(items=asked, **({"likelihoods": scored} if scored else {}))
         case "data":
             return _said(verdict_bytes=_bytes(run.verdicts))
         case "train":

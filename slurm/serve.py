@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from types import FrameType
 
 from configs.errors import Interrupted, Stopped, TracestillError
 from configs.launch import die_with_parent
-from configs.progress import BEAT_VARIABLE
+from configs.progress import Count, own_beat, write_beat
 from data.store import RunFolder, write_bytes
 from slurm.attempts import JobFolder, append
 from slurm.client import call
@@ -75,20 +76,18 @@ def _keep(process: "subprocess.Popen[bytes]", run: RunFolder, job: int, url: str
     """Until the server ends, answers no more, or is not asked any more. url: empty on nodes that only help."""
     folder = JobFolder.of(run)
     started, silent, registered = time.monotonic(), 0, False
-    asked = looked = started
+    askers = _Askers(run, min(LOOK_S, idle_s / 2)) if url else None
     while process.poll() is None:
         time.sleep(BEAT_S)
         if folder.idle(job).exists():
             print("serve: no job of the run asks any more", flush=True)
             return 0
-        if not url:
+        if askers is None:
             continue
-        if (now := time.monotonic()) - looked > min(LOOK_S, idle_s / 2):
-            looked, asked = now, now if is_asked(run) else asked
-            if now - asked > idle_s:
-                with contextlib.suppress(OSError):  # a full disk: it is tried again at the next look
-                    write_bytes(folder.idle(job), b"")
-                continue
+        if time.monotonic() - askers.newest > idle_s:
+            with contextlib.suppress(OSError):  # a full disk: it is tried again at the next beat
+                write_bytes(folder.idle(job), b"")
+            continue
         if answers(url):
             silent = 0
             try:
@@ -110,12 +109,25 @@ def _keep(process: "subprocess.Popen[bytes]", run: RunFolder, job: int, url: str
     return TracestillError.exit_code
 
 
+class _Askers:
+    """Jobs that ask the servers, looked for beside the heartbeat: a controller that hangs keeps a look waiting for a minute, in
+    which the server would seem silent. newest: when there was one, by the monotonic clock."""
+
+    def __init__(self, run: RunFolder, every_s: float) -> None:
+        self.run, self.every_s, self.newest = run, every_s, time.monotonic()
+        threading.Thread(target=self._look, daemon=True).start()
+
+    def _look(self) -> None:
+        while True:
+            time.sleep(self.every_s)
+            if is_asked(self.run):
+                self.newest = time.monotonic()
+
+
 def _beat(note: str, seconds: float) -> None:
     """For the watchdog: this program watches its server by itself, and only has to be alive."""
-    if path := os.environ.get(BEAT_VARIABLE):
-        values = f'{{"stage": "serve", "done": {int(seconds)}, "total": 0, "unit": "seconds", "per_s": 0.0, "note": "{note}"}}'
-        with contextlib.suppress(OSError):
-            Path(path).write_text(values)
+    if (path := own_beat()) is not None:
+        write_beat(path, "serve", Count(int(seconds), 0, note, unit="seconds"))
 
 
 def answers(url: str) -> bool:

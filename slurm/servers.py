@@ -4,6 +4,7 @@ import sys
 import time
 
 from configs.errors import UnusableInput
+from data.stage import exclusive
 from data.store import RunFolder, write_bytes
 from slurm.attempts import JobFolder, append, read_attempts
 from slurm.chain import jobs_of
@@ -31,14 +32,18 @@ def wait_for_server(run: RunFolder) -> str:
 
 
 def _called_back(run: RunFolder) -> bool:
-    """Servers that ended because nobody asked are started once more, as they were; those that failed are not."""
+    """Servers that ended because nobody asked are started once more, as they were; those that failed are not. One of several
+    that miss them does it, and not while a user submits or cancels."""
     folder = JobFolder.of(run)
-    ended = [one.outcome for one in read_attempts(folder, "serve")]
-    if not ended or ended[-1] != "done" or folder.closed.exists():
-        return False
-    job_id = sbatch(str(folder.script("serve")), [])
-    append(folder.jobs, {"stage": "serve", "job_id": job_id, "array": None, "at": time.time(), "options": []})
-    return True
+    with exclusive(run, "submit", waits=True):
+        if any(could_start(job) for job in jobs_of(run, queued()).get("serve", [])):
+            return True
+        ended = [one.outcome for one in read_attempts(folder, "serve")]
+        if not ended or ended[-1] != "done" or folder.closed.exists() or folder.cancelled.exists():
+            return False
+        job_id = sbatch(str(folder.script("serve")), [])
+        append(folder.jobs, {"stage": "serve", "job_id": job_id, "array": None, "at": time.time(), "options": []})
+        return True
 
 
 def is_asked(run: RunFolder) -> bool:

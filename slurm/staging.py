@@ -5,16 +5,21 @@ continued file by file; sizes are compared here, and hashes by whoever loads (te
 """
 
 import argparse
+import contextlib
 import fcntl
 import os
 import shutil
 import socket
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from configs.errors import TracestillError, UnusableInput
+from configs.progress import Count, own_beat, write_beat
+
+BEAT_S = 5.0
 
 
 def main(words: Sequence[str]) -> int:
@@ -49,11 +54,11 @@ def stage(source: Path, target: Path) -> int:
     if not files:
         raise UnusableInput(f"{source}: no files there; expected the folder of tracestill prepare")
     target.parent.mkdir(parents=True, exist_ok=True)
-    with (target.parent / f".{target.name}.lock").open("w") as lock:
+    part = target.with_name(f"{target.name}.part")
+    with _counted(part, sum(files.values())), (target.parent / f".{target.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of this node's own disk, which has locks
         if is_whole(target, files):
             return 0
-        part = target.with_name(f"{target.name}.part")
         if target.exists():  # of other shards under the same name, or damaged
             shutil.rmtree(part, ignore_errors=True)
             target.rename(part)
@@ -73,6 +78,35 @@ def stage(source: Path, target: Path) -> int:
             shutil.copyfile(source / name, part / name)
         part.rename(target)
         return sum(missing.values())
+
+
+@contextlib.contextmanager
+def _counted(part: Path, total: int) -> Iterator[None]:
+    """Meanwhile, whoever watches over the job sees that bytes arrive: this process's, or of the one that it waits for. A shared
+    file system that hangs in the middle is found by their standing still."""
+    beat, stop = own_beat(), threading.Event()
+
+    def count() -> None:
+        last = -1
+        while not stop.wait(BEAT_S):
+            if beat is not None and (done := _bytes_in(part)) != last:
+                last = done
+                write_beat(beat, "staging", Count(done // 10**9, total // 10**9, unit="GB of shards"))
+
+    thread = threading.Thread(target=count, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+
+
+def _bytes_in(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):  # renamed meanwhile
+            total += path.stat().st_size
+    return total
 
 
 def is_whole(folder: Path, files: dict[Path, int]) -> bool:

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from configs.errors import UnusableInput
 from configs.evaluation import Evaluate, Price
+from configs.progress import Count, Report
 from configs.sampling import Sampling
 from data.chat import dialect_of, encode_prompt
 from data.confidence import FLOOR
@@ -28,9 +29,6 @@ from student.results import ItemResult, write_results
 from student.scoring import Metrics, measure
 from student.unseen import origin_of
 
-Progress = Callable[[int, int, int], None]
-"""Attempts that are done, of how many, and tokens heard in those that are not."""
-"""Called with (items done, items in all)."""
 AskJudge = Callable[[Sequence[tuple[Prompt, str]]], Sequence[str]]
 """Items and answers -> what became of each, in the words of data.grading.OUTCOMES."""
 
@@ -85,7 +83,7 @@ def evaluate_model(
     items: Sequence[Prompt],
     settings: Evaluate,
     run: RunFolder,
-    progress: Progress | None = None,
+    report: Report | None = None,
     *,
     model_fingerprint: str,
     judge_timeout_s: float = 10.0,
@@ -97,7 +95,7 @@ def evaluate_model(
 
     The engine is loaded here, and only when some attempt has no committed completion yet; closing it is the caller's part.
     trained_families: of the training prompts; items of other families are `unseen`. ask_judge: grades answers to items whose
-    verifier is a model.
+    verifier is a model. report: told of attempts that are done and of tokens of those that are not, then of answers judged.
 
     Raises:
         UnusableInput: no items, an item twice, nobody to judge, or a committed segment whose bytes changed.
@@ -112,19 +110,18 @@ def evaluate_model(
         engine.load()
         done, tokens = len(attempts) - len(missing), 0
 
-        def heard(new: int) -> None:
+        def heard(new: int = 0) -> None:
             nonlocal tokens
             tokens += new
-            if progress is not None:
-                progress(done, len(attempts), tokens)
+            if report is not None:
+                report(Count(done, len(attempts), tokens=tokens))
 
         for committed in store.complete(engine, requests_for(missing, tokenizer, settings.sampling, settings.seed), heard):
             done += committed
-            if progress is not None:
-                progress(done, len(attempts), tokens)
+            heard()
         outputs = store.outputs()
     answered = [(item, outputs[key]) for item, key in attempts]
-    results = grade_outputs(answered, tokenizer, harness, judge_timeout_s, ask_judge)
+    results = grade_outputs(answered, tokenizer, harness, judge_timeout_s, ask_judge, report)
     results = [
         dataclasses.replace(result, cost=cost_of(result, price), is_unseen=origin_of(item, trained_families) == "unseen")
         for result, (item, _) in zip(results, attempts, strict=True)
@@ -242,6 +239,7 @@ def grade_outputs(
     harness: Harness,
     judge_timeout_s: float,
     ask_judge: AskJudge | None = None,
+    report: Report | None = None,
 ) -> list[ItemResult]:
     """One result an attempt, in the order given. Abstentions and empty answers never reach a verifier, nor a judge."""
     parsed = [parse_output(output, tokenizer, harness) for _, output in attempts]
@@ -252,7 +250,7 @@ def grade_outputs(
     ]
     by_model = [index for index in answered if attempts[index][0].verifier == LLM_JUDGE]
     by_program = [index for index in answered if attempts[index][0].verifier != LLM_JUDGE]
-    scores = verifier_scores([(attempts[index][0], parsed[index].answer) for index in by_program], judge_timeout_s)
+    scores = verifier_scores([(attempts[index][0], parsed[index].answer) for index in by_program], judge_timeout_s, report)
     score_of = dict(zip(by_program, scores, strict=True))
     said = ask_judge([(attempts[index][0], parsed[index].answer) for index in by_model]) if ask_judge and by_model else []
     grade_of = {index: judged_grade(outcome) for index, outcome in zip(by_model, said, strict=True)}
@@ -298,7 +296,14 @@ def cost_of(result: ItemResult, price: Price | None) -> float | None:
     return (result.prompt_tokens * price.input + result.output_tokens * price.output) / 1e6
 
 
-def verifier_scores(judged: Sequence[tuple[Prompt, str]], timeout_s: float) -> list[float | None]:
+def verifier_scores(
+    judged: Sequence[tuple[Prompt, str]], timeout_s: float, report: Report | None = None
+) -> list[float | None]:  # fmt: skip
     """Each answer's score by its item's own verifier, or None where that timed out, crashed, or there is none."""
-    judgements = judge([Item(prompt, answer) for prompt, answer in judged], timeout_s=timeout_s)
+
+    def tell(count: Count) -> None:
+        if report is not None:
+            report(count._replace(unit="answers"))
+
+    judgements = judge([Item(prompt, answer) for prompt, answer in judged], timeout_s=timeout_s, report=tell)
     return [None if judgement.verdict == "unjudged" else judgement.score for judgement in judgements]

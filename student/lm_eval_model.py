@@ -16,6 +16,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import PreTrainedTokenizerBase
 
 from configs.errors import UnusableInput
+from configs.progress import Count, Report
 from configs.sampling import Sampling
 from data.chat import dialect_of, render
 from data.engine import Engine, Request, request_under
@@ -44,10 +45,12 @@ class EngineModel(LM):
         *,
         chat: bool,
         context_tokens: int,
+        report: Report | None = None,
     ) -> None:
         super().__init__()
         self.engine, self.tokenizer, self.harness, self.sampling, self.seed = engine, tokenizer, harness, sampling, seed
         self.outputs, self.scores, self.chat, self.context_tokens = outputs, scores, chat, context_tokens
+        self.report: Report = report or (lambda count: None)
         self._turns: dict[str, tuple[Message, ...]] = {}
         self.failure: Exception | None = None
         """What the engine or the store died of: no fault of a task."""
@@ -102,8 +105,16 @@ class EngineModel(LM):
             missing.sort(key=lambda one: (-len(one[1].prompt_ids), one[0]))
             with self._answering():
                 self.engine.load()
-                for _ in self.outputs.complete(self.engine, missing):
-                    pass
+                done = tokens = 0
+
+                def heard(new: int = 0) -> None:
+                    nonlocal tokens
+                    tokens += new
+                    self.report(Count(done, len(missing), "lm-eval", unit="answers", tokens=tokens))
+
+                for committed in self.outputs.complete(self.engine, missing, heard):
+                    done += committed
+                    heard()
             found = self.outputs.outputs()
         for key, instance in zip(keys, requests, strict=True):
             if found[key].finish_reason == "abort":
@@ -155,7 +166,7 @@ class EngineModel(LM):
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         asked = [self.continuation(*instance.args) for instance in requests]
         with self._answering():
-            found = self.scores.likelihoods(self.engine, asked)
+            found = self.scores.likelihoods(self.engine, asked, self.report)
         return [(one.logprob, one.is_greedy) for one in found]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -163,7 +174,7 @@ class EngineModel(LM):
         lm-eval's own model."""
         windows = [self.windows(instance.args[0]) for instance in requests]
         with self._answering():
-            found = iter(self.scores.likelihoods(self.engine, [window for one in windows for window in one]))
+            found = iter(self.scores.likelihoods(self.engine, [window for one in windows for window in one], self.report))
         return [sum(next(found).logprob for _ in one) for one in windows]
 
     def continuation(self, context: str, continuation: str) -> Continuation:

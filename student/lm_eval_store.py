@@ -13,6 +13,7 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from configs.errors import UnusableInput
+from configs.progress import Count, Report
 from data.engine import Engine
 from data.records import digest
 from data.store import commit_segment, read_first_copies
@@ -48,7 +49,7 @@ class ScoreStore:
     def __init__(self, folder: Path, harness_key: str, *, segment_rows: int) -> None:
         self.folder, self.harness_key, self.segment_rows = folder, harness_key, segment_rows
 
-    def likelihoods(self, engine: Engine, asked: Sequence[Continuation]) -> list[Likelihood]:
+    def likelihoods(self, engine: Engine, asked: Sequence[Continuation], report: Report | None = None) -> list[Likelihood]:
         """One each, in the order asked; equal ones are asked once, and what is committed not again. Longest first, so that
         batches are of like length."""
         identities = [digest(one.ids, one.scored, self.harness_key) for one in asked]
@@ -62,6 +63,8 @@ class ScoreStore:
             found = score(engine, [missing[name] for name in names])
             self._commit(names, [missing[name] for name in names], found)
             known |= dict(zip(names, found, strict=True))
+            if report is not None:
+                report(Count(start + len(names), len(waiting), "lm-eval", unit="likelihoods"))
         return [known[name] for name in identities]
 
     def _committed(self) -> dict[str, Likelihood]:

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from configs.errors import TracestillError, UnusableInput
 from configs.evaluation import Evaluate, LmEvalSuite
+from configs.progress import Report
 from data.engine import Engine
 from data.records import digest
 from data.store import RunFolder, sha256_file, write_json
@@ -54,6 +55,7 @@ def evaluate_lm_suites(
     folders: Sequence[Path],
     *,
     model_fingerprint: str,
+    report: Report | None = None,
 ) -> Path:
     """evaluation/NAME.lm_eval.json holds metric, standard error, n, task version and configuration hash of each task.
 
@@ -73,7 +75,7 @@ def evaluate_lm_suites(
         hashed = folder_sha256(folder)
         with offline(run.cache / "lm_eval" / hashed):
             tasks = load_tasks(suite, folder)
-            measured = run_tasks(tasks, engine, tokenizer, suite, settings, harness, base)
+            measured = run_tasks(tasks, engine, tokenizer, suite, settings, harness, base, report)
         suites.append({"path": suite.path, "files_sha256": hashed, "limit": suite.limit, "tasks": measured})
     path = base.with_name(f"{base.name}.json")
     write_json(path, {"name": name, "harness": harness.key, "lm_eval": importlib.metadata.version("lm-eval"), "suites": suites})
@@ -191,6 +193,7 @@ def run_tasks(
     settings: Evaluate,
     harness: Harness,
     base: Path,
+    report: Report | None = None,
 ) -> dict[str, Any]:
     """Task name -> its figures. Tasks that generate and tasks that compare likelihoods are run one after the other: a chat
     template is of use to the first alone."""
@@ -213,7 +216,7 @@ def run_tasks(
             engine, tokenizer, harness, settings.sampling, settings.seed,
             ItemStore(base.with_name(f"{base.name}.items"), harness.key, segment_rows=settings.batch_size),
             ScoreStore(base.with_name(f"{base.name}.scores"), scored_under, segment_rows=settings.batch_size),
-            chat=chat, context_tokens=suite.context_tokens,
+            chat=chat, context_tokens=suite.context_tokens, report=report,
         )  # fmt: skip
         random.seed(0)  # as lm-eval's own front end does: tasks may draw
         np.random.seed(FEWSHOT_SEED)

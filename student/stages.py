@@ -79,19 +79,22 @@ def evaluate_models(
     for position, name in enumerate(names):
         target = open_target(context, name)
 
-        def progress(done: int, total: int, tokens: int, name: str = name, position: int = position) -> None:
-            show(Count(position * total + done, len(names) * total, name, tokens=tokens))
+        def report(count: Count, name: str = name, position: int = position) -> None:
+            said = count._replace(note=f"{count.note} {name}".strip())
+            if not count.unit:  # attempts, of which each model has as many
+                said = said._replace(done=position * count.total + count.done, total=len(names) * count.total)
+            show(said)
 
         try:
             measured[name] = evaluate_model(
-                target.spec.file, target.engine, target.tokenizer, items, context.recipe.evaluate, context.run, progress,
+                target.spec.file, target.engine, target.tokenizer, items, context.recipe.evaluate, context.run, report,
                 model_fingerprint=target.fingerprint, judge_timeout_s=context.recipe.data.verify_timeout_s,
                 price=target.spec.price, trained_families=taught, ask_judge=_judge_of(context, target, show),
             )  # fmt: skip
             if context.recipe.evaluate.lm_eval_suites and not items_alone:
                 evaluate_lm_suites(
                     target.spec.file, target.engine, target.tokenizer, context.recipe.evaluate, context.run, context.folders,
-                    model_fingerprint=target.fingerprint,
+                    model_fingerprint=target.fingerprint, report=report,
                 )  # fmt: skip
         except UnusableInput as error:
             if target.spec.server is None:

@@ -396,9 +396,10 @@ def test_failures_of_every_rank_are_in_the_line_that_their_launcher_shows(tmp_pa
     paths = [tmp_path / "r0", tmp_path / "r1", tmp_path / "r2"]
     assert read_counts(paths) is None
     for path, failed in zip(paths, (0, 3, 2), strict=True):
-        file_reporter(path)(Count(5, 10, "7 tokens/s", failed))
+        file_reporter(path)(Count(5, 10, "7 tokens/s", failed, tokens=100))
     found = read_counts(paths)
     assert found is not None and (found.done, found.total, found.remark) == (15, 30, "7 tokens/s, 5 failed")
+    assert found.tokens == 300  # of answers that are not whole too: a run of long ones is not silent
 
 
 def test_a_launcher_shows_the_failures_of_its_workers_beside_what_the_whole_run_has_done(

@@ -244,6 +244,27 @@ def test_a_step_whose_count_stands_still_is_ended(run: Path) -> None:
     assert 4.0 <= took < 9.0, took
 
 
+@pytest.mark.parametrize(
+    ("srun", "signalled", "code", "outcomes"),
+    [
+        ("sleep 600", False, 75, "hung"),
+        ("exit 1", False, 75, "failed"),
+        ("trap 'exit 140' USR2; touch staging; while :; do sleep 0.1; done", True, 75, "not begun"),
+    ],
+)
+def test_shards_are_staged_under_the_watchdog(run: Path, srun: str, signalled: bool, code: int, outcomes: str) -> None:
+    """A shared file system that hangs while they are copied; a preemption meanwhile is no attempt in vain."""
+    (run / "srun").write_text(f"#!/bin/bash\n{srun}\n")
+    (run / "srun").chmod(0o755)
+    options = ("--staging=shards", "--staged=local", "--loading=2")
+    process = start(run, "touch ran", silence_s=2.0, options=options)
+    if signalled:
+        wait_until((run / "staging").exists)
+        process.send_signal(signal.SIGUSR2)
+    assert process.wait(60) == code
+    assert outcome(run).outcome == outcomes and not (run / "ran").exists()
+
+
 def test_a_step_that_does_not_stop_is_ended_before_its_time_is_up(run: Path) -> None:
     """Slurm would end the job with it, and queue nothing again. It counts on, and has not a fresh trap for every signal."""
     beats = 'for n in $(seq 600); do echo "{}" > "$TRACESTILL_BEAT"; sleep 0.1; done'

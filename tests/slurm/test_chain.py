@@ -87,6 +87,19 @@ def test_what_slurm_refuses_leaves_nothing_in_the_queue(cluster: Cluster, tmp_pa
     assert site.submit() == dict.fromkeys(STAGES, "submitted")
 
 
+@pytest.mark.parametrize("key", ["student.model", "teacher.model"])
+def test_a_model_that_is_not_there_costs_no_night(cluster: Cluster, tmp_path: Path, key: str) -> None:
+    """Its job would find out hours later. In a container there may be other paths."""
+    site = Site(cluster, tmp_path)
+    ended = site.give("submit", *site.words(f"{key}=weights/none"))
+    assert ended.code == 2 and f"{key} weights/none: no such folder" in ended.err and ended.err.count("\n") == 1, ended
+    assert not site.run.root.exists() and not cluster.call("squeue", "-h")
+    for node in cluster.nodes:
+        cluster.call("scontrol", "update", f"NodeName={node}", "State=DRAIN", "Reason=test")
+    inside = site.submit(overrides=(f"{key}=weights/none", "slurm.srun=[--container-image=x]"))
+    assert set(inside.values()) == {"submitted"}
+
+
 def test_nodes_that_are_away_for_the_moment_are_waited_for(cluster: Cluster, tmp_path: Path) -> None:
     """sbatch --test-only calls that a configuration that is not available."""
     for node in cluster.nodes:

@@ -11,6 +11,7 @@ import pytest
 
 from configs.load import load_recipe
 from data.store import RunFolder
+from slurm import attempts
 from slurm.attempts import JobFolder, excluded_nodes, read_attempts
 from slurm.scripts import Chain, render_scripts
 from tests.slurm.cluster import Cluster, releasing, wait_for
@@ -83,6 +84,71 @@ def test_shards_are_on_every_node_before_the_step(cluster: Cluster, tmp_path: Pa
     [staged] = (tmp_path / "local" / "2" / "tracestill").glob("shards-*")
     assert (staged / "rank-0.bin").read_bytes() == b"weights"
     assert (tmp_path / "words").read_text().split() == ["-s", f"teacher.engine.prepared={staged}"]
+
+
+def test_a_node_that_cannot_take_the_shards_ends_the_job_before_it_loads(cluster: Cluster, tmp_path: Path) -> None:
+    """One of two: its disk is read-only, say. Another attempt may get other nodes; two in vain are enough."""
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "rank-0.bin").write_bytes(b"weights")
+    (tmp_path / "local").mkdir()
+    (tmp_path / "local" / "1").touch()  # where the second node's copy would go there is no folder
+    overrides = (f"teacher.engine.prepared={tmp_path / 'shards'}", f"slurm.scratch={tmp_path}/local/$SLURM_NODEID",
+                 "slurm.stage_weights=true", "teacher.hardware.nodes=2", "teacher.engine.processes=1")  # fmt: skip
+    job = ShellJob(cluster, tmp_path, "touch ran", *LIMITS, *overrides, stage="generate")
+    with releasing(cluster):
+        job.wait("FAILED", 120)
+    (first, reason), (last, _) = job.attempts()
+    assert (first, last) == ("failed", "stuck") and "slurm.stage_weights: " in reason and "Not a directory" in reason
+    assert not (tmp_path / "ran").exists()
+
+
+def test_servers_of_two_nodes_end_together_when_nobody_asks(cluster: Cluster, tmp_path: Path) -> None:
+    """The first node looks for askers; the other hears of it through the run folder."""
+    run = RunFolder(tmp_path)
+    run.logs.mkdir()
+    serve = f"{sys.executable} -P -m slurm.serve {tmp_path} --start=30 --idle=6 '--others=sleep 600'"
+    server = f"{sys.executable} -m http.server --bind {{address}} {{port}}"
+    job = int(cluster.call(
+        "sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", f"--output={tmp_path}/log", f"--export=ALL,PYTHONPATH={ROOT}",
+        f"--wrap=srun {serve} -- {server}",
+    ))  # fmt: skip
+    folder = JobFolder.of(run)
+    wait_for(folder.server(job).exists, "a server", 60)
+    wait_for(lambda: cluster.job(job)["JobState"] == "COMPLETED", "an end of its own", 60)
+    said = (tmp_path / "log").read_text()
+    assert said.count("serve: no job of the run asks any more") == 2, said
+    assert not folder.server(job).exists()
+
+
+def test_two_that_miss_servers_call_them_back_once(cluster: Cluster, tmp_path: Path) -> None:
+    """They ended while nobody asked, and both who ask find that at the same moment."""
+    folder = JobFolder.of(RunFolder(tmp_path))
+    folder.servers.mkdir(parents=True)
+    attempts.begin(folder, "serve", 1, 0, "n1", "")
+    attempts.end(folder, "serve", 1, after="", code=0, outcome="done", reason="")
+    folder.script("serve").write_text(f'#!/bin/bash\n#SBATCH --comment="tracestill serve {tmp_path}"\nsleep 60\n')
+    words = (
+        "from pathlib import Path; from data.store import RunFolder; import slurm.servers as servers; servers.ASK_SLURM_S = 1; "
+        f"print(repr(servers.wait_for_server(RunFolder(Path({str(tmp_path)!r})))))"
+    )
+    environment = cluster.environment | {"PYTHONPATH": str(ROOT)}
+    waiting = [
+        subprocess.Popen([sys.executable, "-c", words], env=environment, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+        for _ in range(3)
+    ]
+    wait_for(lambda: cluster.call("squeue", "-h", "-o", "%k") != "", "servers", 30)
+    time.sleep(4)
+    assert cluster.call("squeue", "-h", "-o", "%k") == f"tracestill serve {tmp_path}"
+    folder.server(2).write_text("http://n1:1/v1")
+    assert [process.communicate(timeout=30)[0] for process in waiting] == ["''\n"] * 3
+    folder.server(2).unlink()
+    folder.closed.touch()
+    cluster.call("scancel", "--user=root")
+    wait_for(lambda: not cluster.call("squeue", "-h"), "an empty queue", 30)
+    done = subprocess.run(
+        [sys.executable, "-c", words], env=environment, capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    assert "no job is left that could" in done.stdout and not cluster.call("squeue", "-h")
 
 
 def test_twenty_preemptions_are_twenty_requeues(cluster: Cluster, tmp_path: Path) -> None:

@@ -61,6 +61,25 @@ def test_two_servers_come_and_go_while_a_run_asks_them(cluster: Cluster, tmp_pat
     assert answered["metrics"]["num_items"] == 57, answered
 
 
+def test_servers_that_wait_are_replaced_with_what_they_wait_for(cluster: Cluster, tmp_path: Path) -> None:
+    """And a refusal of their script takes out what was submitted before them."""
+    for node in cluster.nodes:
+        cluster.call("scontrol", "update", f"NodeName={node}", "State=DRAIN", "Reason=test")
+    site = Site(cluster, tmp_path, SERVED)
+    refused = site.give("submit", *site.words("slurm.stages={serve: {options: [--gres=gpu:99]}}"))
+    assert refused.code == 2 and "slurm.stages.serve" in refused.err and refused.err.count("\n") == 1, refused
+    assert not cluster.call("squeue", "-h")
+    assert set(site.submit().values()) == {"submitted"}
+    before = site.job_of("prompts")
+    assert set(site.submit().values()) == {"attached"} and site.job_of("prompts") == before
+    assert set(site.submit(overrides=("slurm.memory=1G",)).values()) == {"submitted"}
+    queue = {int(job): name for job, name in (line.split() for line in cluster.call("squeue", "-h", "-o", "%F %j").splitlines())}
+    servers = [job for job, name in queue.items() if name == "embedded-serve"]
+    assert before not in queue and len(servers) == 2 and len(queue) == len(site.status()) + 1
+    after = {cluster.job(job)["Dependency"] for job in servers}
+    assert after == {f"afterok:{site.job_of(stage)}(unfulfilled)" for stage in ("prompts", "train")}
+
+
 def test_stages_wait_no_longer_than_there_is_hope(cluster: Cluster, tmp_path: Path) -> None:
     """A server that cannot start (no such option) is tried twice; whoever waits for it is told so."""
     site = Site(cluster, tmp_path, tuple(one.replace("jobs: 2", "jobs: 1, options: [--nonsense]") for one in SERVED))

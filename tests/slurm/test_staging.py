@@ -1,5 +1,6 @@
 """Shards on a node's own disk: whole or not there, copied once."""
 
+import json
 import os
 import signal
 import subprocess
@@ -11,7 +12,9 @@ import pytest
 
 from configs.errors import UnusableInput
 from configs.load import load_recipe
+from configs.progress import BEAT_VARIABLE
 from data.store import RunFolder
+from slurm import staging
 from slurm.scripts import Chain, render_scripts
 from slurm.staging import stage
 
@@ -75,6 +78,24 @@ def test_a_kill_leaves_no_half_copy_under_the_name(shards: Path, tmp_path: Path)
     process.wait()
     assert not target.exists()
     assert 0 < stage(shards, target) < 4 * (1 << 20) + 2 and contents(target) == contents(shards)
+
+
+def test_bytes_that_arrive_are_a_sign_of_life(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing else is: whoever waits for another process's copy reports that one's bytes."""
+    beat, part = tmp_path / "beat.json", tmp_path / "local" / "shards.part"
+    monkeypatch.setenv(BEAT_VARIABLE, str(beat))
+    monkeypatch.setattr(staging, "BEAT_S", 0.02)
+    part.mkdir(parents=True)
+    marks = []
+    with staging._counted(part, 2 * 10**9):
+        for size in (1, 2, 2, 2):
+            (part / "0.bin").write_bytes(b"x" * size)
+            time.sleep(0.2)
+            marks.append(beat.stat().st_mtime_ns)
+    assert marks[0] < marks[1] == marks[2] == marks[3]
+    assert json.loads(beat.read_text()) | {"stage": ""} == {
+        "stage": "", "done": 0, "total": 2, "unit": "GB of shards", "per_s": 0.0, "note": "",
+    }  # fmt: skip
 
 
 def test_what_cannot_be_staged_is_one_line(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:

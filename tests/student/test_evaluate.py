@@ -15,6 +15,7 @@ import student
 import teacher
 from configs.errors import UnusableInput
 from configs.evaluation import Evaluate
+from configs.progress import Count
 from configs.sampling import Sampling
 from data.byte_tokenizer import build_byte_tokenizer
 from data.chat import dialect_of
@@ -338,6 +339,32 @@ def test_an_unfinished_completion_goes_on_where_it_was(tokenizer: PreTrainedToke
     run_evaluation(expected, numbered(3), whole, batch_size=9)
     assert len(second.asked) == 2 and sum(len(request.prefix_ids) > 0 for request in second.asked) == 1
     assert read_results(run, "student") == read_results(whole, "student")
+
+
+def test_every_part_of_an_evaluation_counts(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """A watchdog takes silence for a hang: tokens of an answer that is being written count, and answers that are judged."""
+
+    class Slow(ScriptedEngine):
+        def generate(self, requests: Iterable[Request], handout: Handout | None = None) -> Iterator[Completion]:
+            assert handout is not None
+            for completion in super().generate(requests, handout):
+                for share in (1, 2):
+                    half = share * len(completion.token_ids) // 2
+                    handout.take(Partial(completion.request_id, completion.token_ids[:half], completion.logprobs[:half]))
+                yield completion
+
+    settings, counts = Evaluate(sampling=Sampling(temperature=0.0, max_tokens=32), batch_size=2), list[Count]()
+    items = [prompt(f"say {number}", str(number), verifier="math") for number in range(3)]  # which is judged by other processes
+    evaluate_model(
+        "student", Slow(tokenizer, lambda question: thoughtful(f"no {question}")), tokenizer, items, settings,
+        RunFolder(tmp_path), counts.append,
+        model_fingerprint="weights",
+    )  # fmt: skip
+    asked, judged = [one for one in counts if not one.unit], [one for one in counts if one.unit == "answers"]
+    assert [one.done for one in asked] == [0, 0, 0, 0, 2, 2, 2, 3] and {one.total for one in asked} == {3}
+    tokens = [one.tokens for one in asked if one.done < 2]
+    assert sorted(set(tokens)) == tokens and tokens[0] > 0
+    assert (judged[-1].done, judged[-1].total) == (3, 3)
 
 
 def test_samples_are_attempts_of_their_own(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

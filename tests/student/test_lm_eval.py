@@ -22,17 +22,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from configs.errors import UnusableInput
 from configs.evaluation import Evaluate, LmEvalSuite
+from configs.progress import Count
 from data.store import RunFolder, read_segment, segments
 from student.evaluate import harness_of
 from student.figures import lm_eval_rows
 from student.item_store import ItemStore
 from student.lm_eval_model import EngineModel
 from student.lm_eval_store import Continuation, ScoreStore
-from student.lm_eval_suite import load_tasks, offline
+from student.lm_eval_suite import evaluate_lm_suites, load_tasks, offline
 from student.model import load_base, load_tokenizer
 from student.results import evaluation_files, read_lm_eval
 from tests.e2e.commands import ROOT, environment
-from tests.student.lm_eval_tasks import SUMS, TASKS, Counted, measured, values, write_tasks
+from tests.student.lm_eval_tasks import SUMS, TASKS, Counted, measured, settings_of, values, write_tasks
 
 
 @pytest.fixture
@@ -233,6 +234,20 @@ def test_what_was_answered_is_not_asked_again(folder: Path, tmp_path: Path, toke
     assert (first.generated, first.scored) == (len(SUMS), 4 * len(SUMS))
     again.load = lambda: pytest.fail("weights were read for nothing")  # type: ignore[method-assign]
     assert measured(again, tokenizer, folder, run) == found and (again.generated, again.scored) == (0, 0)
+
+
+def test_answers_and_likelihoods_are_counted_as_they_come(
+    folder: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Hours of a real suite would otherwise look like a hang."""
+    counts: list[Count] = []
+    engine: Any = Counted()
+    settings, run = settings_of(folder).model_copy(update={"batch_size": 4}), RunFolder(tmp_path / "run")
+    evaluate_lm_suites("base", engine, tokenizer, settings, run, [folder.parent], model_fingerprint="w", report=counts.append)
+    for unit, total in (("answers", len(SUMS)), ("likelihoods", None)):
+        found = [one for one in counts if one.unit == unit]
+        assert found[-1].done == found[-1].total and len({one.done for one in found}) > 1, (unit, counts)
+        assert total is None or found[-1].total == total
 
 
 def test_a_death_costs_what_was_not_committed(folder: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
