@@ -107,12 +107,14 @@ def stage_shards(options: argparse.Namespace, beat: Path) -> tuple[int, str]:
     command = ["srun", "--ntasks-per-node=1", "--kill-on-bad-exit=1", sys.executable, "-P", "-m", "slurm.staging",
                options.staging, options.staged]  # fmt: skip
     step = Step(command, beat, options.silence, options.warning, options.loading)
-    found = step.wait()
+    start = options.log.stat().st_size if options.log.is_file() else 0
+    code, hung = step.wait()
     _hear_signals()
     beat.unlink(missing_ok=True)  # the step's own first count is still to come
     if step.was_asked:
         raise _StoppedEarly("a signal while shards were staged")
-    return found
+    code = own_code(options.log, start, code)
+    return (TracestillError.exit_code if code in STOPPED else code), hung  # srun ended the others because of one
 
 
 def last_error(log: Path | None, start: int) -> str:
