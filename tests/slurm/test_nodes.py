@@ -63,14 +63,26 @@ class ShellJob:
 LIMITS = ("slurm.time_limit=00:10:00", "slurm.warning_seconds=60")
 
 
-def test_a_bad_node_is_left_out_and_the_job_goes_on_elsewhere(cluster: Cluster, tmp_path: Path) -> None:
-    health = "slurm.health={command: '[ \"$SLURMD_NODENAME\" != n1 ] || { echo link 3 is down; exit 1; }'}"
-    job = ShellJob(cluster, tmp_path, 'echo "$SLURM_JOB_NODELIST" > where', *LIMITS, health)
+@pytest.mark.parametrize("wants_gpus", [False, True])
+def test_a_bad_node_is_left_out_and_the_job_goes_on_elsewhere(cluster: Cluster, tmp_path: Path, wants_gpus: bool) -> None:
+    """Also where the partition lets nobody in who asks for no GPU, as the small job that leaves the node out at first does."""
+    (tmp_path / "bin").mkdir()
+    refuses = '#!/bin/bash\ncase "$*" in *--gres=gpu:1*) exec /usr/bin/sbatch "$@" ;; esac\necho "QOSMinGRES" >&2\nexit 1\n'
+    (tmp_path / "bin" / "sbatch").write_text(refuses if wants_gpus else '#!/bin/bash\nexec /usr/bin/sbatch "$@"\n')
+    (tmp_path / "bin" / "sbatch").chmod(0o755)
+    overrides = (
+        f"slurm.setup=['export PATH={tmp_path}/bin:$PATH']",
+        "slurm.health={command: '[ \"$SLURMD_NODENAME\" != n1 ] || { echo link 3 is down; exit 1; }'}",
+    )
+    job = ShellJob(cluster, tmp_path, 'echo "$SLURM_JOB_NODELIST" > where', *LIMITS, *overrides)
     job.wait("COMPLETED")
     assert (tmp_path / "where").read_text().strip() != "n1"
     assert excluded_nodes(JobFolder.of(job.run)) == {"n1": "link 3 is down"}
     (first, reason), (second, _) = job.attempts()
     assert (first, reason, second) == ("bad node", "n1: link 3 is down", "done")
+    wait_for(lambda: not cluster.call("squeue", "-h"), "the end of the small job", 30)
+    small = next(job.run.logs.glob("exclude-*.log")).stem.removeprefix("exclude-")
+    assert ("gpu:1" in cluster.job(int(small)).get("TresPerNode", "")) is wants_gpus
 
 
 def test_shards_are_on_every_node_before_the_step(cluster: Cluster, tmp_path: Path) -> None:
