@@ -1,3 +1,4 @@
+import contextlib
 import json
 import random
 import subprocess
@@ -56,10 +57,14 @@ class Attempt:
 
 
 def wait_for(condition: Callable[[], bool], limit_s: float = 60.0) -> None:
+    """An empty fragment of an attempt that was killed is taken away by the next one, perhaps while this looks: not yet."""
     deadline = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < deadline
+    while time.monotonic() < deadline:
+        with contextlib.suppress(FileNotFoundError):
+            if condition():
+                return
         time.sleep(0.05)
+    raise AssertionError(f"not within {limit_s:g} s")
 
 
 def mirrored(metrics: Path) -> list[int]:
