@@ -194,6 +194,11 @@ class Cluster:
         """A requeued job may start now instead of in two minutes."""
         self.call("scontrol", "update", f"JobId={job_id}", "StartTime=now")
 
+    def limit_in_a_minute(self, job_id: int) -> None:
+        """The job's time limit, and a bit: Slurm counts limits in minutes from a job's start."""
+        minutes, seconds = (int(part) for part in self.job(job_id)["RunTime"].split(":")[-2:])
+        self.call("scontrol", "update", f"JobId={job_id}", f"TimeLimit={minutes + (seconds > 0) + 1}")
+
     def resume_nodes(self) -> None:
         """Those that the controller has drained are taken back into service."""
         for line in self.call("sinfo", "-h", "-N", "-p", "main", "-o", "%N|%T").splitlines():
