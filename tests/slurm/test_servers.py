@@ -62,23 +62,18 @@ def test_two_servers_come_and_go_while_a_run_asks_them(cluster: Cluster, tmp_pat
 
 
 def test_a_server_goes_back_at_its_time_limit(cluster: Cluster, tmp_path: Path) -> None:
-    """It signs off, and registers again once it has its turn; whoever is to ask it meanwhile waits."""
-    site = Site(
-        cluster,
-        tmp_path,
-        tuple(one.replace("jobs: 2", "jobs: 1").replace("idle_seconds: 20", "idle_seconds: 600") for one in SERVED),
-    )
+    """It signs off, and registers again once it has its turn. Whoever is to ask it begins later."""
+    later = "slurm.stages={serve: {options: [--exclusive]}, generate: {options: [--begin=now+1hour]}}"
+    site = Site(cluster, tmp_path, (*(one.replace("jobs: 2", "jobs: 1") for one in SERVED), later))
     site.finish("prompts", 120)
     site.submit("--only", "generate")
     generate, serve = site.job_of("generate"), site.job_of("serve")
-    cluster.call("scontrol", "requeuehold", str(generate))
     url = site.run.root / "slurm" / "servers" / f"{serve}.url"
     wait_for(url.exists, "a server", 240)
     cluster.limit_in_a_minute(serve)
     wait_for(lambda: cluster.job(serve)["Restarts"] == "1", "a requeue of the server", 150)
     assert not url.exists() and [one.outcome for one in site.attempts("serve")] == ["interrupted"], everything(site)
     cluster.call("scontrol", "update", f"JobId={serve}", "TimeLimit=30")
-    cluster.call("scontrol", "release", str(generate))
     with releasing(cluster):
         wait_for(url.exists, "a server again", 240)
         wait_for(lambda: cluster.states()[generate] == "COMPLETED", "the end of generate", 400)
