@@ -8,11 +8,13 @@ gates, an export. Try it: tracestill run embedded"""
 import contextlib
 import dataclasses
 import errno
+import functools
 import json
 import os
 import signal
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -35,8 +37,9 @@ if TYPE_CHECKING:
     from data.engine import Engine
     from data.row_check import TrainedIds
     from data.stage import Context, Stage
-    from student.stages import Target
+    from student.stages import OpenTarget, Target
     from teacher.judge import JudgeEngine
+    from teacher.ranked_engine import RankedTeacher
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 DISK_AWAY = {errno.ESTALE, errno.EIO, errno.ENOTCONN, errno.EREMOTEIO}
@@ -238,14 +241,14 @@ def evaluate(
         return
     from student.stages import gate_refusal
 
-    if compare:
-        _compare(context, models or [], as_json)
-        return
-    if headroom:
-        _require_headroom(context)
-        return
-
-    run_stage(_evaluate_stage(), context)
+    with _teacher_of_all_nodes(context) as open_target:
+        if compare:
+            _compare(context, models or [], open_target, as_json)
+            return
+        if headroom:
+            _require_headroom(context, open_target)
+            return
+        run_stage(_evaluate_stage(open_target), context)
     refusal = gate_refusal(context)
     if as_json:
         from data.report_summary import report_json
@@ -255,24 +258,43 @@ def evaluate(
         raise refusal
 
 
-def _compare(context: "Context", models: list[str], as_json: bool) -> None:
+@contextlib.contextmanager
+def _teacher_of_all_nodes(context: "Context") -> Iterator["OpenTarget"]:
+    """Opens evaluation targets. Where the teacher's ranks are on several nodes, the other nodes' are at the rendezvous already:
+    this node's meet them, whether anything is left to ask the teacher or not, and end with them."""
+    from generate.launch import nodes_of, run_evaluation_ranks
+
+    if "TRACESTILL_RENDEZVOUS" not in os.environ or nodes_of(context.recipe) is None:
+        yield _target
+        return
+    from teacher.engines import ranked_teacher
+
+    engine = ranked_teacher(context.recipe.teacher, _ranks_folder(context), functools.partial(run_evaluation_ranks, context))
+    engine.start()
+    try:
+        yield functools.partial(_target, ranks=engine)
+    finally:
+        engine.close()
+
+
+def _compare(context: "Context", models: list[str], open_target: "OpenTarget", as_json: bool) -> None:
     from data.stage import exclusive
     from student.compare import compare_models
 
     with exclusive(context.run, "compare"):
-        found = compare_models(context, models, _target)
+        found = compare_models(context, models, open_target)
     print(found.text)
     context.console.print(f"written: {found.path}", highlight=False, soft_wrap=True)
     if as_json:
         print(json.dumps(found.values))
 
 
-def _require_headroom(context: "Context") -> None:
+def _require_headroom(context: "Context", open_target: "OpenTarget | None" = None) -> None:
     """Teacher and base are measured, and the teacher is better by more than chance; whatever else is refused (exit 3)."""
     from data.stage import run_stage
     from student.stages import headroom_refusal
 
-    run_stage(_headroom_stage(), context)
+    run_stage(_headroom_stage(open_target), context)
     if (refusal := headroom_refusal(context)) is not None:
         raise refusal
 
@@ -499,8 +521,6 @@ def _base_student(recipe: "Recipe") -> "Model":
 
 
 def _judge(settings: "Judging") -> "Model":
-    import functools
-
     from data.asking import Model
     from data.verify.llm_judge import identity_of
 
@@ -517,10 +537,9 @@ def _ranks_folder(context: "Context") -> Path:
     return context.run.cache / "teacher"
 
 
-def _target(context: "Context", name: str) -> "Target":
-    """An evaluation target: the teacher through its recipe's engine, others through the local one or their server."""
-    import functools
-
+def _target(context: "Context", name: str, *, ranks: "RankedTeacher | None" = None) -> "Target":
+    """An evaluation target: the teacher through its recipe's engine, others through the local one or their server. ranks: the
+    teacher's, where they have been started."""
     from generate.launch import run_evaluation_ranks, teacher_fingerprint
     from student.export import merged_with
     from student.model import load_tokenizer as load_student_tokenizer
@@ -535,7 +554,7 @@ def _target(context: "Context", name: str) -> "Target":
     if spec.kind == "teacher":
         teacher = context.recipe.teacher
         launch = functools.partial(run_evaluation_ranks, context)
-        engine = open_evaluation_engine(teacher, _ranks_folder(context), launch, batch_size=settings.batch_size)
+        engine = ranks or open_evaluation_engine(teacher, _ranks_folder(context), launch, batch_size=settings.batch_size)
         return Target(spec, engine, load_teacher_tokenizer(teacher), teacher_fingerprint(context), judge)
     if spec.server is not None:
         tokenizer = load_student_tokenizer(spec.tokenizer)
@@ -546,18 +565,18 @@ def _target(context: "Context", name: str) -> "Target":
     return Target(spec, engine, load_student_tokenizer(str(spec.folder)), spec.fingerprint(), judge)
 
 
-def _evaluate_stage() -> "Stage":
+def _evaluate_stage(open_target: "OpenTarget | None" = None) -> "Stage":
     from generate.launch import teacher_fingerprint
     from student.stages import evaluate_stage
 
-    return evaluate_stage(_target, teacher_fingerprint)
+    return evaluate_stage(open_target or _target, teacher_fingerprint)
 
 
-def _headroom_stage() -> "Stage":
+def _headroom_stage(open_target: "OpenTarget | None" = None) -> "Stage":
     from generate.launch import teacher_fingerprint
     from student.stages import headroom_stage
 
-    return headroom_stage(_target, teacher_fingerprint)
+    return headroom_stage(open_target or _target, teacher_fingerprint)
 
 
 def _export_stage() -> "Stage":

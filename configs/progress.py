@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import sys
 import time
@@ -134,6 +135,26 @@ class Display:
 def own_beat() -> Path | None:
     """Where whoever watches over this process looks for its sign of life, if anybody does."""
     return Path(os.environ[BEAT_VARIABLE]) if os.environ.get(BEAT_VARIABLE) else None
+
+
+def expect_loading() -> None:
+    """What comes now reads a model: whoever watches waits as long as for a first count."""
+    if (path := own_beat()) is not None:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def beat_reporter(stage: str) -> Report:
+    """Signs of life alone, at most twice a second: for a long pass inside of what a stage counts."""
+    path, last = own_beat(), -math.inf
+
+    def report(count: Count) -> None:
+        nonlocal last
+        if path is not None and (now := time.monotonic()) - last >= WRITE_INTERVAL_S:
+            last = now
+            write_beat(path, stage, count)
+
+    return report
 
 
 def write_beat(path: Path, stage: str, count: Count, *, per_s: float = 0.0) -> None:

@@ -12,6 +12,7 @@ import pyarrow as pa
 from rich.table import Table
 
 from configs.errors import Refused
+from configs.progress import Report
 from configs.schema import Canary, Data, Recipe
 from data.judge import judge_run, opinion
 from data.ledger import fates_of
@@ -59,26 +60,28 @@ class CanaryReport:
         return self.failed / max(1, self.requests)
 
 
-def measure(recipe: Recipe, run: RunFolder, folders: Sequence[Path] = ()) -> CanaryReport:
-    """folders: where the recipe's benchmark files are looked for. Raises Refused when not one of the canary's requests is
-    completed."""
+def measure(
+    recipe: Recipe, run: RunFolder, folders: Sequence[Path] = (), tell: Report = lambda count: None
+) -> CanaryReport:  # fmt: skip
+    """folders: where the recipe's benchmark files are looked for. tell: how far judging is. Raises Refused when not one of the
+    canary's requests is completed."""
     assert recipe.generate.canary.share is not None
     with PromptSet.open(run) as prompts:
         index = prompts.index("train")
     chosen = canary_prompts(index, recipe.generate.canary.share, recipe.generate.seed)
     samples = recipe.generate.samples_per_prompt
     asked = [index.prompt_id(row) for row in np.flatnonzero(chosen).tolist()]
-    return _report(recipe, run, folders, asked, samples, total=len(index) * samples)
+    return _report(recipe, run, folders, asked, samples, tell, total=len(index) * samples)
 
 
 def _report(
-    recipe: Recipe, run: RunFolder, folders: Sequence[Path], asked: Sequence[str], samples: int, *, total: int
+    recipe: Recipe, run: RunFolder, folders: Sequence[Path], asked: Sequence[str], samples: int, tell: Report, *, total: int
 ) -> CanaryReport:
     committed, requests = segments(run.traces), len(asked) * samples
     fates = fates_of(committed)
     view = recipe.data.view.model_copy(update={"abstention_share": None})  # asking the student can wait for the whole run
     settings = recipe.data.model_copy(update={"dedup": "none", "view": view})
-    facts, reasons = _judged(run, settings, folders, asked) if fates.by_reason.keys() - {"abort"} else (None, [])
+    facts, reasons = _judged(run, settings, folders, asked, tell) if fates.by_reason.keys() - {"abort"} else (None, [])
     if facts is None or not facts.num_rows:
         said = ", ".join(f"{count} {error}" for error, count in fates.errors.items()) or "see --status"
         raise Refused(f"{run.traces}: not one of the canary's {requests} requests completed ({said}); mend the cause")
@@ -98,9 +101,11 @@ def _report(
     )
 
 
-def _judged(run: RunFolder, settings: Data, folders: Sequence[Path], asked: Sequence[str]) -> tuple[pa.Table, list[str]]:
+def _judged(
+    run: RunFolder, settings: Data, folders: Sequence[Path], asked: Sequence[str], tell: Report
+) -> tuple[pa.Table, list[str]]:
     """data.facts of the canary's completed traces, and for each "" or why it would not be kept."""
-    found = judge_run(run, settings, num_workers=settings.processes or num_cores(), tell=lambda count: None, folders=folders)
+    found = judge_run(run, settings, num_workers=settings.processes or num_cores(), tell=tell, folders=folders)
     decisions = select(opinion(found, settings).judgements, len(found))
     mine_N = np.isin(found["facts"]["prompt_id"].to_pylist(), list(asked))
     codes = decisions.reasons_N[mine_N]

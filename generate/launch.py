@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING
 
 from configs.errors import Interrupted, UnusableInput
 from configs.launch import Nodes, StageFailed, read_nodes, run_ranks
-from configs.progress import Count, Display, file_reporter, read_counts
+from configs.progress import Count, Display, Report, expect_loading, file_reporter, read_counts
 from configs.schema import DeepSpeedEngine, Recipe
 from data.ledger import Ledger, read_ledger
-from data.prompt_set import PromptSet
 from data.stage import Context, exclusive, folder_stays
-from data.store import ROLLUP, RunFolder, SegmentLog, read_rollup, read_segment, segments, verify_files
+from data.store import ROLLUP, RunFolder, SegmentLog, read_rollup, segments, verify_files
 from data.work import WorkFolder, ages, read_facts
 from generate import identity
 from generate.budget import number_of, others, spent
@@ -49,7 +48,7 @@ def ask_together(context: Context, show: Callable[[Count], None]) -> None:
         again, before = False, ledger
         refuse_if_spent(context, ledger.pending)
         launch(context, show, ledger)
-        waited = wait_for_others(context)
+        waited = wait_for_others(context, show)
         ledger = read_ledger(context.run)
         if ledger.pending:
             refuse_if_spent(context, ledger.pending)
@@ -59,7 +58,7 @@ def ask_together(context: Context, show: Callable[[Count], None]) -> None:
                 left = f"{ledger.pending} of {ledger.requested} requests stay pending, and nobody is at them"
                 raise StageFailed(f"{context.run.traces}: {left}; expected none; see the log, then give the same command")
     if context.recipe.generate.retry_failed:
-        wait_until_alone(context)
+        wait_until_alone(context, show)
         unseal_if_grown(context.run)
 
 
@@ -103,13 +102,13 @@ def ask_canary(context: Context) -> "CanaryReport":
         while (left := num_open(context)) and left != open_before:
             open_before = left
             launch(context, display.show, ledger)
-            wait_for_others(context)
+            wait_for_others(context, display.show)
             if nodes_of(context.recipe) is not None:  # as in ask_together
                 left = num_open(context)
                 break
-    if left:
-        raise Interrupted(f"{left} requests of the canary are still open; the same command continues")
-    return measure(context.recipe, run, context.folders)
+        if left:
+            raise Interrupted(f"{left} requests of the canary are still open; the same command continues")
+        return measure(context.recipe, run, context.folders, display.show)
 
 
 def num_open(context: Context) -> int:
@@ -125,6 +124,7 @@ def num_open(context: Context) -> int:
 def launch(context: Context, show: Callable[[Count], None], ledger: Ledger) -> None:
     """This process's part, or its ranks'. What is shown as done is what all workers of the run have done."""
     already, committed = ledger.completed + ledger.failed, Committed(SegmentLog(context.run.traces))
+    expect_loading()  # once more, when requests that others have left are asked
 
     def tell(count: Count) -> None:
         done = min(ledger.requested, max(already + count.done, committed.rows()))
@@ -151,11 +151,12 @@ class Committed:
         return self.found
 
 
-def wait_for_others(context: Context) -> bool:
+def wait_for_others(context: Context, show: Report) -> bool:
     """Whoever is alive and at requests of this run has ended them, or has gone and left some: those are free then, or will be
     when their leases are stale. Returns whether there was anybody."""
     folder, ttl_s = WorkFolder.of(context.run), context.recipe.generate.lease_ttl_s
     committed, seen, known = Committed(SegmentLog(context.run.traces)), set[str](), -1
+    requested, since = 0, time.monotonic()
     while living := {name for name, age in ages(folder).items() if age <= ttl_s}:
         if living - seen:
             log.info("waiting for requests that other workers hold: %s", ", ".join(sorted(living)))
@@ -164,18 +165,28 @@ def wait_for_others(context: Context) -> bool:
         if any(number_of(facts.get(name, {}), "in_flight") for name in seen - living):
             break
         if (rows := committed.rows()) != known:  # a ledger is read when there is something new in it
-            known = rows
-            if not read_ledger(context.run).pending:
+            known, ledger = rows, read_ledger(context.run)
+            requested = ledger.requested
+            if not ledger.pending:
                 break
+        _show_waiting(show, min(rows, requested), requested, len(living), since)
         time.sleep(min(WAIT_S, ttl_s / 4))
     return bool(seen)
 
 
-def wait_until_alone(context: Context) -> None:
+def wait_until_alone(context: Context, show: Report) -> None:
     """Failed requests that others ask again are not pending: only their workers' ends say that they are done."""
     folder, ttl_s = WorkFolder.of(context.run), context.recipe.generate.lease_ttl_s
-    while any(age <= ttl_s for age in ages(folder).values()):
+    ledger, since = read_ledger(context.run), time.monotonic()
+    while living := sum(age <= ttl_s for age in ages(folder).values()):
+        _show_waiting(show, ledger.completed, ledger.requested, living, since)
         time.sleep(min(WAIT_S, ttl_s / 4))
+
+
+def _show_waiting(show: Report, done: int, requested: int, workers: int, since: float) -> None:
+    """A sign of life every minute: each of those that are waited for has a watchdog of its own."""
+    minutes = int((time.monotonic() - since) / 60)
+    show(Count(done, requested, f"{workers} other workers at the rest" + (f" for {minutes} min" if minutes else "")))
 
 
 def refuse_if_spent(context: Context, pending: int) -> None:
@@ -234,18 +245,10 @@ def _run_ranks_here(
 
 
 def join_evaluation(context: Context) -> None:
-    """Another node's part of an evaluation: its ranks of the teacher, until the first node tells them to end; nothing where the
-    teacher's answers are all committed, for then the first node starts none. Both look before a rank can commit: ranks start
-    once the launchers of all nodes have met."""
-    settings = context.recipe.evaluate
-    with PromptSet.open(context.run) as prompts:
-        wanted = len(prompts.index("eval").task_codes_N) * settings.samples
-    answered: set[str] = set()
-    for segment in segments(context.run.evaluation / "teacher.items"):
-        rows = read_segment(segment).select(["item_id", "finish_reason"]).to_pylist()
-        answered |= {row["item_id"] for row in rows if row["finish_reason"] != "abort"}
-    if len(answered) < wanted:
-        run_evaluation_ranks(context, lambda: None)
+    """Another node's part of an evaluation: its ranks of the teacher, until the first node tells them to end. Whether the teacher
+    is asked anything the first node finds out by itself, and loads it only then: nodes that each judged by their own view of the
+    files would wait for each other."""
+    run_evaluation_ranks(context, lambda: None)
 
 
 def run_evaluation_ranks(context: Context, poll: Callable[[], None]) -> None:

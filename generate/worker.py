@@ -147,7 +147,7 @@ class Shift:
         self.writer = Writer(recipe, run, engine, tokenizer, teacher_fingerprint, self.worker.name, self._committed)
         self.asked: dict[str, InHand[Ask]] = {}
         self.tokens_of: dict[str, int] = {}
-        self.finished = self.tokens = 0
+        self.finished = self.tokens = self.shown = 0
         self.nothing_free_until = -float("inf")
         self.failures = Counter[str]()
         self.started, self.started_at, self.told = time.perf_counter(), self.worker.renew(), -float("inf")
@@ -224,6 +224,8 @@ class Shift:
         self.writer.commit_if_old()
         if time.monotonic() - self.told >= TELL_S:
             self.tell("draining" if self.drain.requested else "working")
+            if not self.is_served:  # that loop turns while servers are silent too; a rank's stands still when one of them does
+                self._show(reading=True)
         return bool(self.drain.requested)
 
     def may_admit(self) -> bool:
@@ -243,10 +245,15 @@ class Shift:
             self._count_failure(completion)
         self._show()
 
-    def _show(self) -> None:
+    def _show(self, *, reading: bool = False) -> None:
+        """reading: told between passes, which may be over prompts of a million tokens: minutes in which nothing is said."""
         total, rate = self.finished + self.pool.num_open, self.tokens / (time.perf_counter() - self.started)
         tokens = self.tokens + sum(self.tokens_of.values())
-        self.report(Count(self.finished, total, f"{rate:.0f} tokens/s", self.failures.total(), tokens=tokens))
+        note = f"{rate:.0f} tokens/s"
+        if reading and tokens == self.shown:
+            note += f", reading prompts, {time.perf_counter() - self.started:.0f} s"
+        self.shown = tokens
+        self.report(Count(self.finished, total, note, self.failures.total(), tokens=tokens))
 
     def _count_failure(self, completion: Completion) -> None:
         """The first of each kind is a warning: a run that fails must not look like one that works."""

@@ -26,7 +26,8 @@ from configs.errors import Busy, Interrupted, Refused, TracestillError, Unusable
 from data.store import ROLLUP, RunFolder
 from slurm import attempts
 from slurm.attempts import Attempt, JobFolder
-from slurm.client import SlurmFailed, call, own_address
+from slurm.chain import jobs_of
+from slurm.client import SlurmFailed, call, own_address, queued
 from slurm.nodes import HealthUnknown, leave_out, unfit_nodes
 from slurm.progress import progress_of
 from slurm.servers import close_servers, wait_for_server
@@ -44,6 +45,8 @@ TAIL_BYTES = 1 << 16
 BAD_NODE, EARLY, BUSY = "bad node", "not begun", "busy"
 NOT_BEGUN = (BAD_NODE, EARLY, BUSY)
 """Attempts that say nothing about progress."""
+TOGETHER = ("serve", "canary", "generate")
+"""Stages that several jobs may be at."""
 MAX_BUSY = 30
 """Times that a job may find another process at its stage, which has committed nothing in between: an hour, at the two minutes
 that Slurm holds what is requeued. A controller that was killed has been seen to launch a job twice."""
@@ -103,8 +106,11 @@ def says_cancelled(shown: str) -> bool:
 
 
 def stage_shards(options: argparse.Namespace, beat: Path) -> tuple[int, str]:
-    """On every node of the job, once; watched over like the step itself. Returns the exit code, and what the watchdog saw."""
-    command = ["srun", "--ntasks-per-node=1", "--kill-on-bad-exit=1", sys.executable, "-P", "-m", "slurm.staging",
+    """On every node of the job, once; watched over like the step itself. Returns the exit code, and what the watchdog saw.
+
+    Raises _StoppedEarly when Slurm has ended it: this program hears of a preemption only where the site has it so.
+    """
+    command = ["srun", "--ntasks-per-node=1", "--kill-on-bad-exit=1", "--wait=0", sys.executable, "-P", "-m", "slurm.staging",
                options.staging, options.staged]  # fmt: skip
     step = Step(command, beat, options.silence, options.warning, options.loading)
     start = options.log.stat().st_size if options.log.is_file() else 0
@@ -113,8 +119,10 @@ def stage_shards(options: argparse.Namespace, beat: Path) -> tuple[int, str]:
     beat.unlink(missing_ok=True)  # the step's own first count is still to come
     if step.was_asked:
         raise _StoppedEarly("a signal while shards were staged")
-    code = own_code(options.log, start, code)
-    return (TracestillError.exit_code if code in STOPPED else code), hung  # srun ended the others because of one
+    failed = any(chosen not in STOPPED for chosen in chosen_codes(options.log, start))  # srun ended the others because of one
+    if code in STOPPED and not hung and not failed:
+        raise _StoppedEarly("Slurm while shards were staged")
+    return (TracestillError.exit_code if code in STOPPED else own_code(options.log, start, code)), hung
 
 
 def last_error(log: Path | None, start: int) -> str:
@@ -130,8 +138,13 @@ def last_error(log: Path | None, start: int) -> str:
 def own_code(log: Path | None, start: int, code: int) -> int:
     """The step's, by its own choice where one of its nodes chose: srun's is the highest of all nodes', and those that it ended
     because of that one say 75 or 143."""
-    chosen = [int(found) for found in _EXITED.findall(_tail(log, start))]
+    chosen = chosen_codes(log, start)
     return next((wanted for wanted in (Refused.exit_code, UnusableInput.exit_code) if code and wanted in chosen), code)
+
+
+def chosen_codes(log: Path | None, start: int) -> list[int]:
+    """With which nodes of the step have exited by themselves, as srun says when it was not 0."""
+    return [int(found) for found in _EXITED.findall(_tail(log, start))]
 
 
 def _tail(log: Path | None, start: int) -> bytes:
@@ -176,13 +189,14 @@ def main(words: Sequence[str]) -> int:
             code = verdict.code
     except _StoppedEarly as stop:
         code = Interrupted.exit_code
-        verdict = Verdict(CANCELLED if folder.cancelled.exists() else code, EARLY, f"stopped by {stop} before the step began")
-    except TracestillError as error:  # a damaged file of the run, which whoever reads next would meet too
-        code, verdict = error.exit_code, Verdict(error.exit_code, "unusable", str(error))
-    except OSError as error:  # a file system that is away for a moment; it is the same to the next attempt, or it is not
-        said = f"{error.filename or run.root}: {error.strerror}"
+        is_over = folder.cancelled.exists() or is_scancelled()
+        verdict = Verdict(CANCELLED if is_over else code, EARLY, f"stopped by {stop} before the step began")
+    except (OSError, SlurmFailed) as error:  # what is away for a moment; it is the same to the next attempt, or it is not
+        said = f"{error.filename or run.root}: {error.strerror}" if isinstance(error, OSError) else str(error)
         code = Interrupted.exit_code
         verdict = judge(code, hung="", cancelled=False, said=said, earlier=earlier, before=before, after=after)
+    except TracestillError as error:  # a damaged file of the run, which whoever reads next would meet too
+        code, verdict = error.exit_code, Verdict(error.exit_code, "unusable", str(error))
     _note(lambda: attempts.end(
         folder, stage, job_id, after=after, code=code, outcome=verdict.outcome, reason=verdict.reason
     ))  # fmt: skip
@@ -199,6 +213,9 @@ def prevented(
     """Why the step is not begun; None: it can be."""
     if len(earlier) > 1 and not any(one.ended or one.before != before for one in earlier[-2:]):
         return Verdict(TracestillError.exit_code, "stuck", "two attempts in a row were killed before they could leave a word")
+    if other := _other_at(run, options.stage, job_id):
+        said = f"job {other}: {Busy.says}"
+        return judge(Busy.exit_code, hung="", cancelled=False, said=said, earlier=earlier, before=before, after=before)
     is_cancelled = JobFolder.of(run).cancelled.exists
     missing = "" if is_cancelled() else _missing_input(run, options.input)
     if options.asks_servers and not missing and not is_cancelled():
@@ -212,6 +229,8 @@ def prevented(
     except HealthUnknown as error:
         said = f"health check: {error}"
         return judge(1, hung="", cancelled=False, said=said, earlier=earlier, before=before, after=before)
+    except Interrupted as stop:
+        raise _StoppedEarly(f"{stop} during the health check") from stop
     if unfit:
         left = leave_out(run, job_id, unfit, times=sum(one.outcome == BAD_NODE for one in earlier))
         if left.is_futile:
@@ -224,6 +243,21 @@ def prevented(
             said = last_error(options.log, start)
             return judge(code, hung=hung, cancelled=False, said=said, earlier=earlier, before=before, after=before)
     return None
+
+
+def _other_at(run: RunFolder, stage: str, job_id: int) -> int | None:
+    """Another job that has begun this stage before us. Its lock on the run folder would tell too, but for file systems whose
+    locks hold on one node alone (Lustre with localflock); workers that generate have leases besides."""
+    if stage in TOGETHER:
+        return None
+    folder = JobFolder.of(run)
+    try:
+        others = [job.job_id for job in jobs_of(run, queued()).get(stage, []) if job.state == "RUNNING" and job.job_id != job_id]
+    except (SlurmFailed, UnusableInput):
+        return None
+    newest = {job: found[-1] for job in (*others, job_id) if (found := attempts.attempts_of(folder, stage, job))}
+    begun = {job: (one.started, job) for job, one in newest.items() if one.ended is None}
+    return next((job for job in others if job in begun and job_id in begun and begun[job] < begun[job_id]), None)
 
 
 def _begin(folder: JobFolder, stage: str, job_id: int, before: str) -> None:

@@ -15,14 +15,18 @@ from configs.cluster import StageName
 from configs.errors import Refused, UnusableInput
 from data.store import RunFolder, read_rollup, write_bytes
 from slurm.attempts import JobFolder, append, excluded_nodes, lines, note_stages, read_attempts
-from slurm.client import QueuedJob, SlurmAway, SlurmFailed, call, queued, sbatch, scancel
+from slurm.client import QueuedJob, SlurmAway, SlurmFailed, call, queued, sbatch, scancel, unread_settings
 from slurm.scripts import Chain, array_of, dependency_kind, render_scripts
 from slurm.topology import ASKING, SPECS, previous_of, stage_shape
 
 SETTLE_S = 120.0
-POLL_S = 1.0
-NOT_NOW = "Requested node configuration is not available"
-"""What sbatch --test-only says (22.05) of nodes that are drained or down at the moment too, for which a job would wait."""
+POLL_S = 3.0
+NOT_NOW = (
+    "Requested node configuration is not available", "Required node not available (down, drained or reserved)",
+    "Requested partition configuration not available now",
+)  # fmt: skip
+"""What sbatch --test-only says of what is drained, down or reserved at the moment too, for which a job would wait. The first was
+seen (22.05); the others are Slurm's own words for it (slurm_strerror)."""
 
 
 class Placed(NamedTuple):
@@ -254,7 +258,7 @@ def _refuse_what_slurm_would(folder: JobFolder, stage: StageName, text: str) -> 
     except SlurmAway:
         raise
     except SlurmFailed as error:
-        if NOT_NOW not in str(error):
+        if not any(words in str(error) for words in NOT_NOW):
             raise _refused(stage, error, folder) from error
     finally:
         script.unlink(missing_ok=True)
@@ -264,9 +268,11 @@ def _refused(stage: StageName, error: SlurmFailed, folder: JobFolder) -> Unusabl
     """One line for what Slurm says of a stage's script."""
     left_out = excluded_nodes(folder)
     without = f"; {', '.join(sorted(left_out))} failed a health check: delete {folder.excluded} if they are mended"
+    unread = ", ".join(unread_settings())
     return UnusableInput(
         f"slurm, or slurm.stages.{stage}: {error}; nothing is submitted; tracestill submit --dry-run shows what was asked for"
         + (without if left_out else "")
+        + (f"; of the environment {unread} is not read: say it in the site's YAML" if unread else "")
     )
 
 

@@ -24,10 +24,10 @@ GONE = (
 )
 
 
-IMPOSSIBLE = (
-    "PartitionConfig", "PartitionTimeLimit", "PartitionNodeLimit", "BadConstraints", "InvalidAccount", "InvalidQOS",
-    "AccountNotAllowed", "QOSNotAllowed", "DependencyNeverSatisfied",
-)  # fmt: skip
+IMPOSSIBLE = re.compile(
+    "PartitionConfig|PartitionTimeLimit|PartitionNodeLimit|BadConstraints|InvalidAccount|InvalidQOS|AccountNotAllowed|QOSNotAllowed"
+    r"|DependencyNeverSatisfied|(QOS|Assoc)Max\w+PerJob\w*"
+)
 """Reasons for which a job waits until somebody changes something."""
 
 
@@ -66,7 +66,7 @@ class QueuedJob(NamedTuple):
     @property
     def is_impossible(self) -> bool:
         """It waits for what its partition, account or constraint will never give it."""
-        return self.is_waiting and self.reason in IMPOSSIBLE
+        return self.is_waiting and IMPOSSIBLE.fullmatch(self.reason) is not None
 
     @property
     def is_held(self) -> bool:
@@ -83,7 +83,7 @@ def call(*words: str) -> str:
     """
     try:
         done = subprocess.run(
-            words, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S, check=False, env=_environment()
+            words, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S, check=False, env=_environment(words[0])
         )
     except FileNotFoundError as error:
         raise UnusableInput(f"{words[0]}: not found on this machine; give this command on a login node of the cluster") from error
@@ -92,7 +92,7 @@ def call(*words: str) -> str:
     if done.returncode != 0:
         said = " ".join((done.stderr or done.stdout).split()) or f"exit code {done.returncode}"
         said = f"{words[0]}: {said.removeprefix(words[0] + ': ')}"
-        if _AWAY.search(said):
+        if is_away(said):
             raise SlurmAway(f"{said}; is slurmctld up? The same command tries again")
         raise SlurmFailed(said)
     return done.stdout
@@ -101,9 +101,25 @@ def call(*words: str) -> str:
 _AWAY = re.compile("unable to contact|socket timed out|connection refused|zero bytes", re.IGNORECASE)
 
 
-def _environment() -> dict[str, str]:
-    """Without what a user has set for squeue's tables: SQUEUE_STATES would hide jobs from us."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
+def is_away(said: str) -> bool:
+    """Words of a command that got no answer from the controller."""
+    return _AWAY.search(said) is not None
+
+
+KEPT = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
+
+
+def _environment(command: str) -> dict[str, str]:
+    """Without what a user has set for squeue's tables: SQUEUE_STATES would hide jobs from us. sbatch takes its variables over
+    what the script says, and hands a job's own on to the job that it submits: an element of an array would make a server believe
+    that it is one."""
+    taken = ("SQUEUE_", "SBATCH_", "SLURM_", "SRUN_", "TRACESTILL_") if command == "sbatch" else ("SQUEUE_",)
+    return {name: value for name, value in os.environ.items() if name in KEPT or not name.startswith(taken)}
+
+
+def unread_settings() -> list[str]:
+    """Variables by which a user tells sbatch something, and which we keep from it."""
+    return sorted(name for name in os.environ if name.startswith("SBATCH_"))
 
 
 def sbatch(script: str, options: Sequence[str]) -> int:

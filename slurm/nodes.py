@@ -3,42 +3,49 @@
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from configs.errors import TracestillError, UnusableInput
+from configs.errors import Interrupted, TracestillError, UnusableInput
 from data.store import RunFolder, write_bytes
 from slurm.attempts import JobFolder, append, excluded_nodes
 from slurm.chain import jobs_of
-from slurm.client import SlurmFailed, call, own_address, queued, sbatch
+from slurm.client import SlurmFailed, call, is_away, own_address, queued, sbatch, scancel
 
 HEALTH_S = 300.0
 MAX_TIMES = 5
+HELPER_S, LOOK_S = 900.0, 3.0
+"""On a full cluster the small job waits for a core: a job that goes back before it is at work gets the same node again."""
+EXCLUDE = "exclude"
 
 
 class HealthUnknown(TracestillError):
-    """No node has answered: that is no node's fault."""
+    """That is no node's fault."""
 
 
 def unfit_nodes(words: Sequence[str]) -> dict[str, str]:
     """Nodes of this job that slurm.health found something wrong with, or that did not answer it, with what it was.
 
-    Raises HealthUnknown when there is no answer at all.
+    Raises:
+        HealthUnknown: no answer at all, or none of several nodes has answered in time: that is the controller's fault, or the
+            network's, and condemning them would leave the run without nodes.
+        Interrupted: Slurm has ended the check.
     """
     nodes = call("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
-    command = ["srun", f"--nodes={len(nodes)}", "--ntasks-per-node=1", "--kill-on-bad-exit=0",
+    command = ["srun", f"--nodes={len(nodes)}", "--ntasks-per-node=1", "--kill-on-bad-exit=0", "--wait=0",
                sys.executable, "-P", "-m", "slurm.health", *words]  # fmt: skip
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=HEALTH_S, check=False)
-        said, wrong, within = done.stdout, done.stderr, ""
+        said, wrong, within, code = done.stdout, done.stderr, "", done.returncode
     except subprocess.TimeoutExpired as error:
         said, wrong = (
             one.decode(errors="replace") if isinstance(one, bytes) else one or "" for one in (error.stdout, error.stderr)
         )
-        within = f" within {HEALTH_S:g} s"
+        within, code = f" within {HEALTH_S:g} s", 0
     found = {}
     for line in said.splitlines():
         with contextlib.suppress(ValueError, KeyError, TypeError):
@@ -46,7 +53,9 @@ def unfit_nodes(words: Sequence[str]) -> dict[str, str]:
             found[answer["node"]] = "; ".join(answer["bad"])
     last = next((line for line in reversed(wrong.splitlines()) if line.strip()), "")
     silence = f"no answer to the health check{within}" + (f": {last.strip()}" if last else "")
-    if not found and not within:
+    if code == 128 + signal.SIGTERM and len(found) < len(nodes):
+        raise Interrupted("SIGTERM")
+    if not found and (not within or len(nodes) > 1 or is_away(wrong)):
         raise HealthUnknown(silence)
     return {node: found.get(node, silence) for node in nodes if found.get(node, "?")}
 
@@ -71,11 +80,17 @@ def leave_out(run: RunFolder, job_id: int, unfit: Mapping[str, str], *, times: i
         append(folder.excluded, {"node": node, "reason": unfit[node], "job_id": job_id, "at": time.time()})
     listed = ",".join(sorted({*known, *unfit}))
     with _said(listed):
-        for job in [job for jobs in jobs_of(run, queued()).values() for job in jobs if job.state == "PENDING"]:
+        jobs = jobs_of(run, queued())
+        for job in jobs.pop(f"{EXCLUDE}.{own_address()}", []):  # it knows fewer nodes
+            scancel(job.address)
+        for job in [job for waiting in jobs.values() for job in waiting if job.state == "PENDING"]:
             with _said(listed):  # it may have started meanwhile
                 call("scontrol", "update", f"JobId={job.address}", f"ExcNodeList={_with_those_of(job.address, listed)}")
     with _said(listed):
-        _update_when_queued(folder, run, own_address(), _with_those_of(own_address(), listed))
+        helper = _update_when_queued(folder, run, own_address(), _with_those_of(own_address(), listed))
+        deadline = time.monotonic() + HELPER_S
+        while any(job.job_id == helper and job.is_waiting for job in queued()) and time.monotonic() < deadline:
+            time.sleep(LOOK_S)
     return LeftOut(reason, is_futile=False)
 
 
@@ -93,8 +108,9 @@ def _with_those_of(job: str, listed: str) -> str:
     return listed if already == "(null)" else f"{already},{listed}"
 
 
-def _update_when_queued(folder: JobFolder, run: RunFolder, job: str, nodes: str) -> None:
-    """Not within the first half second of a requeue: the job would start with a revoked credential (Slurm 22.05)."""
+def _update_when_queued(folder: JobFolder, run: RunFolder, job: str, nodes: str) -> int:
+    """The small job's id. It waits out the first half second of a requeue: a job that is let go then starts with a revoked
+    credential (Slurm 22.05)."""
     script = folder.root / f"exclude.{job}.sbatch"
     lines = [
         "#!/bin/bash", f"# job {job} goes on without {nodes}", "for _ in $(seq 60); do", "    sleep 5",
@@ -102,11 +118,11 @@ def _update_when_queued(folder: JobFolder, run: RunFolder, job: str, nodes: str)
     ]  # fmt: skip
     write_bytes(script, "\n".join(lines).encode())
     options = ["--ntasks=1", "--time=10", f"--exclude={nodes}", f"--output={run.logs / 'exclude-%j.log'}", "--job-name=exclude"]
-    options += [f"--comment=tracestill exclude {run.root}", *_where_it_runs(job)]
+    options += [f"--comment=tracestill {EXCLUDE}.{job} {run.root}", *_where_it_runs(job)]
     try:
-        sbatch(str(script), options)
+        return sbatch(str(script), options)
     except SlurmFailed:  # a partition of GPUs alone lets nobody in who asks for none
-        sbatch(str(script), [*options, "--gres=gpu:1"])
+        return sbatch(str(script), [*options, "--gres=gpu:1"])
 
 
 def _where_it_runs(job: str) -> list[str]:

@@ -1,6 +1,7 @@
 """A recipe as a chain of Slurm jobs: one readable sbatch script a stage."""
 
 import hashlib
+import math
 import re
 import shlex
 import sys
@@ -13,13 +14,15 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from configs.cluster import Slurm, StageName
 from configs.errors import UnusableInput
-from configs.schema import DeepSpeedEngine, Recipe
+from configs.schema import DeepSpeedEngine, HttpEngine, Recipe
 from data.store import RunFolder
 from slurm.attempts import JobFolder, excluded_nodes
 from slurm.serving import server_command
 from slurm.topology import ASKING, SPECS, previous_of, stage_shape, stages_of
 
 TEMPLATE = "stage.sbatch.j2"
+BEYOND_S = 300.0
+"""Beyond the longest silence that is nobody's fault."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +93,7 @@ def _values(chain: Chain, stage: StageName) -> dict[str, object]:
         "input": input_of(stage, stages),
         "loading": chain.slurm.loading_seconds if SPECS[stage].counts else "inf",
         "cancelled": shlex.quote(str(JobFolder.of(run).cancelled)),
-        "silence": chain.slurm.silence_seconds if SPECS[stage].counts else "inf",
+        "silence": silence_of(chain, stage),
         "health": health_words(chain, stage),
         "staged": staged_shards(chain, stage),
         "asks_servers": asks_servers(chain, stage),
@@ -107,6 +110,19 @@ def _in_quotes(said: Path | str) -> str:
             f"{said}: sbatch reads no path with a quotation mark, a backslash or a line break; name another folder"
         )
     return str(said)
+
+
+def silence_of(chain: Chain, stage: StageName) -> float:
+    """Seconds. A server that does not stream says nothing of an answer before its end, and servers that have gone may be starting
+    anew: the engine's own patience with them comes first."""
+    patience_s, engine = chain.slurm.silence_seconds, chain.recipe.teacher.engine
+    if not SPECS[stage].counts:
+        return math.inf
+    if stage in ASKING and isinstance(engine, HttpEngine) and not engine.stream:
+        patience_s = max(patience_s, engine.timeout_s + BEYOND_S)
+    if asks_servers(chain, stage) and chain.slurm.servers is not None:
+        patience_s = max(patience_s, chain.slurm.servers.start_seconds + BEYOND_S)
+    return patience_s
 
 
 def asks_servers(chain: Chain, stage: StageName) -> bool:

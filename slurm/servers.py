@@ -57,7 +57,7 @@ def is_asked(run: RunFolder) -> bool:
 
 def could_start(job: QueuedJob) -> bool:
     """It has, or waits for nothing but its turn."""
-    return not job.is_waiting or not (job.is_held or job.reason.startswith("Dependency"))
+    return not job.is_waiting or not (job.is_held or job.is_impossible or job.reason.startswith("Dependency"))
 
 
 def close_servers(run: RunFolder) -> None:

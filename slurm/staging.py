@@ -1,7 +1,8 @@
 """The teacher's shards on this node's own disk, copied once however many jobs of the run want them. Run by srun on every node.
 
 A copy has its final name only when it is whole: it is made beside it and renamed. What another attempt has left half-copied is
-continued file by file; sizes are compared here, and hashes by whoever loads (teacher/checkpoint/).
+continued file by file. Sizes are compared here, and hashes by whoever loads (teacher/checkpoint/); small files byte by byte:
+shards that were prepared anew have the same sizes, and a manifest that says otherwise.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from configs.errors import TracestillError, UnusableInput
 from configs.progress import Count, own_beat, write_beat
 
 BEAT_S = 5.0
+SMALL_BYTES = 1 << 20
 
 
 def main(words: Sequence[str]) -> int:
@@ -57,11 +59,13 @@ def stage(source: Path, target: Path) -> int:
     part = target.with_name(f"{target.name}.part")
     with _counted(part, sum(files.values())), (target.parent / f".{target.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of this node's own disk, which has locks
-        if is_whole(target, files):
+        if is_whole(target, files) and is_copy_of(source, target, files):
             return 0
         if target.exists():  # of other shards under the same name, or damaged
             shutil.rmtree(part, ignore_errors=True)
             target.rename(part)
+        if not is_copy_of(source, part, files):
+            shutil.rmtree(part, ignore_errors=True)
         missing = {name: size for name, size in files.items() if not _has(part / name, size)}
         for path in [
             path for path in part.rglob("*") if path.is_file() and not _has(path, files.get(path.relative_to(part), -1))
@@ -73,7 +77,7 @@ def stage(source: Path, target: Path) -> int:
                 f"{target.parent}: {free / 1e9:,.0f} GB free, {sum(missing.values()) / 1e9:,.0f} GB needed; expected a scratch "
                 "with more room, or slurm.stage_weights: false"
             )
-        for name in missing:
+        for name in sorted(missing, key=lambda name: missing[name]):  # small ones first: they say what the others belong to
             (part / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, part / name)
         part.rename(target)
@@ -111,6 +115,12 @@ def _bytes_in(folder: Path) -> int:
 
 def is_whole(folder: Path, files: dict[Path, int]) -> bool:
     return folder.is_dir() and all(_has(folder / name, size) for name, size in files.items())
+
+
+def is_copy_of(source: Path, folder: Path, files: dict[Path, int]) -> bool:
+    """As far as small files that are there tell. One that a kill has cut was copied before any large one."""
+    small = [name for name, size in files.items() if size < SMALL_BYTES and (folder / name).is_file()]
+    return all((folder / name).read_bytes() == (source / name).read_bytes() for name in small)
 
 
 def _has(path: Path, size: int) -> bool:

@@ -3,7 +3,7 @@ teacher behind http needs neither DeepSpeed nor weights on this machine."""
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -11,6 +11,9 @@ from configs import schema
 from configs.errors import UnusableInput
 from data.engine import Engine
 from teacher.folders import EMBEDDED, prepared_folder, resolve_model, weights_folder
+
+if TYPE_CHECKING:
+    from teacher.ranked_engine import RankedTeacher
 
 
 def load_tokenizer(teacher: schema.Teacher) -> PreTrainedTokenizerBase:
@@ -91,11 +94,16 @@ def open_evaluation_engine(
         case schema.HttpEngine():
             return open_engine(teacher)
         case schema.DeepSpeedEngine():
-            from teacher.ranked_engine import RankedTeacher
-
-            check_cache(teacher)
-            return RankedTeacher(folder, teacher.world // teacher.layout.tensor_parallel, launch)
+            return ranked_teacher(teacher, folder, launch)
     return open_local_engine(resolve_model(teacher.model), dtype=teacher.engine.dtype, batch_size=batch_size)
+
+
+def ranked_teacher(teacher: schema.Teacher, folder: Path, launch: Callable[[Callable[[], None]], None]) -> "RankedTeacher":
+    """Not started yet."""
+    from teacher.ranked_engine import RankedTeacher
+
+    check_cache(teacher)
+    return RankedTeacher(folder, teacher.world // teacher.layout.tensor_parallel, launch)
 
 
 def open_server(engine: schema.HttpEngine, tokenizer: PreTrainedTokenizerBase) -> Engine:

@@ -9,6 +9,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from configs.progress import expect_loading
 from data.engine import Completion, ExpertStats, Handout, Request, Scores
 from teacher.runner import DTYPES, Dtype, Runner, build_runner, read_config, read_model
 
@@ -51,6 +52,7 @@ class LocalEngine:
     def load(self) -> None:
         """Reads the weights; a second call does nothing. Raises UnusableInput for a folder that holds no model."""
         if self._runner is None:
+            expect_loading()
             model = load_model(self.model_dir, self.dtype, self.device, self.adapt)
             self._runner = build_runner(
                 model,

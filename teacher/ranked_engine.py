@@ -4,7 +4,7 @@ Generation hands its ranks the whole stage (generate/launch.py). Evaluation asks
 comes back; a teacher that takes a cluster to load must not be loaded for each. In the folder, on the disk that all nodes share:
 
     ready          the ranks have loaded the teacher
-    job-N.json     what is asked: requests to generate, sequences to score, or the end
+    job-N.json     what is asked: to load, requests to generate, sequences to score, or the end
     out-N.R.jsonl  what the R-th group of ranks answers, a line as it comes; the last line says so
 
 A group (ranks of one tensor-parallel group) takes every W-th request, W groups in all; its first rank writes. Lines are for this
@@ -17,6 +17,7 @@ import itertools
 import json
 import os
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,14 +26,15 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from configs.errors import Interrupted, TracestillError
+from configs.errors import Interrupted, Stopped, TracestillError
 from configs.launch import die_with_parent
+from configs.progress import expect_loading
 from configs.schema import Teacher
 from data.engine import Completion, Engine, ExpertStats, Handout, LoopGuard, Partial, Request, Scores, TopLogits
 from data.store import write_bytes
 
 READY, LOOK_S = "ready", 0.05
-GENERATE, SCORE, CLOSE = "generate", "score", "close"
+LOAD, GENERATE, SCORE, CLOSE = "load", "generate", "score", "close"
 
 
 def deepspeed_version() -> str:
@@ -53,10 +55,10 @@ class RankedTeacher:
         self._ended: BaseException | None = None
         self._giving_up = threading.Event()
         self._jobs = itertools.count()
-        self._is_idle = True
+        self._is_idle, self._is_loaded = True, False
 
-    def load(self) -> None:
-        """Returns when every rank has its weights. A second call does nothing. Raises what the ranks ended with."""
+    def start(self) -> None:
+        """The ranks, without the teacher. Where other nodes take part they are at the rendezvous whether it is asked or not."""
         if self._thread is not None:
             return
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -64,8 +66,17 @@ class RankedTeacher:
         # A thread that lives as long as the launch: the kernel ends a child when the thread that began it ends.
         self._thread = threading.Thread(target=self._launch, name="teacher ranks", daemon=True)
         self._thread.start()
+
+    def load(self) -> None:
+        """Returns when every rank has its weights. A second call does nothing. Raises what the ranks ended with."""
+        if self._is_loaded:
+            return
+        self.start()
+        expect_loading()
+        self._write_job(next(self._jobs), {"kind": LOAD})
         while not (self.folder / READY).is_file():
             self._wait()
+        self._is_loaded = True
 
     def generate(self, requests: Iterable[Request], handout: Handout | None = None) -> Iterator[Completion]:
         """All requests are read before the first is answered. handout.stop and handout.keep are not called."""
@@ -91,15 +102,16 @@ class RankedTeacher:
         return None
 
     def close(self) -> None:
-        """The ranks end, and are ended where they are in the middle of something."""
+        """The ranks end, and are ended where they are in the middle of something, or where this is called because of a signal:
+        other nodes have heard it too, and may not be met any more."""
         if self._thread is None:
             return
-        if self._is_idle and self._ended is None:
+        if self._is_idle and self._ended is None and not isinstance(sys.exception(), Interrupted | Stopped):
             self._write_job(next(self._jobs), {"kind": CLOSE})
         else:
             self._giving_up.set()
         self._thread.join()
-        self._thread = None
+        self._thread, self._is_loaded = None, False
         shutil.rmtree(self.folder, ignore_errors=True)
 
     # --- the other side ------------------------------------------------------------------------------------------
@@ -171,17 +183,14 @@ class Place(NamedTuple):
 
 
 def serve_rank(teacher: Teacher, folder: Path) -> None:
-    """One rank, started by torchrun: answers job after job until it is told to end. Jobs are collective: each rank of each group
-    begins each of them, with a share that may be empty."""
+    """One rank, started by torchrun: answers job after job until it is told to end; the first is to load. Jobs are collective:
+    each rank of each group begins each of them, with a share that may be empty."""
     from teacher.engines import open_engine
 
     die_with_parent()
     rank, size = int(os.environ["RANK"]), teacher.layout.tensor_parallel
     place = Place(rank // size, int(os.environ["WORLD_SIZE"]) // size, rank % size == 0)
     engine = open_engine(teacher)
-    engine.load()
-    if rank == 0:
-        write_bytes(folder / READY, b"")
     for number in itertools.count():
         path = folder / f"job-{number}.json"
         while not path.is_file():
@@ -189,6 +198,11 @@ def serve_rank(teacher: Teacher, folder: Path) -> None:
         job = json.loads(path.read_bytes())
         if job["kind"] == CLOSE:
             break
+        if job["kind"] == LOAD:
+            engine.load()
+            if rank == 0:
+                write_bytes(folder / READY, b"")
+            continue
         _answer(engine, job, folder / f"out-{number}.{place.group}.jsonl", place)
     engine.close()
 

@@ -16,7 +16,8 @@ from typing import Literal
 import torch
 
 from configs.draining import Drain, draining
-from configs.errors import Refused, UnusableInput
+from configs.errors import Refused
+from configs.launch import StageFailed
 from configs.schema import Recipe
 from data.store import RunFolder
 from student.adapter_files import publish_folder, save_adapter
@@ -173,7 +174,8 @@ def _agreed(progress: Progress, identity: Identity, world: World) -> Progress:
     """Rank 0's. Every rank reads by itself, and a disk may show one of them yesterday's files: it would take other steps than the
     others, who would wait for it in the end.
 
-    Raises UnusableInput where ranks found different checkpoints, or different things to train.
+    Raises StageFailed where ranks found different checkpoints, or different things to train: another start, a moment later, may
+    find them the same.
     """
     found: list[tuple[Progress, Identity]] = [(progress, identity)] * world.size
     torch.distributed.all_gather_object(found, (progress, dict(identity)))
@@ -182,7 +184,7 @@ def _agreed(progress: Progress, identity: Identity, world: World) -> Progress:
         if other.step != found[0][0].step:
             differing.append(f"checkpoint of step {other.step} where the other has {found[0][0].step}")
         if differing:
-            raise UnusableInput(
+            raise StageFailed(
                 f"rank {rank} found another run folder than rank 0: {', '.join(differing)}; give the same command again when the "
                 "disk shows the same files to all nodes"
             )

@@ -72,7 +72,7 @@ def test_two_nodes_train_what_two_ranks_of_one_train_and_stop_together(finished:
         assert [row.get(key) for key in KEYS] == [other.get(key) for key in KEYS]  # gloo adds two ranks up in either order
 
 
-def test_two_nodes_evaluate_the_teacher_as_one_does_and_the_second_one_leaves_when_nothing_is_to_be_asked(
+def test_two_nodes_evaluate_the_teacher_as_one_does_and_the_first_one_knows_whether_it_is_asked(
     finished: RunFolder, tmp_path: Path
 ) -> None:
     run = RunFolder(tmp_path / "r")
@@ -83,3 +83,6 @@ def test_two_nodes_evaluate_the_teacher_as_one_does_and_the_second_one_leaves_wh
     figures, expected = (json.loads((one.headroom / "teacher.json").read_text()) for one in (run, finished))
     assert figures["metrics"]["grades"] == expected["metrics"]["grades"] and (run.logs / "evaluate.n1.log").is_file()
     assert codes_of(start_nodes(run, "--headroom", stage="evaluate")) == [0, 0]
+    shutil.rmtree(run.headroom)  # killed before it was sealed: the ranks meet, and load nothing
+    assert codes_of(start_nodes(run, "--headroom", stage="evaluate")) == [0, 0]
+    assert json.loads((run.headroom / "teacher.json").read_text())["metrics"] == figures["metrics"]

@@ -1,8 +1,9 @@
 """A real Slurm on this machine: one controller, virtual nodes with GPUs that are only device files, no systemd, no cgroups, no
 database. Needs root (slurmd starts jobs as their owners) and Debian's slurmctld, slurmd, slurm-client and munge.
 
-Settings that tests lean on: a preempted job gets five seconds and SIGTERM, batch script included; a node that falls silent is
-down after twenty seconds; a requeued job is held for two minutes, as everywhere, unless `release` lets it go.
+Settings that tests lean on: a preempted job gets five seconds and SIGTERM, batch script included; a step is ended five seconds
+after the first of its tasks unless srun is told otherwise; a node that falls silent is down after twenty seconds; a requeued job
+is held for two minutes, as everywhere, unless `release` lets it go.
 """
 
 import contextlib
@@ -36,11 +37,12 @@ def missing() -> str:
 @dataclass
 class Cluster:
     """A running one. `environment` makes Slurm's commands talk to it. inside: words before every program of it, such as those
-    that enter another network."""
+    that enter another network. settings: of slurm.conf, over the tests' own."""
 
     folder: Path
     num_nodes: int = 4
     inside: tuple[str, ...] = ()
+    settings: dict[str, str] = field(default_factory=dict)
     ports: tuple[int, int] = (0, 0)
     daemons: dict[str, "subprocess.Popen[bytes]"] = field(default_factory=dict)
 
@@ -145,10 +147,10 @@ class Cluster:
             "MpiDefault": "none", "SelectType": "select/cons_tres", "SelectTypeParameters": "CR_Core",
             "SchedulerParameters": "sched_interval=1,bf_interval=1", "PreemptType": "preempt/partition_prio",
             "PreemptMode": "REQUEUE", "SlurmctldParameters": "preempt_send_user_signal", "ReturnToService": 2,
-            "MinJobAge": 3600, "KillWait": 5, "SlurmdTimeout": 20, "JobAcctGatherType": "jobacct_gather/linux",
+            "MinJobAge": 3600, "KillWait": 5, "WaitTime": 5, "SlurmdTimeout": 20, "JobAcctGatherType": "jobacct_gather/linux",
             "JobCompType": "jobcomp/filetxt", "JobCompLoc": f"{folder}/log/jobcomp.txt", "GresTypes": "gpu",
         }  # fmt: skip
-        parts = [f"{key}={value}" for key, value in settings.items()]
+        parts = [f"{key}={value}" for key, value in (settings | self.settings).items()]
         last = first + self.num_nodes - 1
         parts += [
             f"NodeName=n[1-{self.num_nodes}] NodeHostname=localhost NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs=8 "
@@ -208,11 +210,13 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def running(folder: Path, num_nodes: int = 4, inside: tuple[str, ...] = ()) -> Iterator[Cluster]:
+def running(
+    folder: Path, num_nodes: int = 4, inside: tuple[str, ...] = (), settings: dict[str, str] | None = None
+) -> Iterator[Cluster]:  # fmt: skip
     """Skips the test where there can be none."""
     if why := missing():
         pytest.skip(why)
-    cluster = Cluster(folder, num_nodes, inside)
+    cluster = Cluster(folder, num_nodes, inside, settings or {})
     try:
         cluster.start()
         yield cluster

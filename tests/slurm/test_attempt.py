@@ -214,6 +214,26 @@ def test_a_signal_before_the_step_is_recorded_and_is_no_attempt_in_vain(run: Pat
     assert (run / "ran").exists() is not is_cancelled  # nothing of a cancelled run begins
 
 
+@pytest.mark.parametrize(("shown", "code"), [("JobState=CANCELLED", 130), ("JobState=RUNNING", 75)])
+def test_what_scancel_ends_before_the_step_stays_ended(run: Path, shown: str, code: int) -> None:
+    (run / "squeue").write_text(f"#!/bin/bash\necho '9|9|9|RUNNING|None|n1|a-serve|tracestill serve {run}'\n")
+    (run / "scontrol").write_text(f"#!/bin/bash\necho 'JobId=7 {shown} Reason=None'\n")
+    for name in ("squeue", "scontrol"):
+        (run / name).chmod(0o755)
+    process = start(run, "touch ran", options=("--asks-servers",))
+    wait_until(lambda: '"start"' in text_of(run / "slurm" / "attempts" / "train.7.jsonl"))
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == code and not (run / "ran").exists()
+
+
+def test_a_controller_that_is_away_while_a_job_begins_is_no_damage(run: Path) -> None:
+    """The health check asks it for the names of the nodes."""
+    (run / "scontrol").write_text("#!/bin/bash\necho 'Unable to contact slurm controller (connect failure)' >&2; exit 1\n")
+    (run / "scontrol").chmod(0o755)
+    assert start(run, "touch ran", options=("--health=--memory-gib=1",)).wait(30) == 75
+    assert outcome(run).outcome == "interrupted" and "is slurmctld up?" in outcome(run).reason
+
+
 @pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
 def test_a_signal_reaches_the_step(run: Path, number: signal.Signals) -> None:
     step = f"trap 'mkdir -p checkpoints/step-00000009; exit 75' {number.name[3:]}; touch ready; while :; do sleep 0.1; done"

@@ -14,7 +14,7 @@ from data.store import RunFolder
 from slurm import attempts
 from slurm.attempts import JobFolder, excluded_nodes, read_attempts
 from slurm.scripts import Chain, render_scripts
-from tests.slurm.cluster import Cluster, releasing, wait_for
+from tests.slurm.cluster import Cluster, releasing, running, wait_for
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.slurm, pytest.mark.long]
@@ -228,6 +228,79 @@ def test_one_node_that_refuses_stops_a_job_of_two_at_once(cluster: Cluster, tmp_
     job = ShellJob(cluster, tmp_path, step, *LIMITS, *nodes, stage="generate")
     job.wait("FAILED")
     assert job.attempts() == [("refused", "gates: accuracy 0.1")]
+
+
+def test_a_node_that_has_ended_ends_nobody_else(cluster: Cluster, tmp_path: Path) -> None:
+    """As when an evaluation goes on with the student, on the first node alone. WaitTime is a minute or less on many a site."""
+    step = '[ "$SLURM_NODEID" = 1 ] || { sleep 12; touch whole; }'
+    nodes = ("teacher.hardware.nodes=2", "teacher.engine.processes=1")
+    job = ShellJob(cluster, tmp_path, step, *LIMITS, *nodes, stage="generate")
+    job.wait("COMPLETED")
+    assert (tmp_path / "whole").exists()
+
+
+def test_a_bad_node_of_a_full_cluster_is_kept_until_slurm_knows(cluster: Cluster, tmp_path: Path) -> None:
+    """The small job that tells it waits for a core; whoever went back before would get the same node again."""
+    for node in cluster.nodes[1:]:
+        cluster.call("sbatch", "--exclusive", f"--nodelist={node}", "--output=/dev/null", "--wrap=sleep 600")
+    wait_for(lambda: cluster.call("squeue", "-h", "-o", "%T").split() == ["RUNNING"] * 3, "a full cluster", 30)
+    health = "slurm.health={command: '[ \"$SLURMD_NODENAME\" != n1 ] || { echo link 3 is down; exit 1; }'}"
+    job = ShellJob(cluster, tmp_path, "true", *LIMITS, health)
+    wait_for(lambda: "exclude" in cluster.call("squeue", "-h", "-t", "PENDING", "-o", "%j"), "the small job", 60)
+    time.sleep(10)
+    assert job.state() == "RUNNING" and cluster.job(job.job_id)["Restarts"] == "0"
+    cluster.call("scancel", "--state=RUNNING", "--nodelist=n2,n3,n4", "--user=root")
+    job.wait("COMPLETED", 120)
+    assert [outcome for outcome, _ in job.attempts()] == ["bad node", "done"]
+
+
+@pytest.mark.parametrize("held", ["step", "staging"])
+def test_a_preemption_of_a_site_that_tells_the_steps_alone(tmp_path: Path, held: str) -> None:
+    """Without preempt_send_user_signal the batch script hears nothing: what Slurm has ended was no failure."""
+    (tmp_path / "job" / "bin").mkdir(parents=True)
+    (tmp_path / "job" / "shards").mkdir()
+    (tmp_path / "job" / "shards" / "rank-0.bin").write_bytes(b"weights")
+    slow = tmp_path / "job" / "bin" / "srun"  # staging takes its time at first
+    slow.write_text(
+        '#!/bin/bash\ncase "$*" in *slurm.staging*) [ -e go ] || { touch up; exec /usr/bin/srun sleep 100; } ;; esac\n'
+        'exec /usr/bin/srun "$@"\n'
+    )
+    slow.chmod(0o755)
+    overrides = [f"slurm.setup=['cd {tmp_path}/job', 'export PATH={tmp_path}/job/bin:$PATH']"]
+    if held == "staging":
+        overrides += [
+            f"teacher.engine.prepared={tmp_path}/job/shards",
+            f"slurm.scratch={tmp_path}/local",
+            "slurm.stage_weights=true",
+        ]
+    step = "[ -e go ] && exit 0; touch up; while :; do sleep 0.2; done"
+    with running(tmp_path / "cluster", 2, settings={"SlurmctldParameters": "enable_configless"}) as cluster, releasing(cluster):
+        job = ShellJob(cluster, tmp_path / "job", step, *LIMITS, *overrides, stage="generate")
+        wait_for((tmp_path / "job" / "up").exists, "a start", 60)
+        cluster.preempt(job.job_id, 1.0)
+        (tmp_path / "job" / "go").touch()
+        job.wait("COMPLETED", 120)
+        assert cluster.job(job.job_id)["Restarts"] == "1"
+    first, last = (outcome for outcome, _ in job.attempts())
+    assert first in ("interrupted", "not begun", "") and last == "done"
+
+
+def test_a_second_job_at_a_stage_waits_for_the_first(cluster: Cluster, tmp_path: Path) -> None:
+    """Also where the file system's locks hold on one node alone: Slurm's queue says so."""
+    job = ShellJob(cluster, tmp_path, "echo ran >> ran; while [ ! -e go ]; do sleep 0.2; done", *LIMITS)
+    wait_for((tmp_path / "ran").exists, "a start", 60)
+    environment = cluster.environment | {"PYTHONPATH": str(ROOT)}
+    again = subprocess.run(
+        ["sbatch", "--parsable", str(tmp_path / "job.sbatch")], env=environment, capture_output=True, text=True, check=True
+    )
+    second = int(again.stdout)
+    wait_for(lambda: cluster.job(second)["Restarts"] == "1", "its return to the queue", 60)
+    (tmp_path / "go").touch()
+    job.wait("COMPLETED")
+    with releasing(cluster):
+        wait_for(lambda: cluster.job(second)["JobState"] == "COMPLETED", "the second job's turn", 90)
+    assert (tmp_path / "ran").read_text() == "ran\n" * 2
+    assert [one.outcome for one in attempts.attempts_of(JobFolder.of(job.run), "train", second)] == ["busy", "done"]
 
 
 def test_a_health_check_that_cannot_run_condemns_no_node(cluster: Cluster, tmp_path: Path) -> None:

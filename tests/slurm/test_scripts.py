@@ -8,7 +8,7 @@ import pytest
 from configs.errors import UnusableInput
 from configs.load import load_recipe
 from data.store import RunFolder
-from slurm.scripts import Chain, Script, array_of, render_scripts
+from slurm.scripts import Chain, Script, array_of, render_scripts, silence_of
 from slurm.site import settle_site
 from slurm.topology import STAGES, stages_of
 from tests.e2e.commands import command, environment
@@ -185,6 +185,20 @@ def test_what_says_nothing_of_its_counts_has_no_watchdog(tmp_path: Path) -> None
     texts = scripts(tmp_path)
     assert [stage for stage, text in texts.items() if "--silence=inf" in text] == ["prompts", "export", "report"]
     assert "--silence=1800.0" in texts["train"]
+
+
+def test_a_server_that_says_nothing_before_the_end_of_an_answer_has_its_own_time(tmp_path: Path) -> None:
+    """An hour, by the engine's own settings; and servers that have all gone have an hour to start again."""
+    http = "teacher.engine={type: http, base_urls: [http://h/v1]}"
+
+    def silence(*overrides: str, stage: str = "generate") -> float:
+        return silence_of(chain_of(tmp_path, http, *overrides), stage)  # type: ignore[arg-type]
+
+    assert silence() == silence(stage="evaluate") == 3900.0
+    assert silence("slurm.silence_seconds=9000") == 9000.0
+    assert silence("teacher.engine.stream=true") == silence(stage="train") == 1800.0
+    assert silence("teacher.engine.stream=true", "slurm.servers={start_seconds: 5000}") == 5300.0
+    assert silence_of(chain_of(tmp_path), "generate") == 1800.0
 
 
 # --- a site's own YAML ----------------------------------------------------------------------------------------------

@@ -81,5 +81,5 @@ def test_stages_that_ask_wait_for_a_server_and_not_for_its_job(tmp_path: Path) -
     assert [stage for stage, text in texts.items() if "--closes-servers" in text] == ["evaluate", "report"]
     for text in texts.values():
         assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
-    step = texts["serve"].split("srun --kill-on-bad-exit=1")[1].split("&\n")[0].replace("\\\n", "")
+    step = texts["serve"].split("srun --kill-on-bad-exit=1 --wait=0")[1].split("&\n")[0].replace("\\\n", "")
     assert shlex.split(step)[:4] == ["python", "-P", "-m", "slurm.serve"]

@@ -59,6 +59,19 @@ def test_a_damaged_copy_is_made_whole(shards: Path, tmp_path: Path) -> None:
     assert stage(shards, target) == 1 << 20 and contents(target) == contents(shards)
 
 
+@pytest.mark.parametrize("is_half", [False, True])
+def test_shards_that_were_prepared_anew_are_copied_anew(shards: Path, tmp_path: Path, is_half: bool) -> None:
+    """They have the sizes of the old ones: the manifest tells."""
+    target = tmp_path / "local" / "shards"
+    stage(shards, target)
+    if is_half:
+        target.rename(tmp_path / "local" / "shards.part")
+        (tmp_path / "local" / "shards.part" / "rank-0" / "3.bin").unlink()
+    (shards / "manifest.json").write_text("[]")
+    (shards / "rank-0" / "0.bin").write_bytes(os.urandom(1 << 20))
+    assert stage(shards, target) == 4 * (1 << 20) + 2 and contents(target) == contents(shards)
+
+
 def test_a_kill_leaves_no_half_copy_under_the_name(shards: Path, tmp_path: Path) -> None:
     """SIGKILL in the middle of the second of five files."""
     target = tmp_path / "local" / "shards"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.errors import Interrupted
+from configs.errors import Interrupted, Stopped
 from configs.launch import StageFailed, run_ranks
 from data.engine import Completion, ExpertStats, Handout, LoopGuard, Partial, Request, Scores
 from data.invocation import Invocation
@@ -58,6 +58,9 @@ def in_threads(folder: Path, groups: int) -> Callable[[Callable[[], None]], None
             job = json.loads(path.read_bytes())
             if job["kind"] == ranked_engine.CLOSE:
                 return
+            if job["kind"] == ranked_engine.LOAD:
+                (folder / ranked_engine.READY).touch()
+                continue
             place = Place(number, groups, True)
             ranked_engine._answer(Echo(), job, folder / f"out-{job_number}.{number}.jsonl", place)  # type: ignore[arg-type]
 
@@ -65,7 +68,6 @@ def in_threads(folder: Path, groups: int) -> Callable[[Callable[[], None]], None
         threads = [threading.Thread(target=rank, args=(number,), daemon=True) for number in range(groups)]
         for thread in threads:
             thread.start()
-        (folder / ranked_engine.READY).touch()
         while any(thread.is_alive() for thread in threads):
             poll()
             time.sleep(0.01)
@@ -85,6 +87,36 @@ def test_every_request_is_answered_once_by_some_group(tmp_path: Path, groups: in
     assert list(engine.generate([], Handout(2))) == []
     engine.close()
     assert not (tmp_path / "r").exists()
+
+
+def test_ranks_that_are_asked_nothing_load_nothing(tmp_path: Path) -> None:
+    engine = RankedTeacher(tmp_path / "r", 2, in_threads(tmp_path / "r", 2))
+    engine.start()
+    engine.start()
+    assert (tmp_path / "r").is_dir()
+    engine.close()
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_signal_waits_for_no_rendezvous(tmp_path: Path) -> None:
+    """The other node has heard it too, and is gone."""
+    ended = threading.Event()
+
+    def launch(poll: Callable[[], None]) -> None:
+        with suppress(Interrupted):
+            while True:
+                poll()
+                time.sleep(0.01)
+        ended.set()
+
+    engine = RankedTeacher(tmp_path / "r", 1, launch)
+    engine.start()
+    with pytest.raises(Stopped):
+        try:
+            raise Stopped("stopped by SIGUSR2")
+        finally:
+            engine.close()
+    assert ended.is_set()
 
 
 def test_a_request_goes_through_json_as_it_is() -> None:
@@ -128,7 +160,7 @@ def test_ranks_in_the_middle_of_something_are_ended(tmp_path: Path) -> None:
     asked = threading.Thread(target=ask, daemon=True)
     engine.load()
     asked.start()
-    while not list((tmp_path / "r").glob("job-*.json")):
+    while not (tmp_path / "r" / "job-1.json").is_file():
         time.sleep(0.01)
     engine.close()
     assert len(ended) == 1
