@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from data.run_config import open_run
 from data.stage import Context, exclusive, run_stage
 from data.store import ROLLUP, Rollup, RunFolder, read_rollup, seal, segments
 from data.work import WorkFolder
-from generate.launch import join_generation, launch, teacher_fingerprint, unseal_for_retry, unseal_if_grown
+from generate.launch import join_generation, launch, teacher_fingerprint, unseal_for_retry, unseal_if_grown, wait_for_others
 from generate.stages import GENERATE, PROMPTS
 from generate.worker import generate_traces
 from teacher.folders import EMBEDDED
@@ -389,6 +390,41 @@ def test_a_worker_whose_requests_are_all_answered_says_nothing_of_failures(alone
     counts: list[Count] = []
     generate_traces(alone.recipe, alone.run, Scripted(), TOKENIZER, teacher_fingerprint(alone), report=counts.append)
     assert not [count for count in counts if "failed" in count.remark]
+
+
+def test_prompts_that_are_read_for_minutes_are_a_sign_of_life(alone: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is said meanwhile; between its passes the engine asks whether to stop."""
+    monkeypatch.setattr("generate.worker.TELL_S", 0.0)
+    counts: list[Count] = []
+
+    class Reading(Scripted):
+        def generate(self, requests: Iterable[Request], handout: Handout | None = None) -> Iterator[Completion]:
+            assert handout is not None
+            for _ in range(3):
+                time.sleep(0.6)
+                assert not handout.stop()
+            yield from super().generate(requests, handout)
+
+    generate_traces(alone.recipe, alone.run, Reading(), TOKENIZER, teacher_fingerprint(alone), report=counts.append)
+    notes = [count.note for count in counts if "reading prompts" in count.note]
+    assert len(set(notes)) >= 2 and counts[-1].done == REQUESTS
+
+
+def test_who_waits_for_others_is_not_silent(alone: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their watchdogs look after them."""
+    monkeypatch.setattr("generate.launch.WAIT_S", 0.01)
+    counts: list[Count] = []
+    waiting = threading.Thread(target=wait_for_others, args=(alone, counts.append))
+
+    class Held(Scripted):
+        def load(self) -> None:
+            waiting.start()
+            time.sleep(0.5)
+
+    assert answer(alone, Held()) == REQUESTS
+    waiting.join(30)
+    assert not waiting.is_alive()
+    assert counts[0] == Count(0, REQUESTS, "1 other workers at the rest") and len(set(counts)) < len(counts)
 
 
 def test_failures_of_every_rank_are_in_the_line_that_their_launcher_shows(tmp_path: Path) -> None:
