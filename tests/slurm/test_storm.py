@@ -265,8 +265,8 @@ def test_the_time_limit_in_every_stage(cluster: Cluster, tmp_path: Path, quiet: 
 
 
 def is_at_work(site: Site, stage: str, job: int) -> bool:
-    """It has counted something; a stage that counts nothing, or is over a moment later, is there. The report takes two seconds, and
-    the first of them is Python's imports, in which a signal ends the process: an interruption too."""
+    """It has counted something; a stage that counts nothing, or is over a moment later, is there. The report takes two seconds,
+    and the first of them is Python's imports, in which a signal ends the process: an interruption too."""
     if SPECS[stage].counts and stage != "prepare":  # type: ignore[index]
         return JobFolder.of(site.run).beat(stage, job).is_file()
     return any(time.time() - Path(f"/proc/{process}").stat().st_ctime > 0.3 for process in step_of(site.cluster, job))
