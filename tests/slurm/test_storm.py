@@ -222,7 +222,7 @@ def test_a_stopped_rank_is_found(cluster: Cluster, tmp_path: Path, quiet: Result
         wait_for(lambda: any(one.ended for one in site.attempts(stage)), "an end of the attempt", 2 * SILENCE_S + 60)
         took = time.monotonic() - started
         first = site.attempts(stage)[0]
-        assert not alive(ranks), "ranks that outlive their job"
+        wait_for(lambda: not alive(ranks), "an end of the ranks that were killed", 10)  # memory of half a GB is given back
         site.wait_until_over()
     log = "".join(path.read_text() for path in site.run.logs.glob(f"{stage}-*.log"))
     figures[f"stopped_rank_{stage}"] = {"silence_s": SILENCE_S, "seconds": took, "outcome": first.outcome, "reason": first.reason}
