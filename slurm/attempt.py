@@ -32,6 +32,7 @@ from slurm.nodes import HealthUnknown, leave_out, unfit_nodes
 from slurm.progress import progress_of
 from slurm.servers import close_servers, wait_for_server
 from slurm.step import WARNED, Step, say
+from slurm.topology import TOGETHER
 
 LOOKS, LOOK_S = 4, 3.0
 CANCELLED = 130
@@ -45,8 +46,6 @@ TAIL_BYTES = 1 << 16
 BAD_NODE, EARLY, BUSY = "bad node", "not begun", "busy"
 NOT_BEGUN = (BAD_NODE, EARLY, BUSY)
 """Attempts that say nothing about progress."""
-TOGETHER = ("serve", "canary", "generate")
-"""Stages that several jobs may be at."""
 MAX_BUSY = 30
 """Times that a job may find another process at its stage, which has committed nothing in between: an hour, at the two minutes
 that Slurm holds what is requeued. A controller that was killed has been seen to launch a job twice."""

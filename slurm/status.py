@@ -15,15 +15,17 @@ from rich.table import Table
 from configs.cluster import StageName
 from configs.errors import UnusableInput
 from data.ledger import Ledger, read_ledger
-from data.store import RunFolder, read_rollup
+from data.store import ROLLUP, RunFolder, read_rollup
 from slurm.attempts import Attempt, JobFolder, excluded_nodes, lines, read_attempts
 from slurm.chain import is_done, jobs_of, what_holds
 from slurm.client import QueuedJob
 from slurm.progress import progress_of
-from slurm.topology import SPECS
+from slurm.topology import SPECS, TOGETHER
 
 LAST_BYTES = 1 << 14
 WOULD_GO_ON = ("hung", "interrupted", "failed", "bad node", "busy", "not begun")
+FOR_GOOD = ("refused", "unusable", "stuck")
+"""Outcomes after which the job is not queued again."""
 ENDED = ("held", "refused", "failed", "interrupted", "cancelled")
 STATES = ("done", "running", "pending", "held", "refused", "failed", "interrupted", "cancelled", "not submitted", "never ran")
 
@@ -105,7 +107,7 @@ def _stage_status(
         ended = f"; last: {last.outcome}: {last.reason}" if last is not None and last.ended and last.outcome != "done" else ""
         state = "held" if held else "pending"
         return StageStatus(state=state, jobs=tuple(job.job_id for job in jobs), reason=f"{why}{ended}", **common)
-    if is_done(run, stage):
+    if is_done(run, stage) and not _stopped_since(run, stage, last, submitted):
         made_by = [one.job_id for one in attempts if one.outcome == "done"] or submitted
         return StageStatus(state="done", jobs=tuple(made_by[-1:]), **common)
     ids = tuple(submitted[-1:])
@@ -136,6 +138,17 @@ def _stage_status(
         return StageStatus(state="cancelled", jobs=ids, reason="before it began", **common)
     reason = "its job never ran: the stage before it failed, or somebody took it out of the queue"
     return StageStatus(state="never ran", jobs=ids, reason=reason, **common)
+
+
+def _stopped_since(run: RunFolder, stage: str, last: Attempt | None, submitted: Sequence[int]) -> bool:
+    """Whether the newest job has stopped for good, over what an earlier one had made: with other settings, say. Of several jobs
+    at one stage each may end so while the output is whole."""
+    output = SPECS[stage].output  # type: ignore[index]
+    if last is None or last.ended is None or stage in TOGETHER or output is None:
+        return False
+    if last.outcome not in FOR_GOOD or last.job_id < max(submitted, default=0):
+        return False
+    return (run.root / output / ROLLUP).stat().st_mtime < last.ended  # else somebody has made it by hand
 
 
 def _failed_job(folder: JobFolder, stage: str) -> str:

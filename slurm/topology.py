@@ -40,6 +40,9 @@ STAGES: tuple[StageName, ...] = tuple(SPECS)
 ASKING: tuple[StageName, ...] = ("headroom", "canary", "generate", "evaluate")
 """Stages that ask the teacher: where servers are jobs of the run, they wait for one of them."""
 
+TOGETHER: tuple[StageName, ...] = ("serve", "canary", "generate")
+"""Stages that several jobs may be at."""
+
 
 class Shape(NamedTuple):
     """One job's size. torchrun starts `processes` ranks on each of `nodes` nodes; 0 means a plain process. jobs: how many of

@@ -54,6 +54,27 @@ def test_a_stage_that_is_whole_although_one_of_its_jobs_failed_says_so(tmp_path:
     assert "generate job 9 was stuck: link 3 is down" in found.stages[1].reason
 
 
+@pytest.mark.parametrize("outcome", ["refused", "unusable", "stuck", "done"])
+def test_a_stage_that_stopped_over_what_was_made_before_is_not_done(tmp_path: Path, outcome: str) -> None:
+    """With other settings: what the first job made lies there, and the second one has refused."""
+    run = RunFolder(tmp_path)
+    folder = JobFolder.of(run)
+    made = run.dataset / "made"
+    made.parent.mkdir()
+    made.write_text("1")
+    seal(run, run.dataset, stage="data", fingerprint="f", inputs={}, files=[made], counts={}, seconds=0.0)
+    for job, said in ((8, "done"), (9, outcome)):
+        attempts.append(folder.jobs, {"stage": "data", "job_id": job})
+        attempts.begin(folder, "data", job, 0, "n1", "")
+        attempts.end(folder, "data", job, after="", code=0, outcome=said, reason="nothing kept of 128")
+    [found] = read_status(run, ("data",), []).stages
+    assert found.state == {"refused": "refused", "done": "done"}.get(outcome, "failed")
+    if outcome != "done":
+        assert (found.jobs, found.reason) == ((9,), "nothing kept of 128")
+        seal(run, run.dataset, stage="data", fingerprint="g", inputs={}, files=[made], counts={}, seconds=0.0)  # by hand, since
+        assert read_status(run, ("data",), []).stages[0].state == "done"
+
+
 def test_a_script_that_ended_before_its_stage_began_shows_its_last_line(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     attempts.append(JobFolder.of(run).jobs, {"stage": "train", "job_id": 7})
