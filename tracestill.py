@@ -360,11 +360,13 @@ def submit(
 
 
 def _require_models_to_submit(recipe: "Recipe") -> None:
-    """Shards may still be to prepare, from the checkpoint."""
+    """Shards may still be to prepare, from the checkpoint; servers may have weights of their own."""
     from configs.schema import DeepSpeedEngine
     from teacher.checkpoint.manifest import is_prepared
-    from teacher.folders import prepared_folder
+    from teacher.folders import model_folder, prepared_folder
 
+    if (servers := recipe.slurm.servers) is not None and servers.model:
+        model_folder(servers.model, "slurm.servers.model")
     shards, engine = prepared_folder(recipe.teacher), recipe.teacher.engine
     if isinstance(engine, DeepSpeedEngine) and shards is not None and not is_prepared(shards):
         engine = engine.model_copy(update={"prepared": ""})

@@ -2,6 +2,7 @@
 stage starts, and how long anything may be silent."""
 
 import re
+import shlex
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
@@ -34,8 +35,26 @@ def seconds_of(limit: str) -> int:
 OWN_OPTIONS = (
     "--array", "-a", "--comment", "--output", "-o", "--error", "-e", "--job-name", "-J", "--chdir", "-D", "--dependency", "-d",
     "--requeue", "--no-requeue", "--signal", "--open-mode", "--nodes", "-N", "--ntasks", "-n", "--ntasks-per-node", "--wrap",
+    "--wait", "-W", "--test-only", "--parsable", "--kill-on-invalid-dep",
 )  # fmt: skip
-"""Of sbatch, that scripts have lines of their own for."""
+"""Of sbatch, that scripts have lines of their own for, or that change what submit hears of it."""
+OWN_KEYS = {
+    "--time": "time_limit", "-t": "time_limit", "--exclude": "exclude", "-x": "exclude", "--partition": "partition",
+    "-p": "partition",
+}  # fmt: skip
+"""Of sbatch, that the section has keys for which are looked at."""
+
+
+def own_option(line: str) -> str | None:
+    """The first of these that sbatch would read in a line of options, as it does: long ones by any beginning that is enough
+    (--arr=0-1), short ones with what follows them (-N3). Raises ValueError for quotation marks that do not end."""
+    for word in shlex.split(line):
+        name = word.partition("=")[0]
+        for own in (*OWN_OPTIONS, *OWN_KEYS):
+            is_same = own == word[:2] if len(own) == 2 else len(name) > 2 and own.startswith(name)
+            if is_same:
+                return own
+    return None
 
 
 class Job(Section):
@@ -81,8 +100,10 @@ class Job(Section):
         for option in options:
             if not option.startswith("-") or "\n" in option:
                 raise ValueError(f"options {option!r}: expected a line that sbatch reads, such as --exclusive")
-            if (name := re.split(r"[= ]", option)[0]) in OWN_OPTIONS:
+            if (name := own_option(option)) in OWN_OPTIONS:
                 raise ValueError(f"options {option!r}: {name} is what a job is known and ended by here; leave it out")
+            if name is not None:
+                raise ValueError(f"options {option!r}: {name} has a key of its own; expected slurm.{OWN_KEYS[name]}")
         return options
 
 

@@ -114,7 +114,8 @@ def parse(raw: dict[str, Any], where: str) -> Recipe:
 _UNION_TAGS = ("deepspeed", "local", "http", "reasoning_gym", "jsonl", "parquet", "datasets", "repository", "documents")
 
 
-def describe(error: ValidationError) -> str:
+def describe(error: ValidationError, root: type[BaseModel] = Recipe) -> str:
+    """In one line, what is wrong first, and what was expected there. root: the model that was validated."""
     errors = error.errors()
     first, rest = errors[0], len(errors) - 1
     location = ".".join(str(part) for part in first["loc"] if part not in _UNION_TAGS)
@@ -126,7 +127,7 @@ def describe(error: ValidationError) -> str:
         location = location.removesuffix(f".{first['loc'][-1]}")
         text = f"{location}: expected {' or '.join(map(_expected, members))}, found {first['input']!r}"
     elif first["type"] == "extra_forbidden":
-        known = _known_keys(list(first["loc"][:-1]))
+        known = _known_keys(root, list(first["loc"][:-1]))
         nearest = difflib.get_close_matches(str(first["loc"][-1]), known, 1, cutoff=0.5)
         hint = f"did you mean {nearest[0]}?" if nearest else f"known keys: {', '.join(sorted(known))}"
         text = f"{location}: unknown key; {hint}"
@@ -173,9 +174,9 @@ def _tag(error: ErrorDetails) -> object:
     return given.get("type") if isinstance(given, dict) else given
 
 
-def _known_keys(location: list[int | str]) -> list[str]:
-    """Field names of the model at `location` in the schema, unions, lists and named sections looked through."""
-    models: list[type[BaseModel]] = [Recipe]
+def _known_keys(root: type[BaseModel], location: list[int | str]) -> list[str]:
+    """Field names of the model at `location` in the schema of `root`, unions, lists and named sections looked through."""
+    models: list[type[BaseModel]] = [root]
     for part in location:
         if isinstance(part, int):
             continue

@@ -13,6 +13,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -43,6 +44,7 @@ _ERROR = re.compile(rb"^(?:\d+: )?(error: .*|slurmstepd(?:-\S+)?: error: .*|srun
 _EXITED = re.compile(rb"^srun: error: .*: Exited with exit code (\d+)$", re.MULTILINE)
 _ASKED = re.compile(rb"^error: stopped by SIG")
 TAIL_BYTES = 1 << 16
+FULL_BYTES = 1 << 20
 BAD_NODE, EARLY, BUSY = "bad node", "not begun", "busy"
 NOT_BEGUN = (BAD_NODE, EARLY, BUSY)
 """Attempts that say nothing about progress."""
@@ -121,7 +123,8 @@ def stage_shards(options: argparse.Namespace, beat: Path) -> tuple[int, str]:
     failed = any(chosen not in STOPPED for chosen in chosen_codes(options.log, start))  # srun ended the others because of one
     if code in STOPPED and not hung and not failed:
         raise _StoppedEarly("Slurm while shards were staged")
-    return (TracestillError.exit_code if code in STOPPED else own_code(options.log, start, code)), hung
+    code = own_code(options.log, start, code)
+    return (TracestillError.exit_code if code in STOPPED else code), hung
 
 
 def last_error(log: Path | None, start: int) -> str:
@@ -144,6 +147,11 @@ def own_code(log: Path | None, start: int, code: int) -> int:
 def chosen_codes(log: Path | None, start: int) -> list[int]:
     """With which nodes of the step have exited by themselves, as srun says when it was not 0."""
     return [int(found) for found in _EXITED.findall(_tail(log, start))]
+
+
+def _full_disk(run: RunFolder) -> str:
+    """A step that cannot write its log cannot say why, either."""
+    return "" if shutil.disk_usage(run.root).free >= FULL_BYTES else f"{run.root}: no space left, for its log either; make room"
 
 
 def _tail(log: Path | None, start: int) -> bytes:
@@ -177,7 +185,7 @@ def main(words: Sequence[str]) -> int:
             beat = folder.beat(stage, job_id)
             code, hung = Step(options.command, beat, options.silence, options.warning, options.loading).wait()
             after = progress_of(run, stage)
-            said = last_error(options.log, start)
+            said = last_error(options.log, start) or (_full_disk(run) if code else "")
             code = own_code(options.log, start, code)
             if stage == "serve" and folder.closed.exists():
                 verdict = Verdict(0, "done", "nobody asks it any more")

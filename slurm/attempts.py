@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import UnionType
 from typing import Any, NamedTuple, get_args
 
 from configs.cluster import StageName
@@ -112,9 +113,9 @@ def append(path: Path, values: Mapping[str, Any]) -> None:
         os.close(descriptor)
 
 
-def lines(path: Path, *keys: str) -> Iterator[dict[str, Any]]:
-    """Whole lines of a file of `append` that have these keys; none where it is not there. A line that a full disk has cut is
-    passed over."""
+def lines(path: Path, **keys: type | UnionType) -> Iterator[dict[str, Any]]:
+    """Whole lines of a file of `append` that have these keys, of these types; none where it is not there. A line that a full disk
+    has cut is passed over."""
     try:
         text = path.read_text(errors="replace")
     except OSError:
@@ -122,7 +123,7 @@ def lines(path: Path, *keys: str) -> Iterator[dict[str, Any]]:
     for line in text.splitlines():
         with contextlib.suppress(ValueError):
             found = json.loads(line)
-            if isinstance(found, dict) and all(key in found for key in keys):
+            if isinstance(found, dict) and all(isinstance(found.get(key), kind) for key, kind in keys.items()):
                 yield found
 
 
@@ -153,21 +154,21 @@ def attempts_of(folder: JobFolder, stage: str, job_id: int) -> list[Attempt]:
     process."""
     found: list[Attempt] = []
     begun: dict[int, int] = {}
-    for line in lines(folder.attempts(stage, job_id), "event", "pid", "at", "progress"):
+    for line in lines(folder.attempts(stage, job_id), event=str, pid=int, at=int | float, progress=str):
         if line["event"] == "start":
             begun[line["pid"]] = len(found)
-            found.append(Attempt(stage, job_id, line.get("restart", 0), line.get("nodes", ""), line["at"], line["progress"]))
+            found.append(Attempt(stage, job_id, line.get("restart", 0), str(line.get("nodes", "")), line["at"], line["progress"]))
         elif (place := begun.get(line["pid"])) is not None:
             found[place] = found[place]._replace(
-                ended=line["at"], after=line["progress"], code=line.get("code"), outcome=line.get("outcome", ""),
-                reason=line.get("reason", ""),
+                ended=line["at"], after=line["progress"], code=line.get("code"), outcome=str(line.get("outcome", "")),
+                reason=str(line.get("reason", "")),
             )  # fmt: skip
     return found
 
 
 def excluded_nodes(folder: JobFolder) -> dict[str, str]:
     """Nodes that failed a health check of this run, with what was wrong."""
-    return {line["node"]: line["reason"] for line in lines(folder.excluded, "node", "reason")}
+    return {line["node"]: line["reason"] for line in lines(folder.excluded, node=str, reason=str)}
 
 
 def note_stages(folder: JobFolder, stages: Sequence[StageName]) -> None:

@@ -6,17 +6,29 @@ and that nothing before them is about to make anew. A stage that judges (headroo
 attempt says so: its output is whole when it refuses.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from configs.cluster import StageName
+from configs.cluster import Job, StageName, seconds_of
 from configs.errors import Refused, UnusableInput
 from data.store import RunFolder, read_rollup, write_bytes
 from slurm.attempts import JobFolder, append, excluded_nodes, lines, note_stages, read_attempts
-from slurm.client import QueuedJob, SlurmAway, SlurmFailed, call, queued, sbatch, scancel, unread_settings
-from slurm.scripts import Chain, array_of, dependency_kind, render_scripts
+from slurm.client import (
+    UNLIMITED,
+    QueuedJob,
+    SlurmAway,
+    SlurmFailed,
+    call,
+    queued,
+    sbatch,
+    scancel,
+    time_limits,
+    unread_settings,
+)
+from slurm.scripts import Chain, array_of, dependency_kind, jobs_in, render_scripts
 from slurm.topology import ASKING, SPECS, previous_of, stage_shape
 
 SETTLE_S = 120.0
@@ -41,7 +53,7 @@ class Placed(NamedTuple):
 def jobs_of(run: RunFolder, known: Sequence[QueuedJob]) -> dict[str, list[QueuedJob]]:
     """This run's jobs among those that Slurm knows, by stage; elements of an array one by one. Where a site's plugin has put
     something of its own into the comment: by the number that was noted, and the name."""
-    noted = {line["job_id"]: str(line["stage"]) for line in lines(JobFolder.of(run).jobs, "stage", "job_id")}
+    noted = {line["job_id"]: line["stage"] for line in lines(JobFolder.of(run).jobs, stage=str, job_id=int)}
     found: dict[str, list[QueuedJob]] = {}
     for job in known:
         words = job.comment.split(" ", 2)
@@ -126,9 +138,11 @@ def submit_chain(
     run.logs.mkdir(parents=True, exist_ok=True)
     folder.root.mkdir(parents=True, exist_ok=True)
     submission = _Submission(chain, scripts, alive)
+    limits = time_limits()
     for stage, text in scripts.items():
         if (stage in chosen or stage in alive or stage == "serve") and stage not in submission.at_work:
-            _refuse_what_slurm_would(folder, stage, text)
+            said = _refuse_what_slurm_would(folder, stage, text)
+            submission.doubts[stage] = said or _beyond_the_partition(chain.slurm.job(stage), limits)
     folder.cancelled.unlink(missing_ok=True)
     note_stages(folder, chain.stages)
     try:
@@ -144,7 +158,8 @@ def submit_chain(
 class _Submission:
     """One call of submit. alive: the run's jobs that Slurm has, by stage. differs: stages whose script is another than the one
     that stands in the run folder. at_work: stages of which a job has begun. changed: something was submitted by now, so that jobs
-    of before wait for what is not there any more."""
+    of before wait for what is not there any more. broken: arrays of which an element is gone, so that nobody may wait for all.
+    doubts: why a job that Slurm takes may never start, by stage."""
 
     def __init__(self, chain: Chain, scripts: Mapping[StageName, str], alive: Mapping[str, Sequence[QueuedJob]]) -> None:
         self.chain, self.folder, self.scripts, self.alive = chain, JobFolder.of(chain.run), scripts, alive
@@ -152,9 +167,11 @@ class _Submission:
             stage: _without_nodes(_text_of(self.folder.script(stage))) != _without_nodes(text) for stage, text in scripts.items()
         }
         self.at_work = {stage for stage, jobs in alive.items() if not all(job.is_waiting for job in jobs)}
-        self.noted = {line["job_id"] for line in lines(self.folder.jobs, "job_id")}
+        self.noted = {line["job_id"] for line in lines(self.folder.jobs, job_id=int)}
         self.placed: list[Placed] = []
         self.changed = False
+        self.broken: set[int] = set()
+        self.doubts: dict[StageName, str] = {}
 
     def place_stages(self, chosen: Sequence[StageName], is_current: Callable[[StageName], bool] | None) -> None:
         """All but servers, each after the one before it. is_current: None where stages are asked for by name."""
@@ -166,6 +183,7 @@ class _Submission:
             jobs = self.alive.get(stage, [])
             is_stale = bool(jobs) and (self.changed or self.differs[stage]) and stage not in self.at_work
             if is_stale:
+                self._require_no_reader(stage)
                 for job in jobs:
                     scancel(job.address)
             elif jobs and not (stage == "report" and self.changed):  # a report that is being written is of what was
@@ -181,9 +199,11 @@ class _Submission:
                     self.placed.append(Placed(stage, "done"))
                     continue
                 note = "what it made was made with other settings"
+            self._require_no_reader(stage)
             _require_input(self.chain, stage, self.placed)
             before, fresh, self.changed = self._submit(stage, before), True, True
-            self.placed.append(Placed(stage, "submitted", before, "in the place of one that waited" if is_stale else note))
+            note = "in the place of one that waited" if is_stale else note
+            self.placed.append(Placed(stage, "submitted", before, note or self.doubts.get(stage, "")))
 
     def place_servers(self) -> None:
         """Beside the stages that ask them: they wait for what comes before the first of those, and nobody waits for them. While
@@ -212,17 +232,32 @@ class _Submission:
             if one.how == "submitted":
                 scancel(str(one.job_id))
 
+    def _require_no_reader(self, stage: StageName) -> None:
+        """Raises UnusableInput when a later stage is at work on what this one is to make anew: its output would be of what is not
+        there any more, and pass for new."""
+        later = self.chain.stages[self.chain.stages.index(stage) + 1 :]
+        reader = next((one for one in later if one in self.at_work and one not in ("serve", "report")), None)
+        if reader is not None:
+            raise UnusableInput(
+                f"submit: {stage} is to be made anew, and {reader} (job {self.alive[reader][0].array_id}) is at work on what "
+                f"there is; wait for its end or give tracestill cancel {self.chain.run.root}, then the same command"
+            )
+
     def _attach(self, stage: StageName, jobs: Sequence[QueuedJob]) -> None:
         job_id = jobs[0].array_id
         if job_id not in self.noted:
             self._note(stage, job_id)
         other = "at work with the settings that it was submitted with" if self.differs[stage] else ""
+        if stage != "serve" and (gone := _gone_elements(self.folder, stage, jobs)):
+            self.broken.add(job_id)
+            other = f"{gone} of its jobs ended without finishing; the others go on"
         self.placed.append(Placed(stage, "attached", job_id, what_holds(jobs) or other))
 
     def _submit(self, stage: StageName, before: int | None) -> int:
         """The job's id. before: the job that it waits for."""
         write_bytes(self.folder.script(stage), self.scripts[stage].encode())
-        options = [] if before is None else [f"--dependency={dependency_kind(stage)}:{before}", "--kill-on-invalid-dep=yes"]
+        kind = "afterany" if before in self.broken else dependency_kind(stage)  # its job looks for the input's manifest
+        options = [] if before is None else [f"--dependency={kind}:{before}", "--kill-on-invalid-dep=yes"]
         try:
             job_id = sbatch(str(self.folder.script(stage)), options)
         except SlurmAway:
@@ -237,6 +272,16 @@ class _Submission:
         append(self.folder.jobs, {"stage": stage, "job_id": job_id, "array": array, "at": time.time(), **more})
 
 
+def _gone_elements(folder: JobFolder, stage: StageName, jobs: Sequence[QueuedJob]) -> int:
+    """How many of an array's jobs are neither queued nor done: Slurm then starts nothing that waits for all of them."""
+    array_id = jobs[0].array_id
+    array = next((line["array"] for line in lines(folder.jobs, job_id=int, array=str) if line["job_id"] == array_id), "0-0")
+    alive = {job.job_id for job in jobs}
+    last = {one.job_id: one for one in read_attempts(folder, stage) if one.job_id >= array_id}
+    done = sum(one.outcome == "done" and job_id not in alive for job_id, one in last.items())
+    return max(0, jobs_in(array) - len(jobs) - done)
+
+
 def _text_of(script: Path) -> str:
     try:
         return script.read_text()
@@ -249,8 +294,21 @@ def _without_nodes(text: str) -> str:
     return "\n".join(line for line in text.splitlines() if not line.startswith("#SBATCH --exclude="))
 
 
-def _refuse_what_slurm_would(folder: JobFolder, stage: StageName, text: str) -> None:
-    """Raises UnusableInput before the first job is in the queue, and not between two of them."""
+def _beyond_the_partition(job: Job, limits: Mapping[str, str]) -> str:
+    """A time limit that no partition of the job's grants: most sites take such a job and never start it, and a job that waits for
+    another does not show it. Not refused: a QOS may allow it."""
+    names = (job.partition or "").split(",")
+    longest = [math.inf if limits.get(name, UNLIMITED) == UNLIMITED else seconds_of(limits[name]) for name in names]
+    asked = math.inf if job.time_limit is not None and seconds_of(job.time_limit) == 0 else seconds_of(job.time_limit or "0")
+    if asked <= max(longest):
+        return ""
+    where = f"partition {job.partition}" if job.partition else "the default partition"
+    return f"may never start: time_limit {job.time_limit}, and {where} grants {', '.join(limits[name] for name in names)}"
+
+
+def _refuse_what_slurm_would(folder: JobFolder, stage: StageName, text: str) -> str:
+    """What Slurm says of a job that it takes and has no nodes for; empty when it says nothing. Raises UnusableInput before the
+    first job is in the queue, and not between two of them."""
     script = folder.script(f".{stage}")  # what is in the queue stands in the other
     write_bytes(script, text.encode())
     try:
@@ -260,8 +318,10 @@ def _refuse_what_slurm_would(folder: JobFolder, stage: StageName, text: str) -> 
     except SlurmFailed as error:
         if not any(words in str(error) for words in NOT_NOW):
             raise _refused(stage, error, folder) from error
+        return f"no node for it now, or ever: {' '.join(str(error).split())}"
     finally:
         script.unlink(missing_ok=True)
+    return ""
 
 
 def _refused(stage: StageName, error: SlurmFailed, folder: JobFolder) -> UnusableInput:

@@ -92,6 +92,8 @@ def call(*words: str) -> str:
     if done.returncode != 0:
         said = " ".join((done.stderr or done.stdout).split()) or f"exit code {done.returncode}"
         said = f"{words[0]}: {said.removeprefix(words[0] + ': ')}"
+        if "configuration source" in said:  # neither a file of Slurm's nor a controller that hands one out
+            raise UnusableInput(f"{said}; give this command on a login node of the cluster, or set SLURM_CONF to its slurm.conf")
         if is_away(said):
             raise SlurmAway(f"{said}; is slurmctld up? The same command tries again")
         raise SlurmFailed(said)
@@ -146,6 +148,21 @@ def queued() -> list[QueuedJob]:
         if len(parts) == 8 and parts[0].isdigit() and parts[1].isdigit():  # a name of somebody else's may hold a bar
             job_id, array_id, address, state, reason, nodes, name, comment = parts
             found.append(QueuedJob(int(job_id), int(array_id), state, reason, nodes, comment.strip(), address, name))
+    return found
+
+
+UNLIMITED = "UNLIMITED"
+
+
+def time_limits() -> dict[str, str]:
+    """MaxTime of each partition in Slurm's words; of the default one also under the empty name. What Slurm does not say is not
+    there."""
+    found = {}
+    for line in call("scontrol", "--oneliner", "show", "partition").splitlines():
+        fields = dict(word.split("=", 1) for word in line.split() if "=" in word)
+        if "PartitionName" in fields and "MaxTime" in fields:
+            names = [fields["PartitionName"], *([""] if fields.get("Default") == "YES" else [])]
+            found.update(dict.fromkeys(names, fields["MaxTime"]))
     return found
 
 

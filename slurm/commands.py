@@ -63,10 +63,12 @@ def submit_run(
     from data.stage import exclusive
     from slurm.chain import check_size, chosen_stages, submit_chain
     from slurm.client import queued
+    from slurm.scripts import render_scripts
 
     first, only = chosen
     wanted = _chain(named.look(), max_nodes)
     check_size(wanted, chosen_stages(wanted, first, only))
+    render_scripts(wanted)  # a path that sbatch cannot read, before the folder is made
     queued()  # a machine without Slurm is told so before anything is written
     if only is None and not any(option.startswith("--container") for option in wanted.slurm.srun):  # which has paths of its own
         models(wanted.recipe)
@@ -153,7 +155,7 @@ def logs(
 def cancel(
     run_dir: RunFolderArgument,
     grace: Annotated[
-        float, typer.Option("--grace", help="Seconds that running stages have for committing what they hold.")
+        float, typer.Option("--grace", min=0, help="Seconds that running stages have for committing what they hold.")
     ] = 300.0,
 ) -> None:
     """Stops the run's jobs cleanly: what is committed stays, nothing is queued again. `submit` continues."""

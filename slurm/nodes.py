@@ -83,6 +83,7 @@ def leave_out(run: RunFolder, job_id: int, unfit: Mapping[str, str], *, times: i
         jobs = jobs_of(run, queued())
         for job in jobs.pop(f"{EXCLUDE}.{own_address()}", []):  # it knows fewer nodes
             scancel(job.address)
+        jobs.pop("report", None)  # whatever node is left makes it
         for job in [job for waiting in jobs.values() for job in waiting if job.state == "PENDING"]:
             with _said(listed):  # it may have started meanwhile
                 call("scontrol", "update", f"JobId={job.address}", f"ExcNodeList={_with_those_of(job.address, listed)}")

@@ -83,11 +83,11 @@ def _values(chain: Chain, stage: StageName) -> dict[str, object]:
         "array": array_of(chain, stage),
         "job": chain.slurm.job(stage),
         "slurm": chain.slurm,
-        "excluded": sorted({*chain.slurm.exclude, *excluded_nodes(JobFolder.of(run))}),
+        "excluded": sorted({*chain.slurm.exclude, *(excluded_nodes(JobFolder.of(run)) if stage != "report" else ())}),
         "wandb": recipe.train.wandb,
-        "comment": _in_quotes(comment_of(run, stage)),
         "cwd": _in_quotes(chain.cwd),
         "log": f"{_in_quotes(run.logs).replace('%', '%%')}/{stage}-%j.log",
+        "comment": _in_quotes(comment_of(run, stage)),
         "log_now": shlex.quote(str(run.logs / f"{stage}-")) + '"$SLURM_JOB_ID".log',
         "programs": shlex.quote(str(Path(sys.executable).parent)),
         "input": input_of(stage, stages),
@@ -107,7 +107,7 @@ def _in_quotes(said: Path | str) -> str:
     """For an #SBATCH line. Raises UnusableInput for what cannot stand in one."""
     if any(sign in str(said) for sign in '"\n\\'):
         raise UnusableInput(
-            f"{said}: sbatch reads no path with a quotation mark, a backslash or a line break; name another folder"
+            f"{str(said)!r}: sbatch reads no path with a quotation mark, a backslash or a line break; name another folder"
         )
     return str(said)
 
@@ -158,6 +158,11 @@ def array_of(chain: Chain, stage: StageName) -> str | None:
     free = None if chain.max_nodes is None else chain.max_nodes - (stage == "serve")  # one is for whoever asks
     at_once = shape.jobs if free is None else min(shape.jobs, free // shape.nodes)
     return f"0-{shape.jobs - 1}" + (f"%{at_once}" if at_once < shape.jobs else "")
+
+
+def jobs_in(array: str) -> int:
+    """How many `array_of` has asked for."""
+    return int(array.partition("%")[0].rpartition("-")[2]) + 1
 
 
 class Staged(NamedTuple):

@@ -39,7 +39,7 @@ def settle_site(settings: Slurm, folders: Sequence[Path]) -> Slurm:
         Slurm.model_validate(values)
         return Slurm.model_validate(_over(values, own) | {"site": ""})
     except ValidationError as error:
-        raise UnusableInput(f"slurm.site {path}: {describe(error)}") from error
+        raise UnusableInput(f"slurm.site {path}: {describe(error, Slurm)}") from error
 
 
 def _over(site: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:

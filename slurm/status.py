@@ -1,7 +1,6 @@
 """Where the chain of a run stands: from its files, and from Slurm where Slurm answers."""
 
 import itertools
-import json
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -73,7 +72,7 @@ def read_status(run: RunFolder, stages: Sequence[StageName], known: Sequence[Que
     folder = JobFolder.of(run)
     alive = jobs_of(run, known or ())
     submitted: dict[str, list[int]] = {}
-    for line in lines(folder.jobs, "stage", "job_id"):
+    for line in lines(folder.jobs, stage=str, job_id=int):
         submitted.setdefault(line["stage"], []).append(line["job_id"])
     found = [_stage_status(run, stage, alive.get(stage, []), submitted.get(stage, []), known is not None) for stage in stages]
     for place, (before, one) in enumerate(itertools.pairwise(found), 1):
@@ -100,7 +99,8 @@ def _stage_status(
         beats = [beat for job in running if (beat := _beat(folder, stage, job.job_id)) is not None]
         return StageStatus(
             state="running", jobs=tuple(job.job_id for job in jobs), nodes=",".join(dict.fromkeys(job.nodes for job in running)),
-            count=_count(beats), eta_s=_eta(beats), **common,
+            count=_count(beats), eta_s=_eta(beats),
+            reason="suspended by Slurm" if all(job.state == "SUSPENDED" for job in running) else "", **common,
         )  # fmt: skip
     if jobs:
         why = (held := what_holds(jobs)) or (jobs[0].reason if jobs[0].reason not in ("None", "") else "")
@@ -179,11 +179,7 @@ def _seconds(run: RunFolder, stage: StageName, attempts: Sequence[Attempt]) -> f
 
 
 def _beat(folder: JobFolder, stage: str, job_id: int) -> dict[str, Any] | None:
-    try:
-        found = json.loads(folder.beat(stage, job_id).read_text())
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
+    return next(lines(folder.beat(stage, job_id), done=int, total=int, unit=str, per_s=int | float), None)
 
 
 def _count(beats: Sequence[Mapping[str, Any]]) -> str:
@@ -192,7 +188,10 @@ def _count(beats: Sequence[Mapping[str, Any]]) -> str:
         return ""
     most = max(beats, key=lambda beat: beat["done"])
     note = f", {most['note']}" if most.get("note") else ""
-    return f"{most['done']:,} of {most['total']:,} {most['unit']}{note}"
+    share = (
+        f"{most['done']:,} of {most['total']:,}" if most["total"] else f"{most['done']:,}"
+    )  # servers go on as long as they may
+    return f"{share} {most['unit']}{note}"
 
 
 def _eta(beats: Sequence[Mapping[str, Any]]) -> float | None:

@@ -70,7 +70,7 @@ class Step:
             return 0
 
     def _where(self) -> str:
-        found = next(iter(attempts.lines(self.beat)), None)
+        found = next(attempts.lines(self.beat, done=int, total=int, unit=str), None)
         return f", at {found['done']} of {found['total']} {found['unit']}" if found else ", before the first count"
 
     def _end(self, why: str, *, is_asked: bool = False) -> tuple[int, str]:

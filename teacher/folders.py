@@ -13,17 +13,18 @@ IDENTITY = ("config.json", "tokenizer.json", "chat_template.jinja")
 """With the weights, what a trace depends on."""
 
 
-def model_folder(model: str) -> Path:
-    """The folder that `teacher.model` means, with a readable config.json in it; `embedded` is the shipped teacher.
+def model_folder(model: str, key: str = "teacher.model") -> Path:
+    """The folder that `teacher.model` means, with a config.json in it; `embedded` is the shipped teacher. key: of the recipe, for
+    whoever is told that it is not there.
 
     Raises:
         UnusableInput: no such folder, or no config.json there.
     """
     folder = EMBEDDED if model == "embedded" else Path(model)
     if not folder.is_dir():
-        raise UnusableInput(f"teacher.model {model}: no such folder; expected a Hugging Face checkpoint folder, or `embedded`")
+        raise UnusableInput(f"{key} {model}: no such folder; expected a Hugging Face checkpoint folder, or `embedded`")
     if not (folder / "config.json").is_file():
-        raise UnusableInput(f"teacher.model {model}: no config.json in the folder; expected a Hugging Face checkpoint")
+        raise UnusableInput(f"{key} {model}: no config.json in the folder; expected a Hugging Face checkpoint")
     return folder
 
 

@@ -101,10 +101,56 @@ def test_a_model_that_is_not_there_costs_no_night(cluster: Cluster, tmp_path: Pa
 
 
 def test_nodes_that_are_away_for_the_moment_are_waited_for(cluster: Cluster, tmp_path: Path) -> None:
-    """sbatch --test-only calls that a configuration that is not available."""
+    """sbatch --test-only calls that a configuration that is not available. A time limit that the partition does not grant it does
+    not mention, and a job that waits for another one does not show it."""
     for node in cluster.nodes:
         cluster.call("scontrol", "update", f"NodeName={node}", "State=DRAIN", "Reason=test")
-    assert Site(cluster, tmp_path).submit() == dict.fromkeys(STAGES, "submitted")
+    site = Site(cluster, tmp_path)
+    shown = site.give("submit", *site.words("slurm.stages={train: {time_limit: '02:00:00'}}"))
+    lines = {line.split()[0]: line for line in shown.out.splitlines()}
+    assert shown.code == 0 and {lines[stage].split()[1] for stage in STAGES} == {"submitted"}, shown
+    assert "no node for it now, or ever: sbatch: allocation failure" in lines["generate"], shown
+    for node in cluster.nodes:
+        cluster.call("scontrol", "update", f"NodeName={node}", "State=RESUME")
+    cluster.call("scancel", "--user=root")
+    wait_for(lambda: not cluster.call("squeue", "-h"), "an empty queue", 30)
+    again = site.give("submit", *site.words("slurm.stages={train: {time_limit: '02:00:00'}}"))
+    said = [line for line in again.out.splitlines() if "may never start" in line]
+    assert len(said) == 1 and said[0].startswith("train ") and "the default partition grants 01:00:00" in said[0], again
+
+
+def test_a_stage_is_not_made_anew_under_the_one_that_reads_it(cluster: Cluster, tmp_path: Path) -> None:
+    """What generate makes would be of prompts that are not there any more, and pass for new."""
+    site = Site(cluster, tmp_path)
+    site.submit()
+    wait_for(lambda: any(site.run.traces.glob("*.json")), "first traces", 300)
+    queue = cluster.call("squeue", "-h", "-o", "%A %T")
+    ended = site.give("submit", *site.words(), "--from", "prompts")
+    said = f"prompts is to be made anew, and generate (job {site.job_of('generate')}) is at work on what there is"
+    assert ended.code == 2 and said in ended.err and ended.err.count("\n") == 1, ended
+    assert cluster.call("squeue", "-h", "-o", "%A %T") == queue
+    assert site.give("cancel", str(site.run.root)).code == 0
+    assert site.submit("--from", "prompts") == dict.fromkeys(STAGES, "submitted")
+    assert site.give("cancel", str(site.run.root)).code == 0
+
+
+def test_an_array_that_has_lost_a_job_is_gone_on_with(cluster: Cluster, tmp_path: Path) -> None:
+    """Slurm starts nothing that waits for all of them; the others do its work as well."""
+    site = Site(cluster, tmp_path, (*SMALL, *CLUSTER, "slurm.generate_jobs=2"))
+    site.submit()
+    wait_for(lambda: any(site.run.traces.glob("*.json")), "first traces", 300)
+    array = site.job_of("generate")
+    cluster.call("scancel", f"{array}_0")
+    wait_for(lambda: f"{array}_0" not in cluster.call("squeue", "-h", "-r", "-o", "%i"), "its end", 60)
+    shown = site.give("submit", *site.words())
+    lines = {line.split()[0]: line for line in shown.out.splitlines()}
+    assert "attached" in lines["generate"] and "1 of its jobs ended without finishing; the others go on" in lines["generate"], (
+        shown
+    )
+    assert f"afterany:{array}" in cluster.job(site.job_of("data"))["Dependency"], everything(site)
+    site.wait_until_over()
+    assert {one["state"] for one in site.status().values()} == {"done"}, everything(site)
+    assert read_ledger(site.run).completed == 128
 
 
 def test_cancel_stops_cleanly_and_submit_continues(cluster: Cluster, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from configs.cluster import Slurm
 from configs.errors import UnusableInput
 from configs.load import load_recipe
 from data.store import RunFolder
@@ -157,6 +158,12 @@ def test_a_site_that_requeues_nothing_is_told_at_once(tmp_path: Path) -> None:
     assert run_script(text, 75, tmp_path, refuses="Requested operation is presently disabled")[0] == 1
 
 
+def test_what_the_sites_own_lines_end_says_so(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """An empty log looks like a job that never ran."""
+    assert run_script(scripts(tmp_path, "slurm.setup=[exit 3]")["prompts"], 0, tmp_path) == (3, "")
+    assert capfd.readouterr().err.splitlines()[-1] == "error: slurm.setup has ended the job with exit code 3"
+
+
 def test_unset_variables_in_the_sites_own_lines_are_the_sites_business(tmp_path: Path) -> None:
     text = scripts(tmp_path, "slurm.setup=['echo $NOT_SET_ANYWHERE']")["prompts"]
     assert run_script(text, 0, tmp_path) == (0, "")
@@ -240,6 +247,14 @@ def test_what_a_recipe_wants_may_need_what_its_site_says(tmp_path: Path) -> None
         ("partition: a b", "'a b': expected one word"),
         ("options: [--array=0-3]", "--array is what a job is known and ended by here"),
         ("options: [--comment mine]", "--comment is what a job is known and ended by here"),
+        ("options: [--arr=0-3]", "--array is what a job is known and ended by here"),
+        ("options: [-N3]", "-N is what a job is known and ended by here"),
+        ("options: ['--mem=1G --nodes=3']", "--nodes is what a job is known and ended by here"),
+        ("options: [--wait]", "--wait is what a job is known and ended by here"),
+        ("options: [--exclude=n1]", "--exclude has a key of its own; expected slurm.exclude"),
+        ('options: ["--comment=\'a"]', "no closing quotation"),
+        ("partitions: gpu", "partitions: unknown key; did you mean partition?"),
+        ("health: {gpu_gib: 3}", "health.gpu_gib: unknown key; did you mean"),
     ],
 )
 def test_a_site_that_cannot_be_used_is_one_line(tmp_path: Path, text: str | None, message: str) -> None:
@@ -249,6 +264,20 @@ def test_a_site_that_cannot_be_used_is_one_line(tmp_path: Path, text: str | None
     with pytest.raises(UnusableInput) as refused:
         settle_site(settings, (tmp_path,))
     assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_what_sbatch_has_beside_is_free_to_use() -> None:
+    options = (
+        "--exclusive",
+        "--mem-bind=local",
+        "--gres=gpu:8",
+        "--no-kill",
+        "--reservation=night",
+        "-w n1",
+        "--export=ALL",
+        "-H",
+    )
+    assert Slurm(options=options).job("train").options == options
 
 
 def test_a_machine_without_slurm_is_told_so_and_nothing_is_written(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from configs.progress import Count, write_beat
 from data.store import RunFolder, seal
 from slurm import attempts
 from slurm.attempts import JobFolder
@@ -89,7 +90,9 @@ def test_a_script_that_ended_before_its_stage_began_shows_its_last_line(tmp_path
     [
         ("chain.json", "{}"), ("chain.json", '{"stages": ["train", "nonsense"]}'), ("jobs.jsonl", '{"job_id": 7}\n[]\n{'),
         ("attempts/train.7.jsonl", "{}\n"), ("attempts/train.x.jsonl", "{}\n"), ("excluded.jsonl", '{"node": "n1"}\n'),
-        ("beats/train.7.json", "[]"),
+        ("beats/train.7.json", "[]"), ("beats/train.7.json", '{"done": "x", "total": 0}'),
+        ("jobs.jsonl", '{"job_id": [7], "stage": 3}'), ("excluded.jsonl", '{"node": 5, "reason": "slow"}'),
+        ("attempts/train.7.jsonl", '{"event": "start", "pid": 1, "at": "x", "progress": ""}'),
     ],
 )  # fmt: skip
 def test_a_damaged_file_of_jobs_is_passed_over(tmp_path: Path, name: str, text: str) -> None:
@@ -103,6 +106,19 @@ def test_a_damaged_file_of_jobs_is_passed_over(tmp_path: Path, name: str, text: 
     [found] = read_status(run, ("train",), [job]).stages
     assert (found.state, found.progress) == ("running", "step 0")
     assert set(attempts.read_stages(JobFolder.of(run))) <= {"train"}
+
+
+def test_a_job_that_is_suspended_is_said_to_be(tmp_path: Path) -> None:
+    assert of_train(RunFolder(tmp_path), "SUSPENDED", "None") == ("running", "suspended by Slurm")
+
+
+def test_servers_count_up_to_nothing(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    beat = JobFolder.of(run).beat("serve", 7)
+    beat.parent.mkdir(parents=True)
+    write_beat(beat, "serve", Count(265, 0, unit="seconds"))
+    job = QueuedJob(7, 7, "RUNNING", "None", "n1", f"tracestill serve {run.root}", "7")
+    assert read_status(run, ("serve",), [job]).stages[0].count == "265 seconds"
 
 
 def test_what_was_cancelled_is_cancelled_whatever_it_was_waiting_for(tmp_path: Path) -> None:
