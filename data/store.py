@@ -127,6 +127,9 @@ def write_bytes(path: Path, content: bytes, *, replace: bool = True) -> None:
             temporary.replace(path)
         else:
             _link(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk names none
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     fsync_folder(path.parent)

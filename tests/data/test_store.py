@@ -201,3 +201,15 @@ def test_store_and_ledger_need_no_torch() -> None:
     root = Path(__file__).parents[2]
     code = "import sys, data.store, data.ledger; sys.exit(bool({'torch', 'transformers', 'datasets'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], cwd=root, env={**os.environ, "PYTHONPATH": str(root)}).returncode == 0
+
+
+def test_a_full_disk_is_said_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system names none when a write fails, and a node has several disks."""
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left on device") as refused:
+        write_bytes(tmp_path / "manifest.json", b"{}")
+    assert refused.value.filename == str(tmp_path / "manifest.json") and not list(tmp_path.iterdir())
