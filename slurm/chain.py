@@ -167,7 +167,7 @@ class _Submission:
             stage: _without_nodes(_text_of(self.folder.script(stage))) != _without_nodes(text) for stage, text in scripts.items()
         }
         self.at_work = {stage for stage, jobs in alive.items() if not all(job.is_waiting for job in jobs)}
-        self.noted = {line["job_id"] for line in lines(self.folder.jobs, job_id=int)}
+        self.noted = {line["job_id"]: line.get("options", ()) for line in lines(self.folder.jobs, job_id=int)}
         self.placed: list[Placed] = []
         self.changed = False
         self.broken: set[int] = set()
@@ -181,7 +181,8 @@ class _Submission:
             if stage == "serve":
                 continue
             jobs = self.alive.get(stage, [])
-            is_stale = bool(jobs) and (self.changed or self.differs[stage]) and stage not in self.at_work
+            is_other = self.changed or self.differs[stage] or self._waits_in_vain(jobs, before)
+            is_stale = bool(jobs) and is_other and stage not in self.at_work
             if is_stale:
                 self._require_no_reader(stage)
                 for job in jobs:
@@ -242,6 +243,10 @@ class _Submission:
                 f"submit: {stage} is to be made anew, and {reader} (job {self.alive[reader][0].array_id}) is at work on what "
                 f"there is; wait for its end or give tracestill cancel {self.chain.run.root}, then the same command"
             )
+
+    def _waits_in_vain(self, jobs: Sequence[QueuedJob], before: int | None) -> bool:
+        """For the success of an array that has lost a job: Slurm takes them out of the queue when the array ends."""
+        return before in self.broken and any(f"afterany:{before}" not in str(self.noted.get(job.array_id)) for job in jobs)
 
     def _attach(self, stage: StageName, jobs: Sequence[QueuedJob]) -> None:
         job_id = jobs[0].array_id

@@ -147,7 +147,9 @@ def test_an_array_that_has_lost_a_job_is_gone_on_with(cluster: Cluster, tmp_path
     assert "attached" in lines["generate"] and "1 of its jobs ended without finishing; the others go on" in lines["generate"], (
         shown
     )
-    assert f"afterany:{array}" in cluster.job(site.job_of("data"))["Dependency"], everything(site)
+    data = site.job_of("data")
+    assert f"afterany:{array}" in cluster.job(data)["Dependency"], everything(site)
+    assert site.submit()["data"] == "attached" and site.job_of("data") == data
     site.wait_until_over()
     assert {one["state"] for one in site.status().values()} == {"done"}, everything(site)
     assert read_ledger(site.run).completed == 128
