@@ -157,8 +157,14 @@ UNLIMITED = "UNLIMITED"
 def time_limits() -> dict[str, str]:
     """MaxTime of each partition in Slurm's words; of the default one also under the empty name. What Slurm does not say is not
     there."""
-    found = {}
-    for line in call("scontrol", "--oneliner", "show", "partition").splitlines():
+    found: dict[str, str] = {}
+    try:
+        shown = call("scontrol", "--oneliner", "show", "partition")
+    except SlurmAway:
+        raise
+    except SlurmFailed:  # a site may keep it to itself
+        return found
+    for line in shown.splitlines():
         fields = dict(word.split("=", 1) for word in line.split() if "=" in word)
         if "PartitionName" in fields and "MaxTime" in fields:
             names = [fields["PartitionName"], *([""] if fields.get("Default") == "YES" else [])]

@@ -161,8 +161,9 @@ def array_of(chain: Chain, stage: StageName) -> str | None:
 
 
 def jobs_in(array: str) -> int:
-    """How many `array_of` has asked for."""
-    return int(array.partition("%")[0].rpartition("-")[2]) + 1
+    """How many `array_of` has asked for; one where that is not what it says."""
+    found = re.fullmatch(r"0-(\d+)(?:%\d+)?", array)
+    return int(found[1]) + 1 if found else 1
 
 
 class Staged(NamedTuple):

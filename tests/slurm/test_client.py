@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from configs.errors import Interrupted
+from configs.errors import Interrupted, UnusableInput
 from slurm import nodes
-from slurm.client import QueuedJob, call, sbatch
+from slurm.client import QueuedJob, SlurmAway, call, sbatch, time_limits
 from slurm.nodes import HealthUnknown, unfit_nodes
 from slurm.servers import could_start
 
@@ -41,6 +41,25 @@ def test_a_job_is_submitted_as_its_script_says(programs: Programs, tmp_path: Pat
     call("squeue")
     seen = dict(line.split("=", 1) for line in (tmp_path / "seen").read_text().splitlines() if "=" in line)
     assert seen["SLURM_ARRAY_JOB_ID"] == "3" and "SQUEUE_STATES" not in seen
+
+
+def test_how_long_a_partition_lets_jobs_run(programs: Programs) -> None:
+    programs(
+        scontrol="""echo 'PartitionName=main AllocNodes=ALL Default=YES DefaultTime=00:05:00 MaxTime=01:00:00 State=UP'
+        echo 'PartitionName=long Default=NO MaxTime=UNLIMITED'"""
+    )
+    assert time_limits() == {"main": "01:00:00", "": "01:00:00", "long": "UNLIMITED"}
+    programs(scontrol="echo 'slurm_load_partitions error: Access/permission denied' >&2; exit 1")
+    assert time_limits() == {}
+    programs(scontrol="echo 'slurm_load_partitions error: Unable to contact slurm controller' >&2; exit 1")
+    with pytest.raises(SlurmAway, match="is slurmctld up"):
+        time_limits()
+
+
+def test_a_machine_that_knows_no_cluster_is_told_what_to_set(programs: Programs) -> None:
+    programs(squeue="echo 'squeue: fatal: Could not establish a configuration source' >&2; exit 1")
+    with pytest.raises(UnusableInput, match="login node of the cluster, or set SLURM_CONF"):
+        call("squeue")
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 
+import tracestill
 from configs.cluster import Slurm
 from configs.errors import UnusableInput
 from configs.load import load_recipe
 from data.store import RunFolder
-from slurm.scripts import Chain, Script, array_of, render_scripts, silence_of
+from slurm.attempts import JobFolder, append
+from slurm.scripts import Chain, Script, array_of, jobs_in, render_scripts, silence_of
 from slurm.site import settle_site
 from slurm.topology import STAGES, stages_of
 from tests.e2e.commands import command, environment
@@ -89,6 +91,7 @@ def test_jobs_that_generate_together_are_an_array_within_the_nodes(tmp_path: Pat
     assert array_of(chain_of(tmp_path, *overrides, max_nodes=5), "generate") == "0-5%2"
     assert array_of(chain_of(tmp_path, *overrides, max_nodes=5), "train") is None
     assert "#SBATCH --array=0-5\n" in scripts(tmp_path, *overrides)["generate"]
+    assert [jobs_in(said) for said in ("0-5", "0-5%2", "damaged")] == [6, 6, 1]
 
 
 def run_script(
@@ -173,6 +176,18 @@ def test_unset_variables_in_the_sites_own_lines_are_the_sites_business(tmp_path:
 def test_a_folder_that_sbatch_cannot_read_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(UnusableInput, match="sbatch reads no path with a quotation mark"):
         scripts(tmp_path / name)
+
+
+def test_a_report_is_made_on_whatever_node_is_left(tmp_path: Path) -> None:
+    append(JobFolder.of(chain_of(tmp_path).run).excluded, {"node": "n3", "reason": "7 GPUs of 8"})
+    found = {stage: "#SBATCH --exclude=n3" in text for stage, text in scripts(tmp_path).items()}
+    assert [stage for stage, leaves_out in found.items() if not leaves_out] == ["report"]
+
+
+def test_servers_weights_are_looked_for_before_anything_is_submitted(tmp_path: Path) -> None:
+    wanted = ["teacher.engine={type: http, servers_file: x}", f"slurm.servers={{model: {tmp_path}/none}}"]
+    with pytest.raises(UnusableInput, match=r"^slurm.servers.model .*/none: no such folder"):
+        tracestill._require_models_to_submit(load_recipe("embedded", wanted).recipe)
 
 
 def test_a_percent_sign_in_a_folder_is_no_pattern(tmp_path: Path) -> None:
